@@ -1,0 +1,145 @@
+"""CanvasPool: the device state of every canvas, one row a slot, and the life of a row.
+
+    admit -> begin -> (advance)* -> finish -> commit -> begin ...  -> admit (the slot's next owner)
+
+A slot is causal while its rows write the KV of known text (prompt, or a finished canvas being
+committed) and bidirectional while its canvas is denoised. Nothing here reads a tensor back to the
+host: which slots finish or commit is data, selected with ``where``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.denoise.renoise import initial_canvas
+from vllm_diffusion.denoise.rng import split_seed
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission, RuleConstants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CanvasPool:
+    """Per-slot tensors, allocated once.
+
+    Attributes (S slots, L canvas length, K stability threshold, H hidden size):
+        tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
+        argmax: [S, L] int64, the model's best guess after the last step; what is committed.
+        history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before they exist.
+        soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
+        step: [S] int64, denoising steps taken on the current canvas.
+        causal: [S] bool, the slot's next rows are prompt or commit rows.
+        seed: [S, 2] int64, words of the request seed.
+        max_steps: [S] int64; entropy_bound, confidence_threshold: [S] fp32; t_min, t_max: [S] fp64,
+            see ``linear_temperature`` for why.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        canvas_length: int,
+        hidden_size: int,
+        vocab_size: int,
+        constants: RuleConstants,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots = num_slots
+        self.canvas_length = canvas_length
+        self.vocab_size = vocab_size
+        self.constants = constants
+        self.device = device
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
+
+        def floats(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((num_slots,), value, dtype=dtype, device=device)
+
+        self.tokens = integers(canvas_length)
+        self.argmax = integers(canvas_length)
+        self.history = integers(constants.stability_threshold, canvas_length)
+        self.soft_embedding = torch.zeros(
+            num_slots, canvas_length, hidden_size, dtype=dtype, device=device
+        )
+        self.step = integers()
+        self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
+        self.seed = integers(2)
+        self.max_steps = integers()
+        self.t_min = floats(constants.t_min, torch.float64)
+        self.t_max = floats(constants.t_max, torch.float64)
+        self.entropy_bound = floats(constants.entropy_bound)
+        self.confidence_threshold = floats(constants.confidence_threshold)
+
+    def admit(self, slot: int, *, seed: int, max_steps: int | None = None) -> None:
+        """Give a slot to a request; its rows are causal until ``begin``.
+
+        Everything the previous owner left behind that a later step could read is overwritten here
+        or in ``begin``, so an aborted request cannot leak into the next one.
+        """
+        low, high = split_seed(seed)
+        self.seed[slot, 0].fill_(low)
+        self.seed[slot, 1].fill_(high)
+        self.max_steps[slot].fill_(max_steps or self.constants.max_steps)
+        self.step[slot].fill_(0)
+        self.causal[slot].fill_(True)
+
+    def begin(self, slots: Tensor, position: Tensor) -> None:
+        """Start a canvas whose first row stands at an absolute position.
+
+        Args:
+            slots: [B] int64.
+            position: [B, L] int64, absolute positions of the new canvas.
+        """
+        self.tokens[slots] = initial_canvas(self.seed[slots], position, self.vocab_size)
+        self.history[slots] = -1
+        self.soft_embedding[slots] = 0
+        self.step[slots] = 0
+        self.causal[slots] = False
+
+    def apply(self, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
+        """Move every canvas of the batch one step on.
+
+        A denoising slot takes the decision and, when finished, turns causal with its argmax as the
+        next input. A committing slot emits that argmax and begins the next canvas behind it. Both
+        are computed for every row and selected, so the host never waits.
+        """
+        slots = batch.slots
+        committing = self.causal[slots]
+        row_committing = committing[:, None]
+        finished = decision.finished & ~committing
+
+        emission = Emission(
+            tokens=self.argmax[slots],
+            count=torch.where(committing, batch.width, 0),
+            steps=torch.where(committing, self.step[slots], 0),
+        )
+
+        argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
+        next_canvas = initial_canvas(
+            self.seed[slots], batch.position + batch.width[:, None], self.vocab_size
+        )
+        tokens = torch.where(row_committing, next_canvas, decision.next_tokens)
+        self.tokens[slots] = torch.where(finished[:, None], argmax, tokens)
+        self.argmax[slots] = argmax
+        self._remember(slots, argmax, committing)
+
+        # A finished canvas is committed with plain embeddings and a new one starts from zero, so
+        # only a canvas that goes on carries its belief over.
+        goes_on = ~(committing | finished)
+        self.soft_embedding[slots] = torch.where(
+            goes_on[:, None, None], stats.soft_embedding, 0
+        ).to(self.soft_embedding.dtype)
+        self.step[slots] = torch.where(committing, 0, self.step[slots] + 1)
+        self.causal[slots] = finished
+        return emission
+
+    def _remember(self, slots: Tensor, argmax: Tensor, committing: Tensor) -> None:
+        """Shift the history of the denoising slots by one step, forget that of the committing."""
+        if self.constants.stability_threshold == 0:
+            return
+        shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)
+        self.history[slots] = torch.where(committing[:, None, None], -1, shifted)

@@ -1,0 +1,5 @@
+"""The rules of denoising, one a file, pure tensors, batch first.
+
+schedule -> temperature of a step; accept -> which positions keep their sample; renoise -> what the
+others become; stop -> whether the canvas is finished; rng -> the noise all of them draw from.
+"""

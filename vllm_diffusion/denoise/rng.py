@@ -1,0 +1,103 @@
+"""Counter-based noise: a number is a function of (seed, position, step, purpose, tile) and nothing else.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is
+``(position, step, purpose, tile)``, the key is the request's 64-bit seed. Because no state is carried
+from draw to draw, a request sees the same noise alone, in any batch, after preemption and under chunked
+prefill. The layout below is part of the definition: every implementation (torch here, kernels elsewhere)
+must agree on it bit for bit.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from hashlib import blake2b
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_MASK32: Final = 0xFFFFFFFF
+_MULTIPLIER_0: Final = 0xD2511F53
+_MULTIPLIER_1: Final = 0xCD9E8D57
+_WEYL_0: Final = 0x9E3779B9
+_WEYL_1: Final = 0xBB67AE85
+_ROUNDS: Final = 10
+
+# 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even above
+# one half and the largest word becomes 1.0, whose Gumbel is infinite.
+_UNIFORM_BITS: Final = 23
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for. A purpose never shares a counter with another."""
+
+    INITIAL_CANVAS = 0
+    SAMPLE = 1
+    RENOISE = 2
+
+
+def request_seed(seed: int | None, request_id: str) -> int:
+    """The 64-bit key of a request's noise.
+
+    A client's ``seed`` is taken modulo 2**64. Without one the request id decides: it is unique, it
+    survives preemption, and every tensor-parallel rank knows it, so no number has to be exchanged.
+    """
+    if seed is not None:
+        return seed % (1 << 64)
+    return int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest(), "little")
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """(low, high) 32-bit words of a 64-bit seed: the Philox key."""
+    return seed & _MASK32, (seed >> 32) & _MASK32
+
+
+def philox(
+    seed: Tensor, position: Tensor, step: Tensor, purpose: Purpose, tile: Tensor | int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words per counter.
+
+    Args:
+        seed: [..., 2] int64, low and high word of the request seed, each in [0, 2**32).
+        position: [...] int64, absolute position in the sequence.
+        step: [...] int64, denoising step, counted from 0 within a canvas.
+        purpose: what the number is for.
+        tile: [...] int64 or int, which vocabulary tile (0 where tiles do not matter).
+
+    Returns:
+        Four int64 tensors of the broadcast shape with values in [0, 2**32).
+    """
+    key0, key1 = seed[..., 0], seed[..., 1]
+    c0, c1 = torch.broadcast_tensors(position, step)
+    shape = torch.broadcast_shapes(
+        c0.shape, key0.shape, tile.shape if isinstance(tile, Tensor) else ()
+    )
+    c0, c1, key0, key1 = (t.expand(shape) for t in (c0, c1, key0, key1))
+    c2 = torch.full_like(c0, int(purpose))
+    c3 = tile.expand(shape) if isinstance(tile, Tensor) else torch.full_like(c0, tile)
+    for _ in range(_ROUNDS):
+        # int64 multiplication wraps modulo 2**64, so bits 32..63 of the product survive the
+        # arithmetic shift; masking removes the sign extension.
+        product0, product1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        high0, low0 = (product0 >> 32) & _MASK32, product0 & _MASK32
+        high1, low1 = (product1 >> 32) & _MASK32, product1 & _MASK32
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 = (key0 + _WEYL_0) & _MASK32
+        key1 = (key1 + _WEYL_1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def uniform(word: Tensor) -> Tensor:
+    """fp32 in the open interval (0, 1) from a 32-bit word: the top 23 bits, centred; exact."""
+    return ((word >> (32 - _UNIFORM_BITS)).to(torch.float32) + 0.5) * 2.0**-_UNIFORM_BITS
+
+
+def random_tokens(
+    seed: Tensor, position: Tensor, step: Tensor, purpose: Purpose, vocab_size: int
+) -> Tensor:
+    """Uniform token ids, int64, of the broadcast shape of ``position`` and ``step``.
+
+    Multiply-shift of one 32-bit word; the bias is below vocab_size / 2**32 (6e-5 at 262144).
+    """
+    word = philox(seed, position, step, purpose)[0]
+    return (word * vocab_size) >> 32

@@ -1,0 +1,1 @@
+"""Where vLLM calls us: model state, attention (who sees whom), sampler, scheduler, serving config."""

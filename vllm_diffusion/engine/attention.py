@@ -1,0 +1,99 @@
+"""Who sees whom: the rows of one forward as segments, one rule of visibility each.
+
+    causal   prompt and commit rows: everything up to themselves, clipped by the layer's window
+    span     an image's rows: everything up to the end of the image, clipped likewise
+    canvas   denoising rows: the whole prefix and the whole canvas; on a layer with window W every
+             row sees the same prefix, its last W - 1 positions, and the whole canvas
+
+A segment is an attention sequence of its own over its request's block table, so one request may be
+several: text, image, text. Backends that can only take whole requests get the same visibility as
+ranges (``attention_gpu``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Visibility(Enum):
+    """The rule by which a segment's rows see keys."""
+
+    CAUSAL = auto()
+    SPAN = auto()
+    CANVAS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive rows of one request under one rule."""
+
+    request: int
+    """Index in the batch."""
+    start: int
+    """First row in the batch's flat rows."""
+    length: int
+    """Number of rows."""
+    end: int
+    """Absolute position behind the last row, and behind the last visible key."""
+    visibility: Visibility
+
+
+def plan_segments(
+    query_start: Sequence[int],
+    seq_lens: Sequence[int],
+    canvas: Sequence[bool],
+    spans: Sequence[Sequence[tuple[int, int]]],
+) -> list[Segment]:
+    """Cut every request's rows into segments, in row order.
+
+    Args:
+        query_start: N + 1 row offsets.
+        seq_lens: N absolute positions behind each request's last row.
+        canvas: N flags, the request's rows are canvas rows.
+        spans: for each request the half-open absolute ranges that attend bidirectionally, ascending
+            and disjoint; ranges outside the rows of this step are ignored.
+    """
+    segments = []
+    for request, end in enumerate(seq_lens):
+        row, stop = query_start[request], query_start[request + 1]
+        position = end - (stop - row)
+        if canvas[request]:
+            segments.append(Segment(request, row, stop - row, end, Visibility.CANVAS))
+            continue
+
+        def add(upto: int, visibility: Visibility, request: int = request) -> None:
+            nonlocal row, position
+            if upto > position:
+                segments.append(Segment(request, row, upto - position, upto, visibility))
+                row, position = row + upto - position, upto
+
+        for first, behind in spans[request]:
+            if behind <= position or first >= end:
+                continue
+            add(first, Visibility.CAUSAL)
+            add(min(behind, end), Visibility.SPAN)
+        add(end, Visibility.CAUSAL)
+    return segments
+
+
+def use_canvas_attention() -> None:
+    """Make layers built from now on in this process use attention that knows canvases.
+
+    Only CPU_ATTN needs a class of ours. It behaves like vLLM's own for every batch that carries no
+    segments, so another model in the same process notices nothing.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN,
+        "vllm_diffusion.engine.attention_cpu.CanvasCPUAttentionBackend",
+    )

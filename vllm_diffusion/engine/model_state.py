@@ -1,0 +1,253 @@
+"""CanvasModelState: vLLM's hooks around a forward, for models that write a canvas at a time.
+
+    add_request      a slot of the canvas pool gets its owner
+    prepare_attn     which rows are causal and which are canvas rows
+    prepare_inputs   embeddings; canvas rows pass through self-conditioning
+    (forward)
+    custom_sampler   the sampler that denoises (``engine.sampler``)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.denoise.rng import request_seed
+from vllm_diffusion.engine.attention import plan_segments
+from vllm_diffusion.engine.sampler import CanvasSampler
+from vllm_diffusion.engine.serving import served_rule
+from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.params import parse_params
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.utils import AttentionGroup
+
+# fp32 tensors of [rows, vocab] the reference head holds at once may take this much each.
+_HEAD_BYTES = 256 * 2**20
+
+
+class CanvasModelState(ModelState):
+    """The worker-side state of a diffusion model: the canvas pool and what every forward reads."""
+
+    # A denoising step samples no token beyond the canvas itself.
+    num_new_sampled_tokens_per_step: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        text_config = self.model_config.hf_text_config
+        self.pool = CanvasPool(
+            num_slots=self.max_num_reqs,
+            canvas_length=vllm_config.diffusion_config.canvas_length,
+            hidden_size=text_config.hidden_size,
+            vocab_size=self.model_config.get_vocab_size(),
+            constants=served_rule(vllm_config),
+            dtype=self.dtype,
+            device=device,
+        )
+        self._slot_of: dict[str, int] = {}
+        # What captured graphs read must stay at one address.
+        self._causal = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._inputs_embeds = torch.zeros(
+            self.max_num_tokens, text_config.hidden_size, dtype=self.dtype, device=device
+        )
+        self._images: tuple[list[Tensor], Tensor] | None = None
+
+    def get_supported_generation_tasks(self) -> tuple[str, ...]:
+        """Text generation only."""
+        return ("generate",)
+
+    def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:  # noqa: ANN401
+        """Replace vLLM's sampler by the one that denoises."""
+        vocab_size = self.model_config.get_vocab_size()
+        head = ReferenceHead(
+            logits=self.model.logits,
+            soft_embedding=self.model.soft_embedding,
+            max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
+        )
+        return CanvasSampler(self.model, self.pool, head, sampler.req_states), None
+
+    # ---- the life of a request ----
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Give the request a slot; also called for requests that come back after preemption."""
+        sampling = new_req_data.sampling_params
+        self._slot_of[new_req_data.req_id] = req_index
+        self.pool.admit(
+            req_index,
+            seed=request_seed(sampling.seed, new_req_data.req_id),
+            max_steps=parse_params(sampling).max_steps,
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
+        slot = self._slot_of.pop(req_id, None)
+        if slot is not None:
+            self.pool.causal[slot].fill_(True)
+
+    # ---- before a forward ----
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Attention metadata by layer name: causal rows and canvas rows in one batch."""
+        padded = cudagraph_mode == CUDAGraphMode.FULL
+        num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
+        num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
+        causal = self._causal[:num_reqs]
+        causal.zero_()
+        causal[: input_batch.num_reqs] = self.pool.causal[input_batch.idx_mapping].int()
+
+        if self.device.type == "cpu":
+            return self._prepare_attn_cpu(
+                input_batch, causal, block_tables, slot_mappings, attn_groups
+            )
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=self.max_model_len,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            mm_req_doc_ranges={
+                index: [(first, behind - 1) for first, behind in spans]
+                for index, spans in enumerate(self._image_spans(input_batch.req_ids))
+            },
+            causal=causal,
+        )
+
+    def _prepare_attn_cpu(
+        self,
+        input_batch: InputBatch,
+        causal: Tensor,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+    ) -> dict[str, Any]:
+        # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
+        from vllm_diffusion.engine.attention_cpu import segmented_metadata
+
+        segments = plan_segments(
+            input_batch.query_start_loc_np.tolist(),
+            input_batch.seq_lens[: causal.shape[0]].tolist(),
+            (causal == 0).tolist(),
+            self._image_spans(input_batch.req_ids),
+        )
+        return {
+            name: metadata
+            for groups, table, slots in zip(attn_groups, block_tables, slot_mappings, strict=True)
+            for group in groups
+            for metadata in (
+                segmented_metadata(
+                    segments,
+                    builder=group.get_metadata_builder(),
+                    block_table=group.map_to_kernel_block_table(table),
+                    slot_mapping=slots,
+                    num_tokens=input_batch.num_tokens,
+                ),
+            )
+            for name in group.layer_names
+        }
+
+    def _image_spans(self, req_ids: list[str]) -> list[list[tuple[int, int]]]:
+        """Half-open absolute ranges that attend bidirectionally, for every request of the batch."""
+        if not (self.supports_mm_inputs and self.model_config.is_mm_prefix_lm):
+            return [[] for _ in req_ids]
+        features = self.encoder_cache.mm_features
+        return [
+            sorted(
+                (first, last + 1)
+                for feature in features.get(req_id, ())
+                for first, last in feature.mm_position.extract_embeds_range()
+            )
+            for req_id in req_ids
+        ]
+
+    def prepare_inputs_embeds(
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        req_states: RequestState,
+    ) -> None:
+        """Run the vision tower where scheduled and keep what this step's rows need of it.
+
+        Nothing is returned: ``prepare_inputs`` writes the merged embeddings into the one buffer.
+        """
+        del req_states
+        self._images = None
+        if self.supports_mm_inputs:
+            self.execute_mm_encoder(scheduled_encoder_inputs)
+            embeddings, is_image = self.gather_mm_embeddings(input_batch)
+            if embeddings:
+                self._images = embeddings, is_image
+
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, Tensor]:
+        """Embeddings of all rows; canvas rows get their self-conditioning mixed in."""
+        del req_states
+        num_tokens = input_batch.num_tokens
+        embeds = self._inputs_embeds[: input_batch.num_tokens_after_padding]
+        embeds[:num_tokens] = self._embed(input_batch.input_ids[:num_tokens])
+        canvas_rows = self.model.canvas_rows
+        canvas_rows.zero_()
+        if input_batch.num_draft_tokens:
+            # The rows behind logits are the canvases' and those of finished ones being committed;
+            # which is which only the device knows, so both are computed and selected.
+            rows = input_batch.logits_indices
+            slots = input_batch.expanded_idx_mapping
+            is_canvas = ~self.pool.causal[slots][:, None]
+            soft = self.pool.soft_embedding[slots, input_batch.expanded_local_pos]
+            plain = embeds[rows]
+            embeds[rows] = torch.where(
+                is_canvas, self.model.self_conditioning(plain, soft), plain
+            )
+            canvas_rows[rows] = is_canvas
+        self.model.sampler_takes_hidden = True
+        return {"inputs_embeds": embeds}
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if self._images is None:
+            return self.model.embed_input_ids(input_ids)
+        embeddings, is_image = self._images
+        self._images = None
+        return self.model.embed_input_ids(
+            input_ids, multimodal_embeddings=embeddings, is_multimodal=is_image
+        )
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Tensor]:
+        """Inputs for graph capture: the buffer that ``prepare_inputs`` writes."""
+        del num_reqs
+        return {"inputs_embeds": self._inputs_embeds[:num_tokens]}

@@ -1,0 +1,134 @@
+"""CanvasSampler: vLLM's sampler call around ``step.advance``.
+
+Takes hidden rows (the model hands them through instead of logits), gives vLLM the two numbers it
+accounts with: how many tokens a request gained, and how many of its rows do not count as computed.
+
+    prompt rows       gained 0, all count          -> the last chunk begins a canvas
+    canvas rows       gained 0, none counts        -> the same positions run again next step
+    commit rows       gained width, all count      -> the next canvas begins behind them
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_diffusion.records import CanvasBatch
+from vllm_diffusion.step import advance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.states import RequestState
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.head import Head
+
+
+class CanvasSampler:
+    """Denoises the canvases of a step and accounts for them."""
+
+    # The runner reads the bin counts after every step; None means there is nothing to update.
+    penalties_state: Final = SimpleNamespace(output_bin_counts=None)
+
+    def __init__(
+        self, model: nn.Module, pool: CanvasPool, head: Head, req_states: RequestState
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.head = head
+        self.req_states = req_states
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """Nothing to do: the model state admits the request to the pool."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        input_batch: InputBatch,
+        draft_logits: Any = None,  # noqa: ANN401 - vLLM's signature, unused by diffusion
+    ) -> SamplerOutput:
+        """Advance every canvas of the batch by one step.
+
+        Args:
+            hidden: [R, H] final hidden states of the rows behind logits, request by request.
+            input_batch: the step's batch.
+            draft_logits: unused.
+        """
+        del draft_logits
+        self.model.sampler_takes_hidden = False
+        num_reqs = input_batch.num_reqs
+        length = self.pool.canvas_length
+        tokens = torch.zeros(num_reqs, length, dtype=torch.int32, device=hidden.device)
+        gained = torch.zeros(num_reqs, dtype=torch.int32, device=hidden.device)
+        rejected = torch.zeros_like(gained)
+
+        widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
+        # A dummy batch of vLLM's memory profile pretends one logit a request and no drafts.
+        decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
+        if decoding.size:
+            index = self._to_device(decoding)
+            batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
+            emission = advance(self.pool, batch, hidden[rows], self.head)
+            tokens[index] = emission.tokens.int()
+            gained[index] = emission.count.int()
+            rejected[index] = (batch.width - emission.count).int()
+        self._begin_after_prompt(input_batch, widths == 0)
+        slots = input_batch.idx_mapping
+        self.req_states.draft_tokens[slots, :length] = self.pool.tokens[slots]
+        return SamplerOutput(
+            sampled_token_ids=tokens,
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=gained,
+            num_rejected=rejected,
+        )
+
+    def _canvas_batch(
+        self, input_batch: InputBatch, index: Tensor, widths: np.ndarray
+    ) -> tuple[CanvasBatch, Tensor]:
+        """The canvases of the step, and for each of their positions the hidden row it comes from.
+
+        Rows are [B, L]; beyond a canvas's width they repeat some row and are not valid.
+        """
+        length = self.pool.canvas_length
+        width = self._to_device(widths)
+        offset = torch.arange(length, device=width.device)
+        first_row = torch.cumsum(width, dim=0) - width
+        valid = offset < width[:, None]
+        rows = torch.where(valid, first_row[:, None] + offset, first_row[:, None])
+        start = input_batch.seq_lens[index].long() - width
+        return (
+            CanvasBatch(
+                slots=input_batch.idx_mapping[index],
+                width=width,
+                position=start[:, None] + offset,
+                valid=valid,
+            ),
+            rows,
+        )
+
+    def _begin_after_prompt(self, input_batch: InputBatch, prompt: np.ndarray) -> None:
+        """Start the first canvas of the requests whose last prompt chunk has just run."""
+        computed = (
+            input_batch.num_computed_prefill_tokens_np[: prompt.size]
+            + input_batch.num_scheduled_tokens[: prompt.size]
+        )
+        done = np.flatnonzero(prompt & (computed >= input_batch.prefill_len_np[: prompt.size]))
+        if done.size:
+            index = self._to_device(done)
+            start = self._to_device(input_batch.prefill_len_np[done])
+            offset = torch.arange(self.pool.canvas_length, device=start.device)
+            self.pool.begin(input_batch.idx_mapping[index], start[:, None] + offset)
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        host = torch.from_numpy(values.astype(np.int64))
+        return host.to(self.pool.device, non_blocking=True)

@@ -1,0 +1,88 @@
+"""What serving a canvas asks of vLLM's configuration, decided before the engine starts.
+
+vLLM calls the entry of its ``MODELS_CONFIG_MAP`` for the architecture while it builds the config, in
+the process the user started; a refusal here is an error message at the prompt, not in a worker's log.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from vllm.config.scheduler import SchedulerConfig
+from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+
+from vllm_diffusion.config import rule_constants
+from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.records import RuleConstants
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+SCHEDULER = "vllm_diffusion.engine.scheduler.canvas_scheduler"
+
+
+def served_rule(vllm_config: VllmConfig) -> RuleConstants:
+    """The decoding rule of this engine: --diffusion-config, then overrides, then the checkpoint.
+
+    Raises:
+        CheckpointError: the constants are missing or make no sense.
+    """
+    model_config = vllm_config.model_config
+    generation = dict(model_config.try_get_generation_config())
+    generation.update(model_config.override_generation_config)
+    diffusion = vllm_config.diffusion_config
+    if diffusion is not None and diffusion.max_denoising_steps is not None:
+        generation["max_denoising_steps"] = diffusion.max_denoising_steps
+    source = f"generation config {model_config.generation_config!r} of {model_config.model}"
+    return rule_constants(generation, source=source)
+
+
+class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
+    """vLLM's own settings for the architecture, then what our engine needs on top."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Set or refuse what a canvas cannot be served with.
+
+        Raises:
+            ConfigError: a setting that would change or break the output.
+            CheckpointError: the checkpoint lacks the constants of its decoding rule.
+        """
+        scheduler = vllm_config.scheduler_config
+        asked_seqs = scheduler.max_num_seqs
+        super().verify_and_update_config(vllm_config)
+        canvas = vllm_config.diffusion_config.canvas_length
+
+        served_rule(vllm_config)
+        cls._whole_canvases(scheduler, canvas)
+        if asked_seqs >= SchedulerConfig.DEFAULT_MAX_NUM_SEQS:
+            # vLLM falls back to 8 here because its sampler holds all logits at once. Ours does not;
+            # more canvases than the token budget holds would only wait with their KV allocated.
+            fitting = max(1, scheduler.max_num_batched_tokens // canvas)
+            scheduler.max_num_seqs = min(asked_seqs, fitting)
+        if scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = SCHEDULER
+        if vllm_config.model_config.is_mm_prefix_lm:
+            # An image attends to itself in both directions, so all of it must run in one step.
+            scheduler.disable_chunked_mm_input = True
+
+    @staticmethod
+    def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:
+        """A canvas runs in one piece or not at all."""
+        if scheduler.max_num_batched_tokens < canvas:
+            raise ConfigError(
+                f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, but a step must "
+                f"hold at least one canvas of {canvas} tokens; raise it to {canvas} or more, or "
+                "serve a narrower canvas with --diffusion-config."
+            )
+        if scheduler.long_prefill_token_threshold:
+            # It would clip canvases as if they were prompts.
+            logger.warning(
+                "long_prefill_token_threshold=%d would also cut canvases short; "
+                "it is switched off for diffusion models.",
+                scheduler.long_prefill_token_threshold,
+            )
+            scheduler.long_prefill_token_threshold = 0

@@ -1,0 +1,56 @@
+"""The head that materialises logits: readable, exact, the truth other heads are tested against.
+
+Memory is bounded by running at most ``max_rows`` rows of the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.head.sample import sample_rows
+from vllm_diffusion.records import Noise, CanvasStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceHead:
+    """``logits`` and ``soft_embedding`` come from the model; the arithmetic between is here."""
+
+    logits: Callable[[Tensor], Tensor]
+    """[R, H] hidden -> [R, V] fp32 logits, softcap applied."""
+    soft_embedding: Callable[[Tensor], Tensor]
+    """[R, V] fp32 probabilities -> [R, H], probabilities @ embedding, scaled like an embedding."""
+    max_rows: int
+    """Rows whose [rows, V] fp32 tensors may exist at once."""
+
+    def __call__(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
+        """See ``Head``."""
+        parts = [
+            self._rows(hidden[rows], temperature[rows], noise.rows(rows))
+            for start in range(0, hidden.shape[0], self.max_rows)
+            for rows in (slice(start, start + self.max_rows),)
+        ]
+        return parts[0] if len(parts) == 1 else CanvasStats.concatenate(parts)
+
+    def _rows(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
+        scaled = self.logits(hidden) / temperature[:, None]
+        log_prob = scaled.log_softmax(dim=-1)
+        prob = log_prob.exp()
+        # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
+        entropy = -torch.where(prob > 0, prob * log_prob, 0.0).sum(dim=-1)
+        top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
+        return CanvasStats(
+            argmax=scaled.argmax(dim=-1),
+            sample=sample_rows(prob, noise),
+            entropy=entropy,
+            top_prob=top[:, 0],
+            margin=top[:, 0] - top[:, -1],
+            soft_embedding=self.soft_embedding(prob),
+        )

@@ -1,0 +1,60 @@
+"""One categorical draw a row from two uniforms a vocabulary tile.
+
+The vocabulary is cut into tiles of ``TILE`` ids. A tile is chosen by Gumbel-max over the tiles' log
+masses, then the cumulative mass inside it is inverted. This is exact in distribution, needs
+vocab / TILE Philox calls a row instead of vocab, and never needs two tiles at once: a streaming head
+keeps the best tile so far. The tile width is part of the definition; every implementation uses it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from vllm_diffusion.denoise.rng import Purpose, philox, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.records import Noise
+
+TILE: Final = 4096
+
+
+def tile_uniforms(noise: Noise, num_tiles: int) -> tuple[Tensor, Tensor]:
+    """The two uniforms of every row and tile, each [R, num_tiles] fp32 in (0, 1)."""
+    tile = torch.arange(num_tiles, device=noise.position.device)
+    word0, word1, _, _ = philox(
+        noise.seed[:, None], noise.position[:, None], noise.step[:, None], Purpose.SAMPLE, tile
+    )
+    return uniform(word0), uniform(word1)
+
+
+def sample_rows(weight: Tensor, noise: Noise) -> Tensor:
+    """Draw one id a row in proportion to its weight.
+
+    Args:
+        weight: [R, V] fp32, non-negative, unnormalised; at least one positive a row.
+        noise: the key of every row.
+
+    Returns:
+        [R] int64. An id of zero weight is never drawn.
+    """
+    rows, vocab = weight.shape
+    num_tiles = -(-vocab // TILE)
+    gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
+    tiles = torch.nn.functional.pad(weight, (0, num_tiles * TILE - vocab)).view(
+        rows, num_tiles, TILE
+    )
+    mass = tiles.sum(dim=-1)
+    gumbel = -torch.log(-torch.log(gumbel_uniform))
+    tile = (torch.log(mass) + gumbel).argmax(dim=-1)
+    row = torch.arange(rows, device=weight.device)
+    cumulative = tiles[row, tile].cumsum(dim=-1)
+    target = cdf_uniform[row, tile] * cumulative[:, -1]
+    # right=True skips ids of zero weight; the clamp lands on the last id that adds mass when
+    # rounding puts the target on the total itself.
+    inside = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
+    return tile * TILE + torch.minimum(inside, last)

@@ -1,0 +1,1 @@
+"""Model families. Each folder declares its layers, weight names and multimodal processing."""

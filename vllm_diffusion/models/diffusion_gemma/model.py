@@ -1,0 +1,239 @@
+"""DiffusionGemma for vLLM: Gemma 4's backbone and vision tower, self-conditioning, and two heads' worth
+of access to the tied embedding (logits, and soft embeddings).
+
+One forward serves both modes. Which rows are prompt or commit rows (causal, write final KV) and which
+are canvas rows (bidirectional, scratch KV) is data: attention metadata and ``canvas_rows``, set by the
+model state before every forward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.gemma4 import Gemma4Model
+from vllm.model_executor.models.gemma4_mm import (
+    Gemma4DummyInputsBuilder,
+    Gemma4ForConditionalGeneration,
+    Gemma4MultimodalEmbedder,
+    Gemma4MultiModalProcessor,
+)
+from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsQuant
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.transformers.utils import recursive_replace_linear
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
+from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
+from vllm_diffusion.models.diffusion_gemma.weights import (
+    MAPPER,
+    PACKED_MODULES,
+    VESTIGIAL_PREFIXES,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.quantization import QuantizationConfig
+
+# Vision towers whose widths are no multiple of this are left unquantised: group-wise schemes need it.
+_QUANTISABLE_MULTIPLE = 64
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Gemma4MultiModalProcessor,
+    info=DiffusionGemmaProcessingInfo,
+    dummy_inputs=Gemma4DummyInputsBuilder,
+)
+class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQuant):
+    """The model class vLLM loads for ``DiffusionGemmaForBlockDiffusion`` checkpoints.
+
+    Interface flags must stand in this module: vLLM caches what it learns about a class by a hash of
+    this one file.
+    """
+
+    hf_to_vllm_mapper = MAPPER
+    packed_modules_mapping = PACKED_MODULES
+
+    # Gemma 4's image path, unchanged: parsing, the tower, the projection into the embedding space.
+    _parse_and_validate_image_input = Gemma4ForConditionalGeneration._parse_and_validate_image_input
+    _parse_and_validate_video_input = Gemma4ForConditionalGeneration._parse_and_validate_video_input
+    _parse_and_validate_multimodal_inputs = (
+        Gemma4ForConditionalGeneration._parse_and_validate_multimodal_inputs
+    )
+    _encoder_chunk = staticmethod(Gemma4ForConditionalGeneration._encoder_chunk)
+    _process_image_input = Gemma4ForConditionalGeneration._process_image_input
+    _process_video_input = Gemma4ForConditionalGeneration._process_video_input
+    embed_multimodal = Gemma4ForConditionalGeneration.embed_multimodal
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """The ModelState that denoises instead of decoding token by token."""
+        from vllm_diffusion.engine.model_state import CanvasModelState
+
+        return CanvasModelState
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """The text a chat message's image or video stands as; ``i`` is its number, unused."""
+        del i
+        placeholders = {"image": "<image_soft_token>", "video": "<|video|>"}
+        if modality not in placeholders:
+            raise ValueError(f"DiffusionGemma reads images and video, got {modality!r}")
+        return placeholders[modality]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        from vllm_diffusion.engine.attention import use_canvas_attention
+
+        config = vllm_config.model_config.hf_config
+        text_config = vllm_config.model_config.hf_text_config
+        quant_config = vllm_config.quant_config
+        self.config = config
+        self.model_dtype = vllm_config.model_config.dtype
+        # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The flag
+        # has to stand before the backbone is built; the config class does not carry it.
+        text_config.attention_k_eq_v = True
+        # Before the first attention layer is built, since a layer picks its backend then.
+        use_canvas_attention()
+
+        self._build_vision(vllm_config, prefix)
+        self.model = Gemma4Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.canvas_rows = torch.zeros(
+            vllm_config.scheduler_config.max_num_batched_tokens, 1, dtype=torch.bool
+        )
+        for layer in self.model.layers:
+            CanvasDecoderLayer.adopt(layer, self.canvas_rows)
+            # Ranges widen the window instead of being clipped by it, as in the reference.
+            layer.self_attn.attn.mm_prefix_clamp_sliding_window = False
+
+        self.lm_head = ParallelLMHead(
+            text_config.vocab_size,
+            text_config.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if text_config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.softcap: float | None = text_config.final_logit_softcapping
+        # The softcap is applied in fp32 in `logits`, so this only multiplies and gathers.
+        self.logits_processor = LogitsProcessor(text_config.vocab_size, soft_cap=None)
+        self.self_conditioning = SelfConditioning(
+            text_config.hidden_size,
+            text_config.intermediate_size,
+            eps=text_config.rms_norm_eps,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "self_conditioning"),
+        )
+        # True while the next call of compute_logits is the sampler's, see there.
+        self.sampler_takes_hidden = False
+
+    def _build_vision(self, vllm_config: VllmConfig, prefix: str) -> None:
+        """Gemma 4's vision tower and the projection into the text embedding space."""
+        config = vllm_config.model_config.hf_config
+        lora_config = vllm_config.lora_config
+        self._enable_mm_lora = bool(lora_config and lora_config.enable_tower_connector_lora)
+        if config.vision_config is None:
+            self.vision_tower = None
+            self.embed_vision = None
+            return
+        quant = self._tower_quantisation(vllm_config.quant_config, config.vision_config)
+        with self._mark_tower_model(vllm_config, {"image", "video"}):
+            self.vision_tower = AutoModel.from_config(config=config.vision_config)
+            self.embed_vision = Gemma4MultimodalEmbedder(
+                config.vision_config,
+                vllm_config.model_config.hf_text_config,
+                quant_config=quant,
+                prefix=maybe_prefix(prefix, "embed_vision"),
+            )
+            recursive_replace_linear(
+                self.vision_tower, quant, prefix=maybe_prefix(prefix, "vision_tower")
+            )
+
+    @staticmethod
+    def _tower_quantisation(
+        quant_config: QuantizationConfig | None,
+        vision_config: Any,  # noqa: ANN401 - a Transformers config
+    ) -> QuantizationConfig | None:
+        """The tower's quantisation: schemes that name their targets decide, others need the width."""
+        if quant_config is None:
+            return None
+        if quant_config.get_name() in ("bitsandbytes", "torchao", "compressed-tensors"):
+            return quant_config
+        sizes = (vision_config.hidden_size, vision_config.intermediate_size)
+        return quant_config if all(s % _QUANTISABLE_MULTIPLE == 0 for s in sizes) else None
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Which modules are language, connector and tower."""
+        return MultiModelKeys.from_string_field(
+            language_model="model", connector=["embed_vision"], tower_model=["vision_tower"]
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any | None = None,  # noqa: ANN401 - vLLM's IntermediateTensors
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401 - passed through to the backbone
+    ) -> Tensor:
+        """Final hidden states [N, H] of prompt, commit and canvas rows alike."""
+        return self.model(
+            input_ids=input_ids,
+            positions=positions,
+            intermediate_tensors=intermediate_tensors,
+            inputs_embeds=None if intermediate_tensors is not None else inputs_embeds,
+            **kwargs,
+        )
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits of hidden rows, or the rows themselves when the sampler asked for those.
+
+        The runner calls this between forward and sampler with every canvas row at once. A head must
+        not have all their logits at once, so the model state sets ``sampler_takes_hidden`` before
+        the forward and the sampler clears it. Other callers (prompt logprobs) get logits.
+        """
+        return hidden_states if self.sampler_takes_hidden else self.logits(hidden_states)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[R, H] -> [R, vocab] fp32, softcap applied in fp32 as the reference does."""
+        logits = self.logits_processor(self.lm_head, hidden_states).float()
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap) * self.softcap
+
+    def soft_embedding(self, probabilities: Tensor) -> Tensor:
+        """[R, vocab] fp32 -> [R, H]: the expected embedding, scaled like a token's.
+
+        The embedding is sharded over the vocabulary; every rank adds its part.
+        """
+        table = self.model.embed_tokens
+        start, end = (
+            table.shard_indices.org_vocab_start_index,
+            table.shard_indices.org_vocab_end_index,
+        )
+        weight = table.weight[: end - start]
+        soft = probabilities[:, start:end].to(weight.dtype) @ weight
+        return tensor_model_parallel_all_reduce(soft) * self.model.normalizer
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the released names; a file that holds one layer scalar serves both kinds of row."""
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
+        loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        for index, layer in enumerate(self.model.layers):
+            names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
+            encoder, decoder = (name in loaded for name in names)
+            if encoder and not decoder:
+                layer.decoder_layer_scalar.copy_(layer.encoder_layer_scalar)
+            elif decoder and not encoder:
+                layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
+            if encoder or decoder:
+                loaded.update(names)
+        return loaded

@@ -1,0 +1,102 @@
+"""DiffusionParams: what one request may set, and one error message that names every problem.
+
+Takes the sampling parameters of vLLM's request (any object with their attributes) and gives a frozen
+record. Never changes the request, never imports vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.errors import ParamsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PREFIX: Final = "diffusion_"
+"""Every option of ours in ``extra_args`` / ``vllm_xargs`` starts with this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionParams:
+    """The diffusion options of a request; None leaves the served value."""
+
+    max_steps: int | None = None
+    """Denoising steps a canvas may take; the temperature ramp follows it."""
+    canvas_length: int | None = None
+    """Canvas width, at most the served one."""
+
+
+# The sampling parameters that have no meaning on a canvas yet, and when they are set.
+_UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
+    "temperature": lambda value: value != 1.0,
+    "top_p": lambda value: value != 1.0,
+    "top_k": lambda value: value > 0,
+    "min_p": lambda value: value > 0,
+    "min_tokens": lambda value: value > 0,
+    "presence_penalty": lambda value: value != 0,
+    "frequency_penalty": lambda value: value != 0,
+    "repetition_penalty": lambda value: value != 1,
+    "logit_bias": bool,
+    "bad_words": bool,
+    "allowed_token_ids": bool,
+    "logprobs": lambda value: value is not None,
+    "prompt_logprobs": lambda value: value is not None,
+}
+
+_OPTIONS: Final = {
+    "diffusion_max_steps": "max_steps",
+    "diffusion_canvas_length": "canvas_length",
+}
+
+
+def parse_params(sampling: Any, *, canvas_length: int | None = None) -> DiffusionParams:
+    """The diffusion options of a request, or one error listing everything that is wrong with it.
+
+    Args:
+        sampling: vLLM's ``SamplingParams``.
+        canvas_length: the served canvas, None where it is not known yet.
+
+    Raises:
+        ParamsError: unsupported sampling parameters, unknown or malformed diffusion options.
+    """
+    unsupported = [
+        f"{name}={value!r}"
+        for name, is_set in _UNSUPPORTED.items()
+        if (value := getattr(sampling, name)) is not None and is_set(value)
+    ]
+    problems = []
+    if unsupported:
+        problems.append(
+            f"not supported by this diffusion model yet: {', '.join(unsupported)} "
+            "(leave them at their defaults; the checkpoint's schedule sets the temperature)"
+        )
+    fields, wrong = _options(sampling.extra_args or {}, canvas_length)
+    problems += wrong
+    if problems:
+        raise ParamsError("; ".join(problems))
+    return DiffusionParams(**fields)
+
+
+def _options(
+    extra: Mapping[str, Any], canvas_length: int | None
+) -> tuple[dict[str, int], list[str]]:
+    """The options among ``extra`` as fields of DiffusionParams, and what is wrong with them."""
+    fields: dict[str, int] = {}
+    problems = []
+    for name, value in extra.items():
+        if not name.startswith(PREFIX):
+            continue
+        if name not in _OPTIONS:
+            problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            problems.append(f"{name} must be a positive integer, got {value!r}")
+        elif name == "diffusion_canvas_length" and canvas_length and value > canvas_length:
+            problems.append(
+                f"diffusion_canvas_length must not exceed the served canvas of "
+                f"{canvas_length}, got {value}"
+            )
+        else:
+            fields[_OPTIONS[name]] = value
+    return fields, problems
