@@ -1,0 +1,187 @@
+"""A byte-level BPE tokenizer and chat template shaped like Gemma 4's, at any vocabulary size.
+
+Takes a vocabulary size. Gives the files of a tokenizer and of a Gemma 4 processor. Never downloads:
+the training text is in this file, so the same size gives the same bytes everywhere.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
+TURN_START, TURN_END = "<|turn>", "<turn|>"
+IMAGE, IMAGE_START, IMAGE_END = "<|image|>", "<|image>", "<image|>"
+AUDIO, AUDIO_START, AUDIO_END = "<|audio|>", "<|audio>", "<audio|>"
+VIDEO = "<|video|>"
+
+SPECIAL_TOKENS = (
+    *(PAD, EOS, BOS, UNK, TURN_START, TURN_END, IMAGE, IMAGE_START, IMAGE_END),
+    *(AUDIO, AUDIO_START, AUDIO_END, VIDEO),
+    # What vLLM's Gemma 4 reasoning and tool parsers look for.
+    *("<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>"),
+    *("<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
+)
+"""In id order: the id of a special token is its index here, at every vocabulary size."""
+
+BYTES = 256
+MIN_VOCAB = len(SPECIAL_TOKENS) + BYTES
+
+# Content is a string or a list of parts; iterating over it is also how vLLM recognises a template
+# that takes parts.
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] | trim }}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}
+                {{- '<|image|>' }}
+            {%- elif part['type'] == 'text' %}
+                {{- part['text'] | trim }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|turn>model\\n' }}
+{%- endif %}
+"""
+
+# Plain prose, some JSON, some code: enough for a few hundred merges that tests meet again.
+_CORPUS = """\
+A diffusion language model writes a whole block of text at once and then refines it.
+It starts from random words, and with every step it keeps the words that it is sure of.
+The words that it is not sure of become random again, until the whole block is stable.
+Then the next block begins, and it can read everything that was written before it.
+The user asked a question and the model answered in one short sentence.
+What is the capital of France? The capital of France is Paris, a city on the river Seine.
+Once upon a time there was a small house at the edge of the forest, where nobody lived.
+The quick brown fox jumps over the lazy dog, and the dog does not care about the fox at all.
+Every morning the baker opened the shop, and every evening the lights in the window went out.
+Please write a list of the things that you would take with you on a long journey by train.
+Water, bread, a warm coat, a good book, some money, and a letter from an old friend.
+The answer is correct if each number is used only once in each row and in each column.
+{"name": "Alice", "age": 30, "city": "Paris", "job": "pilot", "active": true, "score": 1.5}
+{"name": "Bob", "age": 41, "city": "Berlin", "job": "teacher", "active": false, "score": null}
+[{"id": 1, "text": "first"}, {"id": 2, "text": "second"}, {"id": 3, "text": "third"}]
+def add(first, second):
+    return first + second
+for index in range(10):
+    print(index, add(index, 1))
+if value is None:
+    raise ValueError("the value must be a number")
+The image shows a red square on a white background. Describe the image in a few words.
+Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and Sunday are the days of the week.
+In the beginning the number of steps was large, later on it became smaller and smaller.
+""".splitlines()
+
+
+def token_id(token: str) -> int:
+    """Id of a special token; ValueError for any other string."""
+    return SPECIAL_TOKENS.index(token)
+
+
+def build_tokenizer(vocab: int) -> Tokenizer:
+    """Train a tokenizer with exactly `vocab` ids; digits are always separate tokens."""
+    if vocab < MIN_VOCAB:
+        raise ValueError(
+            f"Expected a vocabulary of at least {MIN_VOCAB} ({len(SPECIAL_TOKENS)} special tokens "
+            f"and {BYTES} bytes), but got {vocab}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer = _filled_up(tokenizer, vocab)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, token_id(BOS))]
+    )
+    return tokenizer
+
+
+def _filled_up(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
+    """Give every id up to `vocab` a token: an id without one would crash a detokenizer."""
+    state = json.loads(tokenizer.to_str())
+    words: dict[str, int] = state["model"]["vocab"]
+    for index in range(len(words), vocab):
+        words[f"<unused{index}>"] = index
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def write_processor_files(directory: Path, *, vocab: int, soft_tokens: int, patch: int) -> None:
+    """Write tokenizer, chat template and processor configuration, as Transformers would save them.
+
+    Written by hand rather than through `Gemma4Processor`, so that making a checkpoint needs no
+    image or audio libraries. `soft_tokens` is the most an image may occupy in the prompt.
+    """
+    build_tokenizer(vocab).save(str(directory / "tokenizer.json"))
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "backend": "tokenizers",
+            "tokenizer_class": "TokenizersBackend",
+            "processor_class": "Gemma4Processor",
+            "model_max_length": 1 << 30,
+            "padding_side": "left",
+            "pad_token": PAD,
+            "eos_token": EOS,
+            "bos_token": BOS,
+            "unk_token": UNK,
+            "image_token": IMAGE,
+            "boi_token": IMAGE_START,
+            "eoi_token": IMAGE_END,
+            "audio_token": AUDIO,
+            "boa_token": AUDIO_START,
+            "eoa_token": AUDIO_END,
+            "extra_special_tokens": list(SPECIAL_TOKENS[4:]),
+        },
+    )
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    pixels = {
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "max_soft_tokens": soft_tokens,
+        "patch_size": patch,
+        "pooling_kernel_size": 3,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    write_json(
+        directory / "processor_config.json",
+        {
+            "processor_class": "Gemma4Processor",
+            "image_seq_length": soft_tokens,
+            "audio_ms_per_token": 40,
+            "audio_seq_length": 750,
+            "image_processor": {
+                **pixels,
+                "image_processor_type": "Gemma4ImageProcessor",
+                "do_normalize": False,
+            },
+            # Gemma 4's processor class takes both of these even where the model has neither tower.
+            "video_processor": {**pixels, "video_processor_type": "Gemma4VideoProcessor"},
+            "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+        },
+    )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with sorted keys, so that equal content is equal bytes."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
