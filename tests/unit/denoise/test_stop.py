@@ -1,0 +1,113 @@
+"""The stopping rule, step by step beside the published criteria."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    StableAndConfidentStoppingCriteria,
+)
+
+from vllm_diffusion.denoise.stop import stable_and_confident
+
+LENGTH, VOCAB, STEPS = 12, 20, 14
+CONFIDENCE = 0.05
+
+
+def settling_logits(seed: int) -> list[Tensor]:
+    """Logits [1, L, V] of one canvas: sure or unsure, moving or still, in every combination."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, steps = torch.randn(1, LENGTH, VOCAB, generator=generator), []
+    for _ in range(STEPS):
+        if torch.rand((), generator=generator) < 0.3:
+            moved = int(torch.randint(LENGTH, (), generator=generator))
+            logits = logits.clone()
+            logits[0, moved] = torch.randn(VOCAB, generator=generator)
+        scale = 60.0 if torch.rand((), generator=generator) < 0.7 else 6.0
+        steps.append(logits * scale)
+    return steps
+
+
+def run_ours(
+    steps: list[Tensor], stability: int, valid: Tensor | None = None, confidence: float = CONFIDENCE
+) -> list[bool]:
+    """Feed the rule as the canvas pool does: history oldest first, -1 before it exists."""
+    length = steps[0].shape[1]
+    history = torch.full((1, stability, length), -1)
+    valid = torch.ones(1, length, dtype=torch.bool) if valid is None else valid
+    outcome = []
+    for logits in steps:
+        argmax = logits.argmax(dim=-1)
+        entropy = Categorical(logits=logits).entropy()
+        verdict = stable_and_confident(argmax, history, entropy, torch.tensor([confidence]), valid)
+        outcome.append(bool(verdict))
+        if stability:
+            history = torch.cat([history[:, 1:], argmax[:, None]], dim=1)
+    return outcome
+
+
+@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+def test_equals_the_published_criteria_at_every_step(stability: int) -> None:
+    seen = set()
+    for seed in range(40):
+        steps = settling_logits(seed)
+        criteria = StableAndConfidentStoppingCriteria(stability, CONFIDENCE)
+        theirs = [bool(criteria(logits.argmax(dim=-1), logits)) for logits in steps]
+        assert run_ours(steps, stability) == theirs, f"sequence {seed}"
+        seen.update(theirs)
+    assert seen == {True, False}, "the sequences exercised only one outcome"
+
+
+@pytest.mark.parametrize("stability", [1, 2, 3])
+def test_needs_that_many_unchanged_steps(stability: int) -> None:
+    still = [torch.eye(VOCAB)[:LENGTH][None] * 100.0] * 6
+    assert run_ours(still, stability) == [step >= stability for step in range(6)]
+
+
+def test_one_moving_position_keeps_the_canvas_open() -> None:
+    steps = []
+    for step in range(5):
+        logits = torch.eye(VOCAB)[:LENGTH][None] * 100.0
+        logits[0, 7] = torch.eye(VOCAB)[step] * 100.0
+        steps.append(logits)
+    assert not any(run_ours(steps, 1))
+
+
+def test_stability_zero_asks_for_confidence_alone() -> None:
+    sure, unsure = torch.eye(VOCAB)[:LENGTH][None] * 100.0, torch.zeros(1, LENGTH, VOCAB)
+    assert run_ours([sure, unsure, sure], 0) == [True, False, True]
+
+
+def test_the_threshold_is_strict_and_per_canvas() -> None:
+    entropy = torch.full((3, LENGTH), 0.25)
+    argmax = torch.zeros(3, LENGTH, dtype=torch.int64)
+    verdict = stable_and_confident(
+        argmax,
+        argmax[:, None],
+        entropy,
+        torch.tensor([0.25, 0.2500001, 0.2]),
+        torch.ones(3, LENGTH, dtype=torch.bool),
+    )
+    assert verdict.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("width", [1, 5, LENGTH - 1])
+@pytest.mark.parametrize("rest", [0.0, 1e3, float("nan")])
+def test_padding_has_no_say(width: int, rest: float) -> None:
+    # Padding rows carry whatever the forward left there: other ids every step, any entropy.
+    valid = (torch.arange(LENGTH) < width)[None]
+    for seed in range(10):
+        steps = settling_logits(seed)
+        narrow = run_ours([logits[:, :width] for logits in steps], 1)
+        history, outcome = torch.full((1, 1, LENGTH), -1), []
+        for step, logits in enumerate(steps):
+            argmax, entropy = logits.argmax(dim=-1), Categorical(logits=logits).entropy()
+            argmax[:, width:], entropy[:, width:] = step, rest
+            verdict = stable_and_confident(
+                argmax, history, entropy, torch.tensor([CONFIDENCE]), valid
+            )
+            outcome.append(bool(verdict))
+            history = argmax[:, None]
+        assert outcome == narrow

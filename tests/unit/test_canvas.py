@@ -1,0 +1,285 @@
+"""The life of a canvas: admitted, begun, denoised, finished, committed, and handed to the next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.denoise.renoise import initial_canvas
+from vllm_diffusion.denoise.rng import split_seed
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, RuleConstants
+
+SLOTS, LENGTH, HIDDEN, VOCAB = 5, 8, 4, 101
+
+CONSTANTS = RuleConstants(
+    max_steps=6,
+    t_min=0.4,
+    t_max=0.8,
+    entropy_bound=0.1,
+    confidence_threshold=0.005,
+    stability_threshold=2,
+)
+
+STATE = ("tokens", "argmax", "history", "soft_embedding", "step", "causal", "seed", "max_steps")
+
+
+def make_pool(constants: RuleConstants = CONSTANTS) -> CanvasPool:
+    return CanvasPool(
+        num_slots=SLOTS,
+        canvas_length=LENGTH,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        constants=constants,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def positions(*starts: int) -> Tensor:
+    return torch.tensor(starts)[:, None] + torch.arange(LENGTH)
+
+
+def make_batch(slots: list[int], starts: list[int], widths: list[int] | None = None) -> CanvasBatch:
+    width = torch.tensor(widths or [LENGTH] * len(slots))
+    return CanvasBatch(
+        slots=torch.tensor(slots),
+        width=width,
+        position=positions(*starts),
+        valid=torch.arange(LENGTH) < width[:, None],
+    )
+
+
+def make_stats(batch: CanvasBatch, fill: int) -> CanvasStats:
+    shape = tuple(batch.position.shape)
+    row = torch.arange(shape[0])[:, None] * 10
+    return CanvasStats(
+        argmax=(row + fill).expand(shape).clone(),
+        sample=(row + fill + 1).expand(shape).clone(),
+        entropy=torch.ones(shape),
+        top_prob=torch.ones(shape),
+        margin=torch.ones(shape),
+        soft_embedding=torch.full((*shape, HIDDEN), float(fill)),
+    )
+
+
+def make_decision(batch: CanvasBatch, next_token: int, *finished: bool) -> Decision:
+    shape = batch.position.shape
+    return Decision(
+        accept=torch.zeros(shape, dtype=torch.bool),
+        next_tokens=torch.full(shape, next_token),
+        finished=torch.tensor(finished),
+    )
+
+
+def snapshot(pool: CanvasPool, slot: int) -> dict[str, Tensor]:
+    return {name: getattr(pool, name)[slot].clone() for name in STATE}
+
+
+def assert_unchanged(pool: CanvasPool, slot: int, before: dict[str, Tensor]) -> None:
+    for name, value in before.items():
+        assert torch.equal(getattr(pool, name)[slot], value), f"slot {slot}: {name} changed"
+
+
+def begun_pool(*slots: int) -> CanvasPool:
+    pool = make_pool()
+    for slot in slots:
+        pool.admit(slot, seed=1000 + slot)
+    pool.begin(torch.tensor(slots), positions(*(10 * slot for slot in slots)))
+    return pool
+
+
+def test_a_new_pool_is_causal_and_holds_the_constants() -> None:
+    pool = make_pool()
+    assert bool(pool.causal.all())
+    assert pool.tokens.shape == pool.argmax.shape == (SLOTS, LENGTH)
+    assert pool.history.shape == (SLOTS, CONSTANTS.stability_threshold, LENGTH)
+    assert pool.soft_embedding.shape == (SLOTS, LENGTH, HIDDEN)
+    assert pool.t_min.tolist() == [0.4] * SLOTS
+    assert pool.t_max.tolist() == [0.8] * SLOTS
+    assert pool.entropy_bound.tolist() == pytest.approx([0.1] * SLOTS)
+    assert pool.confidence_threshold.tolist() == pytest.approx([0.005] * SLOTS)
+
+
+def test_admit_takes_the_slot_and_nothing_else() -> None:
+    pool = begun_pool(0, 1, 2)
+    before = {slot: snapshot(pool, slot) for slot in (0, 2)}
+    pool.admit(1, seed=(7 << 32) + 9, max_steps=3)
+    assert pool.seed[1].tolist() == [9, 7]
+    assert int(pool.max_steps[1]) == 3
+    assert int(pool.step[1]) == 0
+    assert bool(pool.causal[1])
+    for slot, state in before.items():
+        assert_unchanged(pool, slot, state)
+
+
+def test_admit_without_a_step_limit_takes_the_checkpoints() -> None:
+    pool = make_pool()
+    pool.admit(0, seed=1, max_steps=2)
+    pool.admit(0, seed=1)
+    assert int(pool.max_steps[0]) == CONSTANTS.max_steps
+
+
+def test_begin_draws_the_initial_canvas_of_the_slots_seed_and_position() -> None:
+    pool = begun_pool(0, 3)
+    for slot in (0, 3):
+        expected = initial_canvas(
+            torch.tensor([split_seed(1000 + slot)]), positions(10 * slot), VOCAB
+        )
+        assert torch.equal(pool.tokens[slot], expected[0])
+    assert not bool(pool.causal[0])
+    assert not bool(pool.causal[3])
+    assert bool(pool.causal[1])
+
+
+def test_a_denoising_step_takes_the_decision() -> None:
+    pool = begun_pool(1, 3)
+    others = {slot: snapshot(pool, slot) for slot in (0, 2, 4)}
+    batch = make_batch([3, 1], [30, 10])
+    emission = pool.apply(batch, make_stats(batch, 50), make_decision(batch, 77, False, False))
+    assert emission.count.tolist() == [0, 0]
+    assert emission.steps.tolist() == [0, 0]
+    assert pool.step[[3, 1]].tolist() == [1, 1]
+    assert bool((pool.tokens[[3, 1]] == 77).all())
+    assert bool((pool.argmax[3] == 50).all())
+    assert bool((pool.argmax[1] == 60).all())
+    assert bool((pool.soft_embedding[[3, 1]] == 50.0).all())
+    assert not bool(pool.causal[[3, 1]].any())
+    for slot, state in others.items():
+        assert_unchanged(pool, slot, state)
+
+
+def test_history_holds_the_latest_steps_oldest_first() -> None:
+    pool = begun_pool(2)
+    batch = make_batch([2], [20])
+    seen = []
+    for fill in (5, 6, 7):
+        pool.apply(batch, make_stats(batch, fill), make_decision(batch, 0, False))
+        seen.append(pool.history[2, :, 0].tolist())
+    assert seen == [[-1, 5], [5, 6], [6, 7]]
+
+
+def test_a_finished_canvas_turns_causal_with_its_argmax_as_input() -> None:
+    pool = begun_pool(0, 1)
+    batch = make_batch([0, 1], [0, 10])
+    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True, False))
+    assert emission.count.tolist() == [0, 0], "its KV is not written yet, so nothing is emitted"
+    assert pool.causal[[0, 1]].tolist() == [True, False]
+    assert bool((pool.tokens[0] == 30).all())
+    assert bool((pool.tokens[1] == 77).all())
+    # The commit forward takes plain embeddings; a belief left here would reach the next canvas.
+    assert bool((pool.soft_embedding[0] == 0).all())
+    assert bool((pool.soft_embedding[1] == 30).all())
+
+
+def test_a_commit_emits_the_argmax_and_begins_the_next_canvas_behind_it() -> None:
+    pool = begun_pool(2)
+    batch = make_batch([2], [20])
+    for finished in (False, True):
+        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, finished))
+    # What the head and the rule say of commit rows is noise: a commit row has no distribution.
+    garbage = replace(
+        make_stats(batch, 99), soft_embedding=torch.full((1, LENGTH, HIDDEN), torch.nan)
+    )
+    emission = pool.apply(batch, garbage, make_decision(batch, 88, True))
+    assert emission.tokens.tolist() == [[40] * LENGTH]
+    assert emission.count.tolist() == [LENGTH]
+    assert emission.steps.tolist() == [2]
+    expected = initial_canvas(torch.tensor([split_seed(1002)]), positions(20 + LENGTH), VOCAB)
+    assert torch.equal(pool.tokens[2], expected[0])
+    assert int(pool.step[2]) == 0
+    assert bool((pool.history[2] == -1).all())
+    assert bool((pool.soft_embedding[2] == 0).all())
+    assert not bool(pool.causal[2])
+
+
+def test_a_commit_equals_a_fresh_begin_at_the_same_place() -> None:
+    pool = begun_pool(2)
+    batch = make_batch([2], [20])
+    for finished in (True, False):
+        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, finished))
+    fresh = make_pool()
+    fresh.admit(2, seed=1002)
+    fresh.begin(torch.tensor([2]), positions(20 + LENGTH))
+    for name in set(STATE) - {"argmax"}:
+        assert torch.equal(getattr(pool, name)[2], getattr(fresh, name)[2]), name
+
+
+def test_denoising_finishing_and_committing_slots_share_a_batch() -> None:
+    def history_of(slot: int, together: bool) -> list[dict[str, Tensor]]:
+        """Slot 0 commits, 1 finishes and 2 denoises in step 1; each alone or all at once."""
+        pool, states = begun_pool(0, 1, 2), []
+        for fill, finished in ((11, (True, False, False)), (12, (False, True, False))):
+            slots = [0, 1, 2] if together else [slot]
+            batch = make_batch(slots, [10 * s for s in slots])
+            stats = make_stats(batch, fill)
+            row = torch.tensor(slots)[:, None]
+            stats = replace(stats, argmax=(row + fill).expand(len(slots), LENGTH))
+            pool.apply(batch, stats, make_decision(batch, 70, *(finished[s] for s in slots)))
+            states.append(snapshot(pool, slot))
+        return states
+
+    for slot in range(3):
+        for alone, mixed in zip(history_of(slot, False), history_of(slot, True), strict=True):
+            assert all(torch.equal(alone[name], mixed[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("width", [1, 3, LENGTH - 1])
+def test_a_narrow_commit_emits_its_width_and_goes_on_behind_it(width: int) -> None:
+    pool = begun_pool(0)
+    batch = make_batch([0], [0], [width])
+    pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, True))
+    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False))
+    assert emission.count.tolist() == [width]
+    expected = initial_canvas(torch.tensor([split_seed(1000)]), positions(width), VOCAB)
+    assert torch.equal(pool.tokens[0], expected[0])
+
+
+@pytest.mark.parametrize("left_in", ["denoising", "finished", "committed"])
+def test_what_an_aborted_request_leaves_behind_does_not_reach_the_next(left_in: str) -> None:
+    pool = begun_pool(3)
+    batch = make_batch([3], [30])
+    for finished in {"denoising": [False], "finished": [True], "committed": [True, False]}[left_in]:
+        pool.apply(batch, make_stats(batch, 64), make_decision(batch, 77, finished))
+    fresh = make_pool()
+    for each in (pool, fresh):
+        each.admit(3, seed=5)
+        assert bool(each.causal[3]), "a new request's first rows are prompt rows"
+        each.begin(torch.tensor([3]), positions(4))
+    for name in set(STATE) - {"argmax"}:
+        assert torch.equal(getattr(pool, name)[3], getattr(fresh, name)[3]), name
+    # The stale argmax may stay: it is written by every step before a commit reads it.
+    batch = make_batch([3], [4])
+    for each in (pool, fresh):
+        each.apply(batch, make_stats(batch, 20), make_decision(batch, 21, True))
+    assert torch.equal(pool.argmax[3], fresh.argmax[3])
+
+
+def test_confidence_alone_needs_no_history() -> None:
+    pool = make_pool(replace(CONSTANTS, stability_threshold=0))
+    pool.admit(0, seed=1)
+    pool.begin(torch.tensor([0]), positions(0))
+    batch = make_batch([0], [0])
+    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 4, False))
+    assert pool.history.shape == (SLOTS, 0, LENGTH)
+    assert bool((pool.tokens[0] == 4).all())
+
+
+def test_soft_embeddings_are_kept_in_the_models_dtype() -> None:
+    pool = CanvasPool(
+        num_slots=1,
+        canvas_length=LENGTH,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        constants=CONSTANTS,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    pool.admit(0, seed=1)
+    pool.begin(torch.tensor([0]), positions(0))
+    batch = make_batch([0], [0])
+    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 4, False))
+    assert pool.soft_embedding.dtype == torch.bfloat16
