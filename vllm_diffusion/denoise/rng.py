@@ -1,10 +1,10 @@
-"""Counter-based noise: a number is a function of (seed, position, step, purpose, tile) and nothing else.
+"""Counter-based noise: a number is a function of (seed, position, step, purpose, tile) alone.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is
-``(position, step, purpose, tile)``, the key is the request's 64-bit seed. Because no state is carried
-from draw to draw, a request sees the same noise alone, in any batch, after preemption and under chunked
-prefill. The layout below is part of the definition: every implementation (torch here, kernels elsewhere)
-must agree on it bit for bit.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter
+is ``(position, step, purpose, tile)``, the key is the request's 64-bit seed. Because no state is
+carried from draw to draw, a request sees the same noise alone, in any batch, after preemption and
+under chunked prefill. The layout below is part of the definition: every implementation (torch here,
+kernels elsewhere) must agree on it bit for bit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _WEYL_0: Final = 0x9E3779B9
 _WEYL_1: Final = 0xBB67AE85
 _ROUNDS: Final = 10
 
-# 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even above
-# one half and the largest word becomes 1.0, whose Gumbel is infinite.
+# 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even
+# above one half and the largest word becomes 1.0, whose Gumbel is infinite.
 _UNIFORM_BITS: Final = 23
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def linear_temperature(step: Tensor, max_steps: Tensor, t_min: Tensor, t_max: Tensor) -> Tensor:
@@ -20,7 +23,7 @@ def linear_temperature(step: Tensor, max_steps: Tensor, t_min: Tensor, t_max: Te
     Source: ``LinearTemperatureScheduleLogitsProcessor`` of Transformers' diffusion_gemma.
     """
     remaining = (max_steps - step).clamp(min=1).float()
-    # The source subtracts Python floats and only then meets an fp32 tensor. Subtracting ends already
-    # rounded to fp32 gives another last bit for ranges such as 0.3..0.7.
+    # The source subtracts Python floats and only then meets an fp32 tensor. Subtracting ends that
+    # are already rounded to fp32 gives another last bit for ranges such as 0.3..0.7.
     span = (t_max - t_min).float()
     return t_min.float() + span * (remaining / max_steps)
