@@ -1,10 +1,10 @@
 """What must happen before vLLM is imported.
 
 The plugin's `register()` runs when vLLM loads general plugins, which is after vLLM has imported its
-configuration and with it Transformers, torchvision and torchaudio. Where importing those raises (see
-`torch_companions.py`), that is too late. torch calls the entry points of the group `torch.backends`
-at the end of its own import: the only moment that comes before all of them, in every process, also
-in one that uses Transformers alone.
+configuration and with it Transformers, torchvision and torchaudio. Where importing those raises
+(see `torch_companions.py`), that is too late. torch calls the entry points of the group
+`torch.backends` at the end of its own import: the only moment that comes before all of them, in
+every process, also in one that uses Transformers alone.
 """
 
 from __future__ import annotations

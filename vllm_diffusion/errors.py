@@ -1,0 +1,39 @@
+"""Every error this package raises on purpose.
+
+    VllmDiffusionError
+    ├── UnsupportedVllmError        the installed vLLM is missing or outside the tested range
+    ├── UnsupportedRunnerError      a diffusion model was sent to a runner that cannot serve it
+    ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
+    ├── ParamsError                 a request asks for something impossible
+    └── ConfigError                 an engine option is impossible
+
+A message is one sentence or one list of all problems: what was found, what is accepted, and what to
+do about it. The last three are also `ValueError`, which is what vLLM turns into an answer of status
+400 (a request) or a refusal to start (an option, a checkpoint). The two about the installation are
+not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in pydantic's own
+text, and these must be read as they are.
+"""
+
+
+class VllmDiffusionError(Exception):
+    """Base of all errors of this package; catch it to catch them all."""
+
+
+class UnsupportedVllmError(VllmDiffusionError):
+    """The installed vLLM is missing, unreadable, or outside the tested range."""
+
+
+class UnsupportedRunnerError(VllmDiffusionError):
+    """A diffusion model was sent to a model runner that cannot serve it."""
+
+
+class CheckpointError(VllmDiffusionError, ValueError):
+    """A checkpoint lacks, or contradicts, something that must be read from it."""
+
+
+class ParamsError(VllmDiffusionError, ValueError):
+    """A request asks for something impossible; the message names every problem at once."""
+
+
+class ConfigError(VllmDiffusionError, ValueError):
+    """An engine option is impossible; the message names the option and what it accepts."""

@@ -1,0 +1,26 @@
+"""The worker class a diffusion model runs in on a CPU host without a Triton backend.
+
+vLLM resolves it by name, in the worker process, from `parallel_config.worker_cls`. Importing
+`vllm.v1.worker.cpu_worker` comes first on purpose: its own first import replaces CUDA streams,
+pinned memory and device buffers by host versions, and a Model Runner V2 module imported before that
+would keep the device ones.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream.patches import WORKER_PATCHES
+
+
+class TritonFreeCPUWorker(CPUWorker):
+    """vLLM's CPU worker, with stand-ins for the Triton kernels of Model Runner V2."""
+
+    def init_device(self) -> None:
+        """Replace the kernels, then build device and model runner as vLLM does."""
+        ledger.apply(WORKER_PATCHES)
+        # Warming up would launch every sampler kernel once to compile it: there is nothing to
+        # compile, and the kernels a diffusion model never launches have no stand-in.
+        self.vllm_config.kernel_config.enable_jit_warmup = False
+        super().init_device()

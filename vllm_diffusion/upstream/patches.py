@@ -1,0 +1,163 @@
+"""THE TABLE: every patch on vLLM, in the order they are installed.
+
+To add one: write its installer (and what it wraps) in a file of its own here, add a row below, and
+a contract test of the target's signature in `tests/contract/`. `applies` and `needed` are written
+next to the installer when they are more than a line. A row must not import vLLM or torch until one
+of its functions is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any, Final
+
+from vllm_diffusion.upstream import (
+    cpu_host,
+    cpu_kernels,
+    request_validation,
+    serving_config,
+    torch_companions,
+)
+from vllm_diffusion.upstream.ledger import Patch
+
+
+def _always() -> bool:
+    return True
+
+
+EARLY_PATCHES: Final = (
+    Patch(
+        name="torchvision-ops",
+        target="torchvision._meta_registrations",
+        why="torchvision from PyPI is a CUDA build; beside a CPU torch its library cannot load, "
+        "and importing it dies on a missing operator.",
+        upstream_reference="torchvision/_meta_registrations.py: register_fake without _has_ops()",
+        remove_when="torchvision imports without its compiled library",
+        applies=partial(torch_companions.cannot_load, "torchvision"),
+        install=torch_companions.declare_torchvision_ops,
+        needed=partial(torch_companions.fails_to_import, "torchvision"),
+    ),
+    Patch(
+        name="torchaudio-absent",
+        target="torchaudio",
+        why="torchaudio from PyPI is a CUDA build; beside a CPU torch importing it raises OSError, "
+        "and Transformers imports it for every processor.",
+        upstream_reference="torchaudio/_extension/__init__.py: _load_lib",
+        remove_when="torchaudio imports without its compiled library",
+        applies=partial(torch_companions.cannot_load, "torchaudio"),
+        install=partial(torch_companions.hide, "torchaudio"),
+        needed=partial(torch_companions.fails_to_import, "torchaudio"),
+    ),
+    Patch(
+        name="torchcodec-absent",
+        target="torchcodec",
+        why="torchcodec from PyPI is a CUDA build; beside a CPU torch importing it raises OSError, "
+        "and vLLM's optional import of it expects ImportError or RuntimeError.",
+        upstream_reference="vllm/multimodal/media/audio.py: import of torchcodec.decoders",
+        remove_when="vLLM's optional import of torchcodec survives an OSError",
+        applies=partial(torch_companions.cannot_load, "torchcodec"),
+        install=partial(torch_companions.hide, "torchcodec"),
+        needed=partial(torch_companions.fails_to_import, "torchcodec"),
+    ),
+)
+"""Installed by `early.prepare_host` when torch is imported: no row may import more than torch."""
+
+PATCHES: Final = (
+    *EARLY_PATCHES,
+    Patch(
+        name="runner-refusal",
+        target="vllm.config.vllm.VllmConfig._validate_v1_model_runner",
+        why="a diffusion model forced onto Model Runner V1 is refused without saying what did it.",
+        upstream_reference="vllm/config/vllm.py: _validate_v1_model_runner",
+        remove_when="vLLM's own refusal names VLLM_USE_V2_MODEL_RUNNER",
+        applies=_always,
+        install=cpu_host.explain_runner_refusal,
+        needed=lambda: cpu_host.RUNNER_VARIABLE not in _config_source("_validate_v1_model_runner"),
+    ),
+    Patch(
+        name="cpu-runner-choice",
+        target="vllm.config.vllm.VllmConfig.use_v2_model_runner",
+        why="on a CPU host without Triton vLLM picks Model Runner V1, which has no diffusion.",
+        upstream_reference="vllm/config/vllm.py: use_v2_model_runner",
+        remove_when="the choice of runner no longer asks for Triton on CPU",
+        applies=cpu_host.is_triton_free_cpu,
+        install=cpu_host.allow_runner_choice,
+        needed=lambda: "HAS_TRITON" in _config_source("use_v2_model_runner"),
+    ),
+    Patch(
+        name="cpu-runner-validation",
+        target="vllm.config.vllm.VllmConfig._validate_v2_model_runner",
+        why="on a CPU host without Triton vLLM 0.32 refuses Model Runner V2 even when asked to.",
+        upstream_reference="vllm/config/vllm.py: _validate_v2_model_runner (check gone in 0.33)",
+        remove_when="the lowest tested vLLM is 0.33",
+        applies=cpu_host.is_triton_free_cpu,
+        install=cpu_host.allow_runner_validation,
+        needed=lambda: "HAS_TRITON" in _config_source("_validate_v2_model_runner"),
+    ),
+    Patch(
+        name="cpu-worker",
+        target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",
+        why="the worker of a diffusion model must get stand-ins for Triton kernels before its "
+        "first step, and vLLM's own hook for that does not know which model is served.",
+        upstream_reference="vllm/platforms/cpu.py: register_triton_kernel_overrides",
+        remove_when="vLLM registers CPU versions of Model Runner V2's kernels itself",
+        applies=cpu_host.is_triton_free_cpu,
+        install=cpu_host.choose_worker,
+        needed=cpu_kernels.are_needed,
+    ),
+    Patch(
+        name="request-validation",
+        target="vllm.sampling_params.SamplingParams._validate_diffusion",
+        why="vLLM refuses parameters that a canvas can honour, such as seed, and lets others "
+        "through that it then ignores.",
+        upstream_reference="vllm/sampling_params.py: _validate_diffusion",
+        remove_when="a model class can validate its own requests",
+        applies=_always,
+        install=request_validation.check_requests_ourselves,
+        needed=request_validation.stock_check_refuses_seed,
+    ),
+    Patch(
+        name="serving-config",
+        target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
+        why="scheduler and limits of an out-of-tree model have to be set before the engine starts.",
+        upstream_reference="vllm/model_executor/models/config.py: MODELS_CONFIG_MAP",
+        remove_when="a registered model class can bring its own config hook",
+        applies=_always,
+        install=serving_config.install_serving_config,
+        needed=serving_config.architecture_is_in_table,
+    ),
+)
+"""Installed by the plugin in every process vLLM starts."""
+
+WORKER_PATCHES: Final = (
+    Patch(
+        name="placeholder-next-power-of-2",
+        target="vllm.triton_utils.triton.next_power_of_2",
+        why="Model Runner V2 calls it on the host to size blocks; vLLM's placeholder lacks it.",
+        upstream_reference="vllm/triton_utils/importing.py: TritonPlaceholder",
+        remove_when="TritonPlaceholder has next_power_of_2",
+        applies=cpu_host.is_triton_free_cpu,
+        install=cpu_kernels.complete_placeholder,
+        needed=cpu_kernels.placeholder_is_incomplete,
+    ),
+    Patch(
+        name="model-runner-kernels",
+        target="vllm.v1.worker.gpu: the kernels listed in cpu_kernels.stand_ins",
+        why="Model Runner V2 launches Triton kernels every step; without a backend there are none.",
+        upstream_reference="vllm/triton_utils/dispatcher.py: register_kernels",
+        remove_when="vLLM registers CPU versions of Model Runner V2's kernels itself",
+        applies=cpu_host.is_triton_free_cpu,
+        install=cpu_kernels.install,
+        needed=cpu_kernels.are_needed,
+    ),
+)
+"""Installed by `cpu_worker.TritonFreeCPUWorker`, in the worker process of a diffusion model."""
+
+
+def _config_source(name: str) -> str:
+    from vllm.config.vllm import VllmConfig
+
+    member = inspect.getattr_static(VllmConfig, name)
+    function: Any = member.fget if isinstance(member, property) else member
+    return inspect.getsource(inspect.unwrap(function))
