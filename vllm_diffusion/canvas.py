@@ -27,7 +27,7 @@ class CanvasPool:
     Attributes (S slots, L canvas length, K stability threshold, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
         argmax: [S, L] int64, the model's best guess after the last step; what is committed.
-        history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before they exist.
+        history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
         step: [S] int64, denoising steps taken on the current canvas.
         causal: [S] bool, the slot's next rows are prompt or commit rows.

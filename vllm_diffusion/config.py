@@ -1,6 +1,6 @@
 """What the engine takes from a checkpoint: the constants of its decoding rule.
 
-A constant that belongs to a checkpoint is read from its ``generation_config.json`` and never guessed:
+A constant that belongs to a checkpoint is read from its ``generation_config.json``, never guessed:
 engines that shipped built-in values for the same model disagree with each other. A missing or wrong
 one is refused at start, all problems in one message.
 """

@@ -1,7 +1,7 @@
 """DiffusionParams: what one request may set, and one error message that names every problem.
 
-Takes the sampling parameters of vLLM's request (any object with their attributes) and gives a frozen
-record. Never changes the request, never imports vLLM.
+Takes the sampling parameters of vLLM's request (any object with their attributes) and gives a
+frozen record. Never changes the request, never imports vLLM.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ _OPTIONS: Final = {
 }
 
 
-def parse_params(sampling: Any, *, canvas_length: int | None = None) -> DiffusionParams:
+def parse_params(
+    sampling: Any,  # noqa: ANN401 - vLLM's SamplingParams by its attributes
+    *,
+    canvas_length: int | None = None,
+) -> DiffusionParams:
     """The diffusion options of a request, or one error listing everything that is wrong with it.
 
     Args:

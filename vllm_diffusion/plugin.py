@@ -49,7 +49,7 @@ def register() -> None:
     _registered = True
     if multiprocessing.parent_process() is None:
         _logger.info(
-            "vllm-diffusion %s serves %s on vLLM %s with patches: %s. VLLM_DIFFUSION=0 turns it off.",
+            "vllm-diffusion %s serves %s on vLLM %s with patches %s; VLLM_DIFFUSION=0 turns it off",
             __version__,
             ", ".join(MODELS),
             version,

@@ -1,8 +1,8 @@
-"""The frozen records that cross a stage border. B canvases, L canvas length, H hidden size, S steps kept.
+"""The frozen records that cross a stage border. B canvases, R rows, L canvas length, H width.
 
-    head -> step        CanvasStats    what the model believes about every position
-    denoise -> canvas   Decision       what becomes of every position
-    canvas -> engine    Emission       what the engine may count as generated
+head -> step        CanvasStats    what the model believes about every position
+denoise -> canvas   Decision       what becomes of every position
+canvas -> engine    Emission       what the engine may count as generated
 """
 
 from __future__ import annotations

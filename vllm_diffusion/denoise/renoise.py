@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vllm_diffusion.denoise.rng import Purpose, random_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def initial_canvas(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:

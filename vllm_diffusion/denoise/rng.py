@@ -68,13 +68,9 @@ def philox(
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
     key0, key1 = seed[..., 0], seed[..., 1]
-    c0, c1 = torch.broadcast_tensors(position, step)
-    shape = torch.broadcast_shapes(
-        c0.shape, key0.shape, tile.shape if isinstance(tile, Tensor) else ()
-    )
-    c0, c1, key0, key1 = (t.expand(shape) for t in (c0, c1, key0, key1))
-    c2 = torch.full_like(c0, int(purpose))
-    c3 = tile.expand(shape) if isinstance(tile, Tensor) else torch.full_like(c0, tile)
+    # Adding zero broadcasts; expand() would need the shape first.
+    zero = (position + step + key0 + tile) * 0
+    c0, c1, c2, c3 = zero + position, zero + step, zero + int(purpose), zero + tile
     for _ in range(_ROUNDS):
         # int64 multiplication wraps modulo 2**64, so bits 32..63 of the product survive the
         # arithmetic shift; masking removes the sign extension.

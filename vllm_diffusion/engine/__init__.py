@@ -1,1 +1,1 @@
-"""Where vLLM calls us: model state, attention (who sees whom), sampler, scheduler, serving config."""
+"""Where vLLM calls us: serving config, scheduler, model state, attention, sampler."""

@@ -1,7 +1,8 @@
-"""Segments on CPU_ATTN: the stock paged kernel, called once for every kind of visibility in the batch.
+"""Segments on CPU_ATTN: the stock paged kernel, called once for every window in the batch.
 
-The kernel knows a causal flag a sequence and one symmetric window a call: row q sees |q - k| < window.
-A canvas on a layer with window W must see the same prefix from every row instead. Three cases:
+The kernel knows a causal flag a sequence and one symmetric window a call: row q sees keys k with
+|q - k| < window. A canvas on a layer with window W must see the same prefix from every row instead.
+Three cases:
 
     end <= W             the window reaches over everything: ride along with the causal rows
     prefix <= W - 1      everything is visible: one sequence, no window
@@ -70,15 +71,15 @@ class CanvasCPUAttentionImpl(CPUAttentionBackendImpl):
 
     def forward(
         self,
-        layer: Any,  # noqa: ANN401 - vLLM's AttentionLayer
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         output: Tensor,
-        *args: Any,  # noqa: ANN401 - passed through
-        **kwargs: Any,  # noqa: ANN401 - passed through
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """See ``CPUAttentionBackendImpl.forward``."""
         if not isinstance(attn_metadata, SegmentedMetadata):
@@ -106,8 +107,8 @@ class CanvasCPUAttentionImpl(CPUAttentionBackendImpl):
                 scheduler_metadata=call.scheduler_metadata,
                 s_aux=self.sinks,
                 dynamic_causal=call.dynamic_causal,
-                k_scale=layer._k_scale_float,
-                v_scale=layer._v_scale_float,
+                k_scale=layer._k_scale_float,  # noqa: SLF001 - how every backend of vLLM reads it
+                v_scale=layer._v_scale_float,  # noqa: SLF001
                 kv_cache_dtype=self.kv_cache_dtype,
             )
             if not in_place:

@@ -1,10 +1,10 @@
 """CanvasModelState: vLLM's hooks around a forward, for models that write a canvas at a time.
 
-    add_request      a slot of the canvas pool gets its owner
-    prepare_attn     which rows are causal and which are canvas rows
-    prepare_inputs   embeddings; canvas rows pass through self-conditioning
-    (forward)
-    custom_sampler   the sampler that denoises (``engine.sampler``)
+add_request      a slot of the canvas pool gets its owner
+prepare_attn     which rows are causal and which are canvas rows
+prepare_inputs   embeddings; canvas rows pass through self-conditioning
+(forward)
+custom_sampler   the sampler that denoises (``engine.sampler``)
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.params import parse_params
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import NewRequestData
@@ -75,7 +74,7 @@ class CanvasModelState(ModelState):
         """Text generation only."""
         return ("generate",)
 
-    def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:  # noqa: ANN401
+    def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
         """Replace vLLM's sampler by the one that denoises."""
         vocab_size = self.model_config.get_vocab_size()
         head = ReferenceHead(
@@ -113,8 +112,8 @@ class CanvasModelState(ModelState):
         slot_mappings: Tensor,
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
-        for_capture: bool = False,
-        ubatch_idx: int = 0,
+        for_capture: bool = False,  # noqa: ARG002 - capture reads the same buffers
+        ubatch_idx: int = 0,  # noqa: ARG002 - vLLM does not micro-batch diffusion
     ) -> dict[str, Any]:
         """Attention metadata by layer name: causal rows and canvas rows in one batch."""
         padded = cudagraph_mode == CUDAGraphMode.FULL
@@ -231,9 +230,7 @@ class CanvasModelState(ModelState):
             is_canvas = ~self.pool.causal[slots][:, None]
             soft = self.pool.soft_embedding[slots, input_batch.expanded_local_pos]
             plain = embeds[rows]
-            embeds[rows] = torch.where(
-                is_canvas, self.model.self_conditioning(plain, soft), plain
-            )
+            embeds[rows] = torch.where(is_canvas, self.model.self_conditioning(plain, soft), plain)
             canvas_rows[rows] = is_canvas
         self.model.sampler_takes_hidden = True
         return {"inputs_embeds": embeds}

@@ -21,13 +21,14 @@ from vllm_diffusion.records import CanvasBatch
 from vllm_diffusion.step import advance
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
+    from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
 
 
 class CanvasSampler:
@@ -37,7 +38,11 @@ class CanvasSampler:
     penalties_state: Final = SimpleNamespace(output_bin_counts=None)
 
     def __init__(
-        self, model: nn.Module, pool: CanvasPool, head: Head, req_states: RequestState
+        self,
+        model: DiffusionGemmaForBlockDiffusion,
+        pool: CanvasPool,
+        head: Head,
+        req_states: RequestState,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -54,7 +59,7 @@ class CanvasSampler:
         self,
         hidden: Tensor,
         input_batch: InputBatch,
-        draft_logits: Any = None,  # noqa: ANN401 - vLLM's signature, unused by diffusion
+        draft_logits: Any = None,
     ) -> SamplerOutput:
         """Advance every canvas of the batch by one step.
 

@@ -1,8 +1,8 @@
 """vLLM's diffusion schedulers, made to run a canvas in one piece or not at all.
 
-The stock running loop clips a request's rows to what is left of the step's token budget. For a prompt
-that is chunked prefill; for a canvas it would change its width in the middle of its life. Here a
-canvas that does not fit waits a step. Everything else is vLLM's.
+The stock running loop clips a request's rows to what is left of the step's token budget. For a
+prompt that is chunked prefill; for a canvas it would change its width in the middle of its life.
+Here a canvas that does not fit waits a step. Everything else is vLLM's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WholeCanvasMixin:
         self._hold_cut_canvases()
         return super().schedule(throttle_prefills)  # type: ignore[misc]
 
-    def _hold_cut_canvases(self: Any) -> None:  # noqa: ANN401 - a Scheduler, by mixing in
+    def _hold_cut_canvases(self: Any) -> None:
         # The running loop serves requests in this order and takes what fits, so walking the same
         # order with the same arithmetic tells who would be cut.
         budget = self.max_num_scheduled_tokens
@@ -48,13 +48,13 @@ class WholeCanvasMixin:
             else:
                 budget -= width
 
-    def _canvas_rows(self: Any, request: Request) -> int:  # noqa: ANN401
+    def _canvas_rows(self: Any, request: Request) -> int:
         """Rows the request's canvas takes in a step; fewer than its width only at max_model_len."""
         committed = request.num_computed_tokens - request.num_output_placeholders
         width = diffusion_canvas_width(request, self.num_spec_tokens)
         return min(width, self.max_model_len - committed)
 
-    def _width_unsettled(self: Any, request: Request) -> bool:  # noqa: ANN401
+    def _width_unsettled(self: Any, request: Request) -> bool:
         """True while a step in flight leaves open where a canvas near max_model_len starts.
 
         Asynchronous scheduling counts a running canvas as computed until its result is known, and
@@ -63,8 +63,7 @@ class WholeCanvasMixin:
         """
         in_flight = request.num_output_placeholders
         return bool(
-            in_flight
-            and request.num_computed_tokens + self.num_spec_tokens > self.max_model_len
+            in_flight and request.num_computed_tokens + self.num_spec_tokens > self.max_model_len
         )
 
 
@@ -76,7 +75,7 @@ class AsyncCanvasScheduler(WholeCanvasMixin, DiffusionAsyncScheduler):
     """For asynchronous scheduling."""
 
 
-def canvas_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:  # noqa: ANN401
+def canvas_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """Build the scheduler the config asks for; vLLM resolves this function by name.
 
     A function, because whether scheduling is asynchronous is decided after the name is set.

@@ -1,7 +1,7 @@
 """What serving a canvas asks of vLLM's configuration, decided before the engine starts.
 
-vLLM calls the entry of its ``MODELS_CONFIG_MAP`` for the architecture while it builds the config, in
-the process the user started; a refusal here is an error message at the prompt, not in a worker's log.
+vLLM calls the entry of its ``MODELS_CONFIG_MAP`` for the architecture while it builds the config,
+in the process the user started: a refusal is an error at the prompt, not in a worker's log.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusi
 
 from vllm_diffusion.config import rule_constants
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.records import RuleConstants
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_diffusion.records import RuleConstants
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

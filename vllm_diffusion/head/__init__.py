@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import Noise, CanvasStats
+    from vllm_diffusion.records import CanvasStats, Noise
 
 
 class Head(Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_diffusion.head.sample import sample_rows
-from vllm_diffusion.records import Noise, CanvasStats
+from vllm_diffusion.records import CanvasStats, Noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable

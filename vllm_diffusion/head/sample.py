@@ -2,8 +2,9 @@
 
 The vocabulary is cut into tiles of ``TILE`` ids. A tile is chosen by Gumbel-max over the tiles' log
 masses, then the cumulative mass inside it is inverted. This is exact in distribution, needs
-vocab / TILE Philox calls a row instead of vocab, and never needs two tiles at once: a streaming head
-keeps the best tile so far. The tile width is part of the definition; every implementation uses it.
+vocab / TILE Philox calls a row instead of vocab, and never needs two tiles at once: a streaming
+head keeps the best tile so far. The tile width is part of the definition; every implementation
+uses it.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class CanvasDecoderLayer(Gemma4DecoderLayer):
         hidden_states: Tensor,
         residual: Tensor | None,
         per_layer_input: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401 - passed through to the base class
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Gemma 4's layer, then the scalar of each row's kind."""
         hidden_states, residual = super().forward(

@@ -1,10 +1,10 @@
-"""DiffusionGemma for vLLM: Gemma 4's backbone and vision tower, self-conditioning, and two heads' worth
-of access to the tied embedding (logits, and soft embeddings).
+"""DiffusionGemma for vLLM: Gemma 4's backbone and vision tower, and self-conditioning.
 
-One forward serves both modes. Which rows are prompt or commit rows (causal, write final KV) and which
-are canvas rows (bidirectional, scratch KV) is data: attention metadata and ``canvas_rows``, set by the
-model state before every forward.
+One forward serves both modes. Which rows are prompt or commit rows (causal, write final KV) and
+which are canvas rows (bidirectional, scratch KV) is data: attention metadata and ``canvas_rows``,
+both set by the model state before every forward.
 """
+# ruff: noqa: SLF001 - Gemma 4's image path is borrowed method by method, see the class.
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
-# Vision towers whose widths are no multiple of this are left unquantised: group-wise schemes need it.
+# Vision towers whose widths are no multiple of this stay unquantised: group-wise schemes need it.
 _QUANTISABLE_MULTIPLE = 64
 
 
@@ -98,8 +98,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         quant_config = vllm_config.quant_config
         self.config = config
         self.model_dtype = vllm_config.model_config.dtype
-        # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The flag
-        # has to stand before the backbone is built; the config class does not carry it.
+        # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The
+        # flag has to stand before the backbone is built; the config class does not carry it.
         text_config.attention_k_eq_v = True
         # Before the first attention layer is built, since a layer picks its backend then.
         use_canvas_attention()
@@ -133,7 +133,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
             prefix=maybe_prefix(prefix, "self_conditioning"),
         )
         # True while the next call of compute_logits is the sampler's, see there.
-        self.sampler_takes_hidden = False
+        self.sampler_takes_hidden: bool = False
 
     def _build_vision(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Gemma 4's vision tower and the projection into the text embedding space."""
@@ -145,7 +145,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
             self.embed_vision = None
             return
         quant = self._tower_quantisation(vllm_config.quant_config, config.vision_config)
-        with self._mark_tower_model(vllm_config, {"image", "video"}):
+        with self._mark_tower_model(vllm_config, {"image", "video"}):  # type: ignore[operator]
             self.vision_tower = AutoModel.from_config(config=config.vision_config)
             self.embed_vision = Gemma4MultimodalEmbedder(
                 config.vision_config,
@@ -160,9 +160,9 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
     @staticmethod
     def _tower_quantisation(
         quant_config: QuantizationConfig | None,
-        vision_config: Any,  # noqa: ANN401 - a Transformers config
+        vision_config: Any,
     ) -> QuantizationConfig | None:
-        """The tower's quantisation: schemes that name their targets decide, others need the width."""
+        """The tower's quantisation: schemes that name their targets decide, others by its width."""
         if quant_config is None:
             return None
         if quant_config.get_name() in ("bitsandbytes", "torchao", "compressed-tensors"):
@@ -180,9 +180,9 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         self,
         input_ids: Tensor | None,
         positions: Tensor,
-        intermediate_tensors: Any | None = None,  # noqa: ANN401 - vLLM's IntermediateTensors
+        intermediate_tensors: Any | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401 - passed through to the backbone
+        **kwargs: Any,
     ) -> Tensor:
         """Final hidden states [N, H] of prompt, commit and canvas rows alike."""
         return self.model(
