@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_diffusion.records import CanvasBatch
+from vllm_diffusion.records import CanvasBatch, Noise
 from vllm_diffusion.step import advance
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class CanvasSampler:
         gained = torch.zeros(num_reqs, dtype=torch.int32, device=hidden.device)
         rejected = torch.zeros_like(gained)
 
+        if hidden.shape[0] and not input_batch.num_draft_tokens:
+            self._run_widest_head(hidden)
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
-        # A dummy batch of vLLM's memory profile pretends one logit a request and no drafts.
         decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
         if decoding.size:
             index = self._to_device(decoding)
@@ -134,6 +136,12 @@ class CanvasSampler:
             offset = torch.arange(self.pool.canvas_length, device=start.device)
             self.pool.begin(input_batch.idx_mapping[index], start[:, None] + offset)
 
+    def _run_widest_head(self, hidden: Tensor) -> None:
+        """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""
+        rows = hidden[:1].expand(self.pool.canvas_length, -1)
+        counter = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+        noise = Noise(seed=counter[:, None].expand(-1, 2), position=counter, step=counter)
+        self.head(rows, torch.ones_like(counter, dtype=torch.float32), noise)
+
     def _to_device(self, values: np.ndarray) -> Tensor:
-        host = torch.from_numpy(values.astype(np.int64))
-        return host.to(self.pool.device, non_blocking=True)
+        return async_tensor_h2d(values.astype(np.int64), device=self.pool.device)
