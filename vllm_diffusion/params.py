@@ -83,6 +83,18 @@ def parse_params(
     return DiffusionParams(**fields)
 
 
+def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
+    """The options of a request that ``parse_params`` has let through; never raises.
+
+    For the worker, where an exception would end the engine, and where vLLM's own warm-up requests
+    arrive with whatever they like.
+    """
+    extra = extra_args or {}
+    return DiffusionParams(
+        **{field: extra[name] for name, field in _OPTIONS.items() if name in extra}
+    )
+
+
 def _options(
     extra: Mapping[str, Any], canvas_length: int | None
 ) -> tuple[dict[str, int], list[str]]:

@@ -22,7 +22,7 @@ from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
-from vllm_diffusion.params import parse_params
+from vllm_diffusion.params import admitted_params
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,7 +93,7 @@ class CanvasModelState(ModelState):
         self.pool.admit(
             req_index,
             seed=request_seed(sampling.seed, new_req_data.req_id),
-            max_steps=parse_params(sampling).max_steps,
+            max_steps=admitted_params(sampling.extra_args).max_steps,
         )
 
     def remove_request(self, req_id: str) -> None:
