@@ -13,8 +13,6 @@ there: importing Model Runner V2 in a front end would load modules that the CPU 
 adapt first.
 """
 
-# ruff: noqa: ANN401, SLF001 - what is wrapped here is vLLM's, private and untyped
-
 from __future__ import annotations
 
 import contextlib

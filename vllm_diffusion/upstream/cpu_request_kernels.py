@@ -6,8 +6,6 @@ with a vocabulary in the hundreds of thousands, so they are taken a few rows at 
 exceeds `_TEMPORARY_ELEMENTS`.
 """
 
-# ruff: noqa: ANN401, PLR0917 - the signatures are those of vLLM's kernels
-
 from __future__ import annotations
 
 import ctypes

@@ -16,8 +16,6 @@ addresses. `*_later` and `**constants` swallow arguments that newer vLLM adds an
 only matter to a compiler.
 """
 
-# ruff: noqa: ANN401, PLR0917 - the signatures are those of vLLM's kernels
-
 from __future__ import annotations
 
 import ctypes
@@ -95,10 +93,9 @@ def gather_block_tables(
     below the window of a request's first token become 0, the null block: `window_reach` and
     `block_sizes` are [groups] int32, `num_computed` [slots] int32.
     """
-    batch = slots.numpy()[:num_requests]
-    filled = block_counts.numpy()[:, batch].tolist()
+    chosen = slots.numpy()[:num_requests].tolist()
+    counts = block_counts.numpy()
     masked = constants.get("MASK_SLIDING_WINDOW", False)
-    chosen = batch.tolist()
     for group, (source, target, stride) in enumerate(
         zip(
             source_addresses.numpy().tolist(),
@@ -108,19 +105,18 @@ def gather_block_tables(
         )
     ):
         row_bytes = _INT32_BYTES * stride
-        for request, (slot, count) in enumerate(zip(chosen, filled[group], strict=True)):
-            ctypes.memmove(
-                target + request * row_bytes, source + slot * row_bytes, _INT32_BYTES * count
-            )
+        for request, slot in enumerate(chosen):
+            copied = _INT32_BYTES * counts.item(group, slot)
+            ctypes.memmove(target + request * row_bytes, source + slot * row_bytes, copied)
         if masked:
             assert num_computed is not None
             assert window_reach is not None
             assert block_sizes is not None
-            reach, size = int(window_reach[group]), int(block_sizes[group])
-            below = np.maximum(num_computed.numpy()[batch] - reach, 0) // size if reach > 0 else ()
-            for request, hidden in enumerate(below):
-                hidden_bytes = _INT32_BYTES * min(int(hidden), filled[group][request])
-                ctypes.memset(target + request * row_bytes, 0, hidden_bytes)
+            reach, size = window_reach.numpy().item(group), block_sizes.numpy().item(group)
+            for request, slot in enumerate(chosen):
+                below = max(num_computed.numpy().item(slot) - reach, 0) // size if reach else 0
+                hidden = min(below, counts.item(group, slot))
+                ctypes.memset(target + request * row_bytes, 0, _INT32_BYTES * hidden)
 
 
 def compute_slot_mappings(
@@ -150,19 +146,12 @@ def compute_slot_mappings(
             "or install a Triton backend for this host."
         )
     pad = constants["PAD_ID"]
-    chosen = slots.numpy()
-    first = query_start.numpy()[: len(chosen) + 1]
-    total = int(first[-1])
-    result = slot_mappings.numpy()
-    result[:, total:max_tokens] = pad
-    if total == 0:
-        return
-    row = np.repeat(chosen, np.diff(first)).astype(np.int64, copy=False)
-    dummy = row < 0
-    row[dummy] = 0
-    table_rows = int(row.max()) + 1
-    position = positions.numpy()[:total]
-    divided: dict[int, tuple[Any, Any]] = {}
+    first = query_start.numpy().tolist()
+    runs = [(slot, first[i], first[i + 1]) for i, slot in enumerate(slots.numpy().tolist())]
+    total = runs[-1][2] if runs else 0
+    table_rows = 1 + max((slot for slot, _, _ in runs), default=0)
+    position, result = positions.numpy()[:total], slot_mappings.numpy()
+    shared: dict[tuple[int, int], tuple[Any, Any]] = {}  # groups mostly have one geometry
     for group, (address, stride, size, used) in enumerate(
         zip(
             table_addresses.numpy().tolist(),
@@ -172,17 +161,21 @@ def compute_slot_mappings(
             strict=True,
         )
     ):
+        result[group, total if used else 0 : max_tokens] = pad
         if not used:
-            result[group, :total] = pad
             continue
-        if size not in divided:
-            divided[size] = np.divmod(position, size)
-        block, offset = divided[size]
-        table = _int32_at(address, table_rows * stride)
-        mapping = table[row * stride + block] * np.int64(size)
+        if (stride, size) not in shared:
+            entry, offset = np.divmod(position, size)
+            for slot, begin, end in runs:
+                entry[begin:end] += stride * max(slot, 0)
+            shared[stride, size] = entry, offset
+        entry, offset = shared[stride, size]
+        mapping = result[group, :total]
+        np.multiply(_int32_at(address, table_rows * stride).take(entry), size, out=mapping)
         mapping += offset
-        mapping[dummy] = pad
-        result[group, :total] = mapping
+        for slot, begin, end in runs:
+            if slot < 0:
+                mapping[begin:end] = pad
 
 
 def prepare_prefill_inputs(
@@ -205,14 +198,14 @@ def prepare_prefill_inputs(
     go to `input_ids` [tokens] int32, the `num_lookahead` after those (0 past the prompt) to
     `lookahead` [num_lookahead, slots]. `prefill_lens`, `num_computed` are [slots] int32.
     """
-    chosen = slots.numpy()
-    lengths = prefill_lens.numpy()[chosen]
-    computed = num_computed.numpy()[chosen]
+    first = query_start.numpy().tolist()
+    lengths, computed = prefill_lens.numpy(), num_computed.numpy()
     ids, tokens, ahead = input_ids.numpy(), all_token_ids.numpy(), lookahead.numpy()
-    first = query_start.numpy()
-    for request in np.flatnonzero(computed < lengths).tolist():
-        slot, begin, end = chosen[request], first[request], first[request + 1]
-        start, prompt_end = computed[request], lengths[request]
+    for request, slot in enumerate(slots.numpy().tolist()):
+        start, prompt_end = computed.item(slot), lengths.item(slot)
+        if start >= prompt_end:
+            continue
+        begin, end = first[request], first[request + 1]
         stop = start + end - begin
         ids[begin:end] = tokens[slot, start:stop]
         if num_lookahead:
@@ -236,16 +229,15 @@ def prepare_positions(
     A request's tokens continue at `num_computed` [slots] int32: `positions` [tokens] int64,
     `seq_lens` [max_requests] int32, zero past the batch.
     """
-    chosen = slots.numpy()
-    count = len(chosen)
-    first = query_start.numpy()[: count + 1]
-    lengths = np.diff(first)
-    computed = num_computed.numpy()[chosen]
-    result = seq_lens.numpy()
-    result[:count] = computed + lengths
-    result[count:max_requests] = 0
-    total = int(first[-1])
-    positions.numpy()[:total] = np.arange(total) + np.repeat(computed - first[:-1], lengths)
+    chosen = slots.numpy().tolist()
+    first = query_start.numpy().tolist()
+    computed, lengths, result = num_computed.numpy(), seq_lens.numpy(), positions.numpy()
+    for request, slot in enumerate(chosen):
+        begin, end, start = first[request], first[request + 1], computed.item(slot)
+        stop = start + end - begin
+        lengths[request] = stop
+        result[begin:end] = _counting(stop)[start:stop]
+    lengths[len(chosen) : max_requests] = 0
 
 
 def combine_sampled_and_draft_tokens(
@@ -270,24 +262,21 @@ def combine_sampled_and_draft_tokens(
     is 1 and it does not fall into the prompt.
     """
     bonus = constants.get("NUM_NEW_SAMPLED_TOKENS", 1)
-    chosen = slots.numpy()
-    count = len(chosen)
-    ends = query_start.numpy()[1 : count + 1]
-    cumulative = logits_start.numpy()[: count + 1]
-    logits = np.diff(cumulative)
-    total = int(cumulative[-1])
-    logits_indices.numpy()[:total] = np.arange(total) + np.repeat(ends - cumulative[1:], logits)
-
-    lengths = seq_lens.numpy()[:count]
-    prompts = prefill_lens.numpy()[chosen]
-    ids, drafts, last = input_ids.numpy(), draft_tokens.numpy(), last_sampled.numpy().reshape(-1)
-    for request in np.flatnonzero(lengths > prompts).tolist():
-        slot, end, rows = chosen[request], ends[request], int(logits[request])
-        if bonus and lengths[request] - rows >= prompts[request]:
-            ids[end - rows] = last[slot]
-        width = rows - bonus
-        if width > 0:
-            ids[end - width : end] = drafts[slot, :width]
+    ends, cumulative = query_start.numpy().tolist(), logits_start.numpy().tolist()
+    lengths, prompts = seq_lens.numpy(), prefill_lens.numpy()
+    ids, indices = input_ids.numpy(), logits_indices.numpy()
+    drafts, last = draft_tokens.numpy(), last_sampled.numpy()
+    for request, slot in enumerate(slots.numpy().tolist()):
+        end, low, high = ends[request + 1], cumulative[request], cumulative[request + 1]
+        start = end - (high - low)
+        indices[low:high] = _counting(end)[start:end]
+        length, prompt = lengths.item(request), prompts.item(slot)
+        if length <= prompt:
+            continue
+        if bonus and length - (high - low) >= prompt:
+            ids[start] = last[slot, 0]
+        if start + bonus < end:
+            ids[start + bonus : end] = drafts[slot, : end - start - bonus]
 
 
 def expand_slots(
@@ -303,12 +292,12 @@ def expand_slots(
     `expanded_slots` [logits] repeats `slots` [requests], `local_positions` [logits] int32 counts
     from 0 within each request; `logits_start` is [requests+1] int32.
     """
-    chosen = slots.numpy()
-    first = logits_start.numpy()[: len(chosen) + 1]
-    counts = np.diff(first)
-    total = int(first[-1])
-    expanded_slots.numpy()[:total] = np.repeat(chosen, counts)
-    local_positions.numpy()[:total] = np.arange(total) - np.repeat(first[:-1], counts)
+    first = logits_start.numpy().tolist()
+    expanded, local = expanded_slots.numpy(), local_positions.numpy()
+    for request, slot in enumerate(slots.numpy().tolist()):
+        begin, end = first[request], first[request + 1]
+        expanded[begin:end] = slot
+        local[begin:end] = _counting(end - begin)[: end - begin]
 
 
 def post_update(
@@ -337,28 +326,26 @@ def post_update(
     one; `num_computed` advances by the query length less `num_rejected[i]`. Requests with slot -1
     are skipped. vLLM 0.33 also hands over `draft_tokens` [requests, width] for `draft_tokens_out`.
     """
-    chosen = slots.numpy()
-    advance = -num_rejected.numpy()[: len(chosen)]
-    if query_start is not None:
-        advance = advance + np.diff(query_start.numpy()[: len(chosen) + 1])
-    live = chosen >= 0
-    # Slots of a batch are distinct, so plain indexed addition adds each once.
-    num_computed.numpy()[chosen[live]] += advance[live]
-    if draft_tokens is not None:
-        assert draft_tokens_out is not None
-        draft_tokens_out.numpy()[chosen[live]] = draft_tokens.numpy()[: len(chosen)][live]
-
-    counts = num_sampled.numpy()[: len(chosen)]
-    tokens, history, lens = sampled.numpy(), all_token_ids.numpy(), total_lens.numpy()
-    last = last_sampled.numpy().reshape(-1)
-    for request in np.flatnonzero(live & (counts > 0)).tolist():
-        slot, count = chosen[request], int(counts[request])
-        emitted, begin = tokens[request, :count], int(lens[slot])
-        history[slot, begin : begin + count] = emitted
-        last[slot] = emitted[-1]
-        lens[slot] = begin + count
-        if output_counts is not None:
-            np.add.at(output_counts.numpy()[slot], emitted, 1)
+    chosen = slots.numpy().tolist()
+    counts, rejected = num_sampled.numpy().tolist(), num_rejected.numpy().tolist()
+    first = None if query_start is None else query_start.numpy().tolist()
+    computed, lens, last = num_computed.numpy(), total_lens.numpy(), last_sampled.numpy()
+    tokens, history = sampled.numpy(), all_token_ids.numpy()
+    for request, slot in enumerate(chosen):
+        if slot < 0:
+            continue
+        if draft_tokens is not None:
+            assert draft_tokens_out is not None
+            draft_tokens_out.numpy()[slot] = draft_tokens.numpy()[request]
+        queried = 0 if first is None else first[request + 1] - first[request]
+        computed[slot] += queried - rejected[request]
+        if (count := counts[request]) > 0:
+            emitted, begin = tokens[request, :count], lens.item(slot)
+            history[slot, begin : begin + count] = emitted
+            last[slot, 0] = emitted[-1]
+            lens[slot] = begin + count
+            if output_counts is not None:
+                np.add.at(output_counts.numpy()[slot], emitted, 1)
 
 
 def post_update_num_computed(
@@ -370,6 +357,18 @@ def post_update_num_computed(
     """
     chosen = slots.numpy()
     num_computed.numpy()[chosen] += np.diff(query_start.numpy()[: len(chosen) + 1])
+
+
+def _counting(end: int) -> Any:
+    """Return 0, 1, 2, ... to at least `end`, int64, read-only: copying a run beats making one."""
+    return _counting_below(end.bit_length())
+
+
+@lru_cache(maxsize=64)
+def _counting_below(bits: int) -> Any:
+    numbers = np.arange(1 << bits)
+    numbers.setflags(write=False)
+    return numbers
 
 
 @lru_cache(maxsize=512)

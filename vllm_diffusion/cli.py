@@ -1,0 +1,51 @@
+"""The command `vllm-diffusion`: one table of subcommands.
+
+Serving needs none of them: that is `vllm serve`, as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from vllm_diffusion import __version__, doctor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One subcommand. `run` returns the exit status."""
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS: Final = (
+    Command(
+        name="doctor",
+        summary=doctor.SUMMARY,
+        add_arguments=doctor.add_arguments,
+        run=doctor.run,
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; `arguments` defaults to the command line."""
+    parser = argparse.ArgumentParser(prog="vllm-diffusion", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
