@@ -119,10 +119,12 @@ class CanvasPool:
         )
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
-        next_canvas = initial_canvas(
-            self.seed[slots], batch.position + batch.width[:, None], self.vocab_size
-        )
-        tokens = torch.where(row_committing, next_canvas, decision.next_tokens)
+        tokens = decision.next_tokens
+        # Most steps commit nothing. Only where state lives on the host is it free to look.
+        if committing.device.type != "cpu" or committing.any():
+            behind = batch.position + batch.width[:, None]
+            next_canvas = initial_canvas(self.seed[slots], behind, self.vocab_size)
+            tokens = torch.where(row_committing, next_canvas, tokens)
         self.tokens[slots] = torch.where(finished[:, None], argmax, tokens)
         self.argmax[slots] = argmax
         self._remember(slots, argmax, committing)

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 _MASK32: Final = 0xFFFFFFFF
-_MULTIPLIER_0: Final = 0xD2511F53
-_MULTIPLIER_1: Final = 0xCD9E8D57
-_WEYL_0: Final = 0x9E3779B9
-_WEYL_1: Final = 0xBB67AE85
+_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
 
 # 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even
@@ -67,20 +65,24 @@ def philox(
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    key0, key1 = seed[..., 0], seed[..., 1]
-    # Adding zero broadcasts; expand() would need the shape first.
-    zero = (position + step + key0 + tile) * 0
-    c0, c1, c2, c3 = zero + position, zero + step, zero + int(purpose), zero + tile
+    # The generator works on two pairs of words, (c0, c2) and (c1, c3), alike but for constants: both
+    # pairs go through one tensor with the pair as first dimension, half the operations of four.
+    # Adding zero broadcasts.
+    zero = (position + step + seed[..., 0] + tile) * 0
+    even = torch.stack([zero + position, zero + int(purpose)])
+    odd = torch.stack([zero + step, zero + tile])
+    column = (2, *[1] * zero.dim())
+    multiplier = torch.tensor(_MULTIPLIERS, device=zero.device).view(column)
+    weyl = torch.tensor(_WEYL, device=zero.device).view(column)
+    key = torch.stack([zero + seed[..., 0], zero + seed[..., 1]])
     for _ in range(_ROUNDS):
         # int64 multiplication wraps modulo 2**64, so bits 32..63 of the product survive the
         # arithmetic shift; masking removes the sign extension.
-        product0, product1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        high0, low0 = (product0 >> 32) & _MASK32, product0 & _MASK32
-        high1, low1 = (product1 >> 32) & _MASK32, product1 & _MASK32
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 = (key0 + _WEYL_0) & _MASK32
-        key1 = (key1 + _WEYL_1) & _MASK32
-    return c0, c1, c2, c3
+        product = (even * multiplier).flip(0)
+        even = ((product >> 32) & _MASK32) ^ odd ^ key
+        odd = product & _MASK32
+        key = (key + weyl) & _MASK32
+    return even[0], odd[0], even[1], odd[1]
 
 
 def uniform(word: Tensor) -> Tensor:
