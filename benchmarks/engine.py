@@ -1,0 +1,294 @@
+"""Tokens per second of ours, native vLLM and Transformers on one checkpoint, in one run.
+
+    python benchmarks/engine.py [--quick] [--json FILE]
+
+Every engine runs in a process of its own, one after the other, with the same threads, the same
+prompts and the same number of new tokens, end-of-sequence ignored. The checkpoint has random
+weights (`vllm_diffusion.testing.tiny_checkpoint`), so canvases rarely settle and steps per canvas
+are nearly those of the step limit in every engine: this measures the engine, not the decoding rule.
+
+    ours           stock vLLM with this plugin
+    native         stock vLLM, plugin off, its Triton kernels in Triton's interpreter: on a CPU host
+                   without a Triton CPU backend it does not start at all, so Triton is given one
+    native-standin the same with our kernel stand-ins instead of the interpreter: what native would
+                   be if vLLM brought CPU versions of those kernels itself
+    transformers   DiffusionGemmaForBlockDiffusion.generate on one batch of all requests
+
+Steps per canvas and tokens per forward count every forward after the prompt's, commits included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import _report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ENGINES = ("ours", "native", "native-standin", "transformers")
+PROMPT = "the quick brown fox jumps over the lazy dog"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every engine runs."""
+
+    checkpoint: str
+    canvases: int
+    canvas: int
+    concurrency: tuple[int, ...]
+    repeats: int
+    eager: bool
+
+    @property
+    def new_tokens(self) -> int:
+        """New tokens of a request."""
+        return self.canvases * self.canvas
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One batch of requests."""
+
+    seconds: float
+    tokens: int
+    forwards: float
+    """Forwards after the prompt's, of an average request."""
+
+
+def main() -> None:
+    """Run every engine and print them side by side."""
+    arguments = _report.parser(__doc__)
+    arguments.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    arguments.add_argument("--worker", choices=ENGINES, help="internal: run one engine here")
+    arguments.add_argument("--plan", help="internal")
+    options = arguments.parse_args()
+    if options.worker:
+        plan = json.loads(options.plan)
+        run_engine(options.worker, Plan(**{**plan, "concurrency": tuple(plan["concurrency"])}))
+        return
+
+    from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        spec = (
+            TinySpec(max_steps=12)
+            if options.quick
+            else TinySpec(
+                canvas=64,
+                hidden=256,
+                layers=6,
+                vocab=4096,
+                head_dim=64,
+                full_head_dim=128,
+                intermediate=512,
+                expert_intermediate=256,
+                experts=8,
+                sliding_window=64,
+                max_steps=16,
+            )
+        )
+        plan = Plan(
+            checkpoint=str(make_tiny_checkpoint(folder, spec)),
+            canvases=2 if options.quick else 3,
+            canvas=spec.canvas,
+            concurrency=(1, 16) if options.quick else (1, 4, 16),
+            repeats=1 if options.quick else 3,
+            eager=options.quick,
+        )
+        results = {engine: measure(engine, plan) for engine in options.engines}
+    report(results, plan, options.json)
+
+
+def measure(engine: str, plan: Plan) -> dict[str, Any]:
+    """Run one engine in a process of its own and read its last line."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # In this process, so that memory and forwards are counted where they happen.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_DIFFUSION": "1" if engine == "ours" else "0",
+    }
+    if engine == "native":
+        environment["TRITON_INTERPRET"] = "1"
+    if engine.startswith("native"):
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    fields = {name: getattr(plan, name) for name in Plan.__slots__}
+    result = subprocess.run(
+        [sys.executable, __file__, "--worker", engine, "--plan", json.dumps(fields)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    if result.returncode:
+        sys.exit(f"{engine} failed with status {result.returncode}")
+    measured: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    print(f"{engine}: {measured['start_s']:.0f} s to start", file=sys.stderr)
+    return measured
+
+
+def run_engine(engine: str, plan: Plan) -> None:
+    """Run the plan on one engine and print the result as one line of JSON."""
+    started = time.perf_counter()
+    if engine == "native":
+        pretend_triton_has_a_cpu_backend()
+    run = transformers_engine(plan) if engine == "transformers" else vllm_engine(engine, plan)
+    start_s = time.perf_counter() - started
+    result: dict[str, Any] = {"start_s": start_s}
+    for concurrency in plan.concurrency:
+        run(concurrency)  # warm up: compilation, allocator, prefix cache
+        runs = sorted((run(concurrency) for _ in range(plan.repeats)), key=lambda r: r.seconds)
+        median = runs[len(runs) // 2]
+        result[str(concurrency)] = {
+            "tokens_per_s": median.tokens / median.seconds,
+            "fastest": runs[0].tokens / runs[0].seconds,
+            "slowest": runs[-1].tokens / runs[-1].seconds,
+            "steps_per_canvas": median.forwards / plan.canvases,
+            "tokens_per_forward": median.tokens / concurrency / median.forwards,
+        }
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(result))
+
+
+def vllm_engine(engine: str, plan: Plan) -> Callable[[int], Run]:
+    """Ours or native, through LLM.generate."""
+    if engine == "native-standin":
+        use_stand_ins()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        plan.checkpoint,
+        dtype="float32",
+        max_model_len=1024,
+        enforce_eager=plan.eager,
+        enable_prefix_caching=False,
+        limit_mm_per_prompt={"image": 0, "video": 0},
+        disable_log_stats=False,
+    )
+    sampling = SamplingParams(max_tokens=plan.new_tokens, ignore_eos=True)
+
+    def forwards() -> float:
+        # vLLM counts a request's commit forward as a denoising step.
+        return sum(
+            metric.value
+            for metric in llm.get_metrics()
+            if metric.name == "vllm:diffusion_num_denoising_steps"
+        )
+
+    def run(concurrency: int) -> Run:
+        before = forwards()
+        start = time.perf_counter()
+        outputs = llm.generate([PROMPT] * concurrency, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        return Run(seconds, tokens, (forwards() - before) / concurrency)
+
+    return run
+
+
+def transformers_engine(plan: Plan) -> Callable[[int], Run]:
+    """Transformers' own loop over one static batch."""
+    import torch
+    from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(plan.checkpoint, dtype=torch.float32)
+    model.eval()
+    prompt = AutoTokenizer.from_pretrained(plan.checkpoint)(PROMPT, return_tensors="pt").input_ids
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.model.decoder.register_forward_hook(count)
+
+    def run(concurrency: int) -> Run:
+        nonlocal calls
+        calls = 0
+        start = time.perf_counter()
+        output = model.generate(
+            prompt.expand(concurrency, -1),
+            max_new_tokens=plan.new_tokens,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        seconds = time.perf_counter() - start
+        tokens = output.sequences[:, prompt.shape[1] :].numel()
+        # The last canvas is never encoded, every other one once.
+        return Run(seconds, tokens, calls + plan.canvases - 1)
+
+    return run
+
+
+def pretend_triton_has_a_cpu_backend() -> None:
+    """Let vLLM believe Triton can run on the CPU; TRITON_INTERPRET=1 then runs the kernels."""
+    import triton.backends
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def use_stand_ins() -> None:
+    """Only the patches that let native vLLM run without Triton; its model and sampler stay."""
+    from vllm_diffusion.upstream import ledger
+    from vllm_diffusion.upstream.patches import PATCHES
+
+    ledger.apply(patch for patch in PATCHES if patch.name.startswith("cpu-"))
+
+
+def report(results: dict[str, dict[str, Any]], plan: Plan, file: Path | None) -> None:
+    """Print the table and the headline ratios."""
+    rows = []
+    flat: dict[str, _report.Value] = {}
+    for concurrency in plan.concurrency:
+        for engine, result in results.items():
+            cell = result[str(concurrency)]
+            rows.append(
+                {
+                    "requests": concurrency,
+                    "engine": engine,
+                    "tokens/s": cell["tokens_per_s"],
+                    "spread": f"{cell['slowest']:.3g}..{cell['fastest']:.3g}",
+                    "steps/canvas": cell["steps_per_canvas"],
+                    "tokens/forward": cell["tokens_per_forward"],
+                    "peak MB": result["peak_mb"],
+                    "ours is": f"{ratio(results, engine, concurrency):.2f}x",
+                }
+            )
+            flat.update({f"{engine}.{concurrency}.{key}": value for key, value in cell.items()})
+    flat.update({f"{engine}.peak_mb": result["peak_mb"] for engine, result in results.items()})
+    _report.print_table(rows)
+    parts = []
+    if "transformers" in results:
+        parts.append(f"{ratio(results, 'transformers', 1):.2f}x Transformers at 1 request")
+    if "native" in results:
+        parts.append(f"{ratio(results, 'native', 16):.2f}x native vLLM at 16")
+    _report.finish(flat, "ours: " + ", ".join(parts), file)
+
+
+def ratio(results: dict[str, dict[str, Any]], engine: str, concurrency: int) -> float:
+    """Tokens per second of ours over another engine's."""
+    if "ours" not in results:
+        return float("nan")
+    key = str(concurrency)
+    return float(results["ours"][key]["tokens_per_s"] / results[engine][key]["tokens_per_s"])
+
+
+if __name__ == "__main__":
+    main()
