@@ -65,9 +65,8 @@ def philox(
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    # The generator works on two pairs of words, (c0, c2) and (c1, c3), alike but for constants: both
-    # pairs go through one tensor with the pair as first dimension, half the operations of four.
-    # Adding zero broadcasts.
+    # The generator treats (c0, c2) alike, and (c1, c3): as the first dimension of one tensor each
+    # they take half the operations of four. Adding zero broadcasts.
     zero = (position + step + seed[..., 0] + tile) * 0
     even = torch.stack([zero + position, zero + int(purpose)])
     odd = torch.stack([zero + step, zero + tile])
