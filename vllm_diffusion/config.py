@@ -7,6 +7,7 @@ one is refused at start, all problems in one message.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import CheckpointError
@@ -33,11 +34,11 @@ def rule_constants(generation: Mapping[str, Any], *, source: str) -> RuleConstan
 
     def number(values: Mapping[str, Any], key: str, *, integral: bool, minimum: float) -> float:
         value = values.get(key)
-        kind = "an integer" if integral else "a number"
+        kind = "an integer" if integral else "a finite number"
         accepted = (int,) if integral else (int, float)
         if value is None:
             problems.append(f"{key} is missing")
-        elif isinstance(value, bool) or not isinstance(value, accepted):
+        elif isinstance(value, bool) or not isinstance(value, accepted) or not isfinite(value):
             problems.append(f"{key} must be {kind}, got {value!r}")
         elif value < minimum:
             problems.append(f"{key} must be at least {minimum}, got {value!r}")
@@ -67,6 +68,8 @@ def rule_constants(generation: Mapping[str, Any], *, source: str) -> RuleConstan
     )
     if not problems and constants.t_max < constants.t_min:
         problems.append(f"t_max ({constants.t_max}) must not be below t_min ({constants.t_min})")
+    elif not problems and constants.t_max == 0:
+        problems.append("t_max must be above 0: logits are divided by the temperature, got 0")
     if problems:
         raise CheckpointError(
             f"{source} does not give the constants of the decoding rule: {'; '.join(problems)}. "

@@ -6,6 +6,7 @@ frozen record. Never changes the request, never imports vLLM.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,7 +43,12 @@ _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
     "bad_words": bool,
     "allowed_token_ids": bool,
     "logprobs": lambda value: value is not None,
+    "logprob_token_ids": bool,
     "prompt_logprobs": lambda value: value is not None,
+    "prompt_logprob_token_ids": lambda value: value is not None,
+    "structured_outputs": lambda value: value is not None,
+    "thinking_token_budget": lambda value: value is not None,
+    "trace_decode_token_ids": bool,
 }
 
 _OPTIONS: Final = {
@@ -66,7 +72,7 @@ def parse_params(
         ParamsError: unsupported sampling parameters, unknown or malformed diffusion options.
     """
     unsupported = [
-        f"{name}={value!r}"
+        f"{name}={reprlib.repr(value)}"
         for name, is_set in _UNSUPPORTED.items()
         if (value := getattr(sampling, name)) is not None and is_set(value)
     ]
@@ -107,7 +113,7 @@ def _options(
         if name not in _OPTIONS:
             problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problems.append(f"{name} must be a positive integer, got {value!r}")
+            problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
         elif name == "diffusion_canvas_length" and canvas_length and value > canvas_length:
             problems.append(
                 f"diffusion_canvas_length must not exceed the served canvas of "
