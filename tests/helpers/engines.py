@@ -1,0 +1,80 @@
+"""Engines that tests share: one of the same checkpoint and options is started once, one lives.
+
+Takes a checkpoint and options of `LLM`. Gives an engine in this process, which a test may look
+into, or in processes of its own, as users get it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm import LLM
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 4096,
+    # Without it vLLM takes most of the memory of the host, and refuses to start beside another.
+    "kv_cache_memory_bytes": 64 << 20,
+    "enforce_eager": True,
+    "disable_log_stats": False,  # tests read the counters
+}
+
+SERVER_OPTIONS = tuple(
+    f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+    for name, value in DEFAULTS.items()
+    if name != "disable_log_stats"
+)
+"""The same for `vllm serve`, whose counters are on anyway."""
+
+
+class EnginePool:
+    """Keeps the engine that was asked for last; asking for another one shuts it down.
+
+    One at a time, because engines in one process share vLLM's distributed state and the host's
+    cores. Sort or parametrise tests so that those with equal options follow each other.
+    """
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._llm: LLM | None = None
+        self._environment = pytest.MonkeyPatch()
+
+    def get(self, checkpoint: Path, *, in_process: bool = True, **options: Any) -> LLM:
+        """The engine of this checkpoint and these options, started if it is not the current one.
+
+        Its prefix cache is empty. An engine that is not `in_process` takes ten seconds longer.
+        """
+        options = DEFAULTS | options
+        key = json.dumps([str(checkpoint), in_process, options], sort_keys=True, default=str)
+        if key != self._key:
+            self.close()
+            self._llm = self._start(checkpoint, in_process, options)
+            self._key = key
+        assert self._llm is not None
+        assert self._llm.reset_prefix_cache(), "a test left requests in a shared engine"
+        return self._llm
+
+    def close(self) -> None:
+        """Shut the current engine down, if there is one."""
+        if self._llm is not None:
+            # LLM has no close(): a client that is dropped instead may keep its processes.
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._key = None
+        gc.collect()
+        self._environment.undo()
+
+    def _start(self, checkpoint: Path, in_process: bool, options: dict[str, Any]) -> LLM:
+        from vllm import LLM
+
+        # Read by vLLM whenever it starts a process, so it stands as long as the engine does.
+        self._environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
+        return LLM(str(checkpoint), **options)
