@@ -1,0 +1,333 @@
+"""Block-local attention on GPU backends: every canvas row sees the same keys.
+
+On a layer with window W, the rows of a canvas at positions [L, L + C) all see the keys
+[max(0, L - W + 1), L + C); causal rows see the last W keys, and all of their image where they lie
+in one (Transformers' ``diffusion_gemma``). vLLM slides its own window past every row of a
+non-causal sequence, but its kernels also know "(causal and window) or range": a canvas is a range.
+
+    TRITON_ATTN   reads a list of ranges per sequence. A second mask, over V, knows no ranges: it
+                  zeroes values SLIDING_WINDOW or further from the first row of a query block. So
+                  the layers get a SLIDING_WINDOW of W + C - 1, more than any pair of ours is apart,
+                  and W goes into ``chunk_lookback``, which replaces the window in the mask over
+                  scores: with chunks of one key it allows keys up to W - 1 back. Ranges clamped to
+                  the wider window lose nothing, and let the kernel skip tiles that no row sees.
+    FLASH_ATTN    FlashAttention 4 reads one range per row, and only from a batch that is causal as
+                  a whole: canvas rows are then non-causal by their range alone. This mask visits
+                  every key, so each sequence is cut at the first block that one of its rows sees;
+                  else a long prompt would cost as much as in a full layer.
+
+Takes the metadata of ``build_attn_metadata``. Gives metadata that the stock kernels understand.
+Never waits for the device, never writes into metadata another layer may hold, and keeps what a
+captured graph reads at one address.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+_TRITON, _FLASH, _CPU = "TRITON_ATTN", "FLASH_ATTN", "CPU_ATTN"
+_FLASH_VERSION = 4
+_NO_RANGE = -1  # FlashAttention's mark for a row in no range
+
+
+def needs_block_local(max_model_len: int, window: int | None) -> bool:
+    """Whether a window can ever hide a key from a canvas row.
+
+    No canvas reaches past ``max_model_len``, so a window at least as wide hides nothing, and vLLM's
+    own masks are then exact.
+    """
+    return window is not None and window < max_model_len
+
+
+def supports_block_local(backend: str, fa_version: int | None = None) -> bool:
+    """Whether a backend can show all rows of a canvas the same keys on a sliding layer.
+
+    Args:
+        backend: vLLM's name of the backend, such as "TRITON_ATTN".
+        fa_version: the FlashAttention version that serves the layer under FLASH_ATTN; 2 and 3 take
+            neither a mask function nor causal flags. None if it is none of them, or version 4's
+            separate kernel for heads of 256 on Blackwell, which vLLM never gives ranges.
+    """
+    return backend in {_TRITON, _CPU} or (backend == _FLASH and fa_version == _FLASH_VERSION)
+
+
+def require_block_local(
+    backend: str, *, fa_version: int | None, window: int, max_model_len: int
+) -> None:
+    """Raise `ConfigError` unless every canvas row can see the whole prefix window.
+
+    Args:
+        backend: vLLM's name of the backend of a sliding layer.
+        fa_version: see `supports_block_local`.
+        window: the layer's W, in tokens, the row itself included.
+        max_model_len: longest sequence served, in tokens.
+    """
+    if not needs_block_local(max_model_len, window) or supports_block_local(backend, fa_version):
+        return
+    got = backend
+    if backend == _FLASH:
+        got += f" (FlashAttention {fa_version or 'that takes no ranges'})"
+    raise ConfigError(
+        f"attention backend {got} cannot show all rows of a canvas the same {window - 1} positions "
+        f"before it, as max_model_len {max_model_len} with a sliding window of {window} demands; "
+        f"accepted are {_TRITON}, {_FLASH} with FlashAttention 4 on Hopper, and {_CPU}: start with "
+        f"--attention-backend {_TRITON}, or with --max-model-len {window}."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a layer of the model is to the mask."""
+
+    attention: Any
+    backend: str
+    window: int | None
+    """W, or None where no window can hide anything: a full layer, or a short max_model_len."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The sequences of one step, as seen from layers with one window. All tensors int32."""
+
+    canvas: Tensor  # [N] bool
+    first: Tensor  # [N] leftmost key that the window shows to any row, also of a causal sequence
+    last: Tensor  # [N] last key, that is last row
+
+
+class BlockLocalMask:
+    """Prepares a model's attention layers once, and each step's metadata.
+
+    Args:
+        layers: the model's attention layers by name, those without a window among them.
+        canvas_length: the widest canvas, C.
+        max_model_len: longest sequence served, in tokens.
+        max_rows: most sequences a step, padding included.
+        max_tokens: most tokens a step, padding included.
+        device: where the step runs.
+        max_span: most consecutive positions of one image; wider ones are cut, from 2W - 1 at least.
+
+    Raises `ConfigError` if a sliding layer's backend cannot express the mask, or if the canvas is
+    longer than the window.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        *,
+        canvas_length: int,
+        max_model_len: int,
+        max_rows: int,
+        max_tokens: int,
+        device: torch.device,
+        max_span: int = 0,
+    ) -> None:
+        self._layers: dict[str, _Layer] = {}
+        for name, attention in layers.items():
+            backend = attention.get_attn_backend().get_name()
+            window = attention.sliding_window
+            if needs_block_local(max_model_len, window):
+                version = _flash_version(attention.impl) if backend == _FLASH else None
+                require_block_local(
+                    backend, fa_version=version, window=window, max_model_len=max_model_len
+                )
+                if backend == _TRITON:
+                    _widen(attention, window, canvas_length, max_span)
+            else:
+                window = None
+            self._layers[name] = _Layer(attention, backend, window)
+
+        self._max_rows, self._device = max_rows, device
+        windows = {layer.window for layer in self._layers.values()}
+        # One set of buffers a window, all layers of that window sharing it.
+        self._sequence_ranges = {window: self._zeros(max_rows, 1, 2) for window in windows}
+        self._row_ranges = {window: self._zeros(max_tokens, 2) for window in windows}
+        self._view_lens = {window: self._zeros(max_rows) for window in windows}
+        self._view_tables: dict[str, Tensor] = {}
+
+    @staticmethod
+    def cudagraph_support() -> tuple[AttentionCGSupport, str]:
+        """What ``ModelState.get_additional_cg_support`` returns.
+
+        A batch of running requests, C rows each, has exactly one range a sequence, in buffers that
+        stay where they are: its FULL graph replays. A batch with prompt rows may have any number of
+        images, and the number of ranges is compiled into the kernel: PIECEWISE.
+        """
+        return AttentionCGSupport.UNIFORM_BATCH, BlockLocalMask.__name__
+
+    def set_canvas_ranges(self, attn_metadata: dict[str, Any]) -> None:
+        """Put metadata with the canvases' ranges in place of what ``build_attn_metadata`` made.
+
+        Call right after it, in every step whose ``causal`` is a tensor, also before a capture. A
+        batch known to hold prompt rows alone is cheaper with ``causal=True`` and needs no call.
+        Image ranges that are already there stay.
+
+        Args:
+            attn_metadata: metadata by layer name; values are replaced, never changed. Layers this
+                object does not know are left alone. Read of a value: ``causal`` [N] int32 with 0
+                for canvases, ``seq_lens`` [N] int32, ``query_start_loc`` [N + 1] int32, all on the
+                device and the same for all layers; padding sequences have length 0.
+        """
+        made: dict[tuple[int, int | None], Any] = {}
+        rows: dict[int | None, _Rows] = {}
+        for name, metadata in list(attn_metadata.items()):
+            layer = self._layers.get(name)
+            if layer is None or not isinstance(metadata.causal, torch.Tensor):
+                continue
+            # Layers share metadata by KV cache group, and a group may mix windows.
+            key = id(metadata), layer.window
+            if key not in made:
+                if layer.window not in rows:
+                    rows[layer.window] = _read_rows(metadata, layer.window)
+                made[key] = self._with_ranges(metadata, name, layer, rows[layer.window])
+            attn_metadata[name] = made[key]
+
+    def _with_ranges(self, metadata: Any, name: str, layer: _Layer, rows: _Rows) -> Any:
+        if layer.backend == _TRITON and layer.window is not None:
+            return self._for_triton(metadata, layer.window, rows)
+        if layer.backend == _FLASH and (
+            layer.window is not None or metadata.mm_prefix_query_range_tensor is not None
+        ):
+            # Without images a full layer is better off with its causal flags; with them it must
+            # take ranges too, since version 4 forgets the images of a batch that has flags.
+            return self._for_flash(metadata, name, layer, rows)
+        return metadata
+
+    # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is no range ----
+
+    def _for_triton(self, metadata: Any, window: int, rows: _Rows) -> Any:
+        count = rows.last.shape[0]
+        ranges = self._sequence_ranges[window][:count]
+        ranges[:, 0, 0] = torch.where(rows.canvas, rows.first, 0)
+        ranges[:, 0, 1] = torch.where(rows.canvas, rows.last, 0)
+        # The buffer is written first, so that a graph captured on it sees this step's canvases
+        # even where running requests still bring the images of their prompts.
+        images = metadata.mm_prefix_range_tensor
+        if images is not None:
+            # The kernel is compiled for a number of ranges: few different ones.
+            filler = _power_of_two(images.shape[1] + 1) - images.shape[1] - 1
+            ranges = functional.pad(torch.cat((ranges, images), dim=1), (0, 0, 0, filler))
+        out = copy.copy(metadata)
+        out.mm_prefix_range_tensor = ranges
+        return out
+
+    # ---- FLASH_ATTN: [tokens, 2], relative to the start of the view ----
+
+    def _for_flash(self, metadata: Any, name: str, layer: _Layer, rows: _Rows) -> Any:
+        images = metadata.mm_prefix_query_range_tensor
+        tokens, count = metadata.num_actual_tokens, rows.last.shape[0]
+        positions = torch.arange(tokens, device=self._device, dtype=torch.int32)
+        starts = metadata.query_start_loc[: count + 1]
+        sequence = torch.searchsorted(starts[1:], positions, right=True)
+        padding = sequence >= count
+        sequence = sequence.clamp(max=count - 1)
+
+        bounds = torch.stack((rows.first, rows.last), dim=1)
+        canvas_row = rows.canvas[sequence] & ~padding
+        ranges = torch.where(canvas_row[:, None], bounds[sequence], _NO_RANGE)
+        if images is not None:
+            behind = tokens - images.shape[0]
+            ranges = torch.maximum(ranges, functional.pad(images, (0, 0, 0, behind), value=-1))
+
+        out = copy.copy(metadata)
+        out.causal = True  # the flags' work is done by the ranges
+        in_images = None if images is None else (sequence, ranges)
+        skipped = self._cut(out, name, layer, rows, in_images)
+        if skipped is not None:
+            ranges = torch.where(ranges < 0, _NO_RANGE, ranges - skipped[sequence][:, None])
+        buffer = self._row_ranges[layer.window][:tokens]
+        buffer.copy_(ranges)
+        out.mm_prefix_query_range_tensor = buffer
+        return out
+
+    def _cut(
+        self,
+        metadata: Any,
+        name: str,
+        layer: _Layer,
+        rows: _Rows,
+        in_images: tuple[Tensor, Tensor] | None,
+    ) -> Tensor | None:
+        """Let each sequence start at the first block any of its rows sees; [N] positions skipped.
+
+        Masks compare positions within one sequence, and cached keys carry their rotary embedding,
+        so a sequence may lose its head as long as its length, table and ranges all do.
+        """
+        cache = layer.attention.kv_cache
+        if layer.window is None or cache.dim() != len(("block", "head", "slot", "key and value")):
+            return None  # a full layer, or a profiling run without a cache
+        block = cache.shape[2]
+        table, first = metadata.block_table, rows.first
+        width = table.shape[1]
+        if in_images is not None:
+            # An image may begin before the window of its first row in this step.
+            sequence, ranges = in_images
+            begin = torch.where(ranges[:, 0] < 0, torch.iinfo(torch.int32).max, ranges[:, 0])
+            first = first.scatter_reduce(0, sequence, begin, "amin")
+        else:
+            seen = layer.window - 1 + metadata.max_query_len
+            width = min(width, (seen + block - 1 + block - 1) // block)
+        count = first.shape[0]
+        blocks = first // block
+        lens = self._view_lens[layer.window][:count]
+        torch.sub(metadata.seq_lens[:count], blocks * block, out=lens)
+
+        if name not in self._view_tables:
+            self._view_tables[name] = self._zeros(self._max_rows, table.shape[1])
+        view = self._view_tables[name][:count, :width]
+        column = torch.arange(width, device=self._device) + blocks[:, None]
+        view.copy_(table[:count].gather(1, column.clamp_(max=table.shape[1] - 1)))
+
+        metadata.seq_lens, metadata.block_table = lens, view
+        metadata.max_seq_len = min(metadata.max_seq_len, width * block)
+        return blocks * block
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+
+def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> None:
+    """Tell a TRITON_ATTN layer its window through the lookback, so that V is masked further out.
+
+    The kernel takes chunks of ``SLIDING_WINDOW // (lookback + 1)`` keys: of one key as long as the
+    wider window stays below 2W. Hence no canvas longer than W, and images cut from 2W - 1 on.
+    """
+    if canvas_length > window:
+        raise ConfigError(
+            f"a canvas of {canvas_length} tokens is longer than the sliding window of {window}, "
+            f"which {_TRITON} cannot express; accepted are up to {window}: lower canvas_length."
+        )
+    reach = min(2 * window - 1, window - 1 + max(canvas_length, max_span))
+    attention.impl.sliding_window = (reach - 1, 0)
+    attention.impl.chunk_lookback = window - 1
+    # Clamped to the reach, not to the window: clips nothing, and lets the kernel prune its tiles.
+    attention.mm_prefix_clamp_sliding_window = True
+
+
+def _flash_version(impl: Any) -> int | None:
+    return None if impl.fa4_hd256 else impl.vllm_flash_attn_version
+
+
+def _read_rows(metadata: Any, window: int | None) -> _Rows:
+    seq_lens = metadata.seq_lens
+    count = seq_lens.shape[0]
+    starts = metadata.query_start_loc[: count + 1]
+    prefix = seq_lens - (starts[1:] - starts[:-1])
+    first = torch.zeros_like(prefix) if window is None else (prefix - window + 1).clamp_(min=0)
+    return _Rows(canvas=metadata.causal[:count] == 0, first=first, last=seq_lens - 1)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
