@@ -237,11 +237,18 @@ def transformers_engine(plan: Plan) -> Callable[[int], Run]:
 
 
 def pretend_triton_has_a_cpu_backend() -> None:
-    """Let vLLM believe Triton can run on the CPU; TRITON_INTERPRET=1 then runs the kernels."""
+    """Let vLLM believe Triton can run on the CPU; TRITON_INTERPRET=1 then runs the kernels.
+
+    Only while vLLM looks: torch's compiler would try to use such a backend.
+    """
     import triton.backends
 
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    import vllm.triton_utils
+
+    assert vllm.triton_utils.HAS_TRITON
+    del triton.backends.backends["cpu"]
 
 
 def use_stand_ins() -> None:

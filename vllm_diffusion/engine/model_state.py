@@ -12,13 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
+from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
@@ -27,6 +30,7 @@ from vllm_diffusion.params import admitted_params
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -69,6 +73,20 @@ class CanvasModelState(ModelState):
             self.max_num_tokens, text_config.hidden_size, dtype=self.dtype, device=device
         )
         self._images: tuple[list[Tensor], Tensor] | None = None
+        if device.type != "cpu":
+            self._block_local_mask = BlockLocalMask(
+                get_layers_from_vllm_config(vllm_config, Attention),
+                canvas_length=self.pool.canvas_length,
+                max_model_len=self.max_model_len,
+                max_rows=self.max_num_reqs,
+                max_tokens=self.max_num_tokens,
+                device=device,
+                max_span=text_config.sliding_window if self.supports_mm_inputs else 0,
+            )
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """Which batches may run as one captured graph, see ``BlockLocalMask``."""
+        return BlockLocalMask.cudagraph_support()
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         """Text generation only."""
@@ -112,7 +130,7 @@ class CanvasModelState(ModelState):
         slot_mappings: Tensor,
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
-        for_capture: bool = False,  # noqa: ARG002 - capture reads the same buffers
+        for_capture: bool = False,
         ubatch_idx: int = 0,  # noqa: ARG002 - vLLM does not micro-batch diffusion
     ) -> dict[str, Any]:
         """Attention metadata by layer name: causal rows and canvas rows in one batch."""
@@ -127,7 +145,7 @@ class CanvasModelState(ModelState):
             return self._prepare_attn_cpu(
                 input_batch, causal, block_tables, slot_mappings, attn_groups
             )
-        return build_attn_metadata(
+        metadata = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
             num_tokens=num_tokens,
@@ -142,10 +160,14 @@ class CanvasModelState(ModelState):
             seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
             mm_req_doc_ranges={
                 index: [(first, behind - 1) for first, behind in spans]
-                for index, spans in enumerate(self._image_spans(input_batch.req_ids))
+                for index, spans in enumerate(self._image_spans(input_batch))
             },
-            causal=causal,
+            for_cudagraph_capture=for_capture,
+            # A batch of prompts alone takes the backends' cheaper causal path.
+            causal=causal if for_capture or input_batch.num_draft_tokens else True,
         )
+        self._block_local_mask.set_canvas_ranges(metadata)
+        return metadata
 
     def _prepare_attn_cpu(
         self,
@@ -162,7 +184,7 @@ class CanvasModelState(ModelState):
             input_batch.query_start_loc_np.tolist(),
             input_batch.seq_lens[: causal.shape[0]].tolist(),
             (causal == 0).tolist(),
-            self._image_spans(input_batch.req_ids),
+            self._image_spans(input_batch),
         )
         return {
             name: metadata
@@ -180,18 +202,20 @@ class CanvasModelState(ModelState):
             for name in group.layer_names
         }
 
-    def _image_spans(self, req_ids: list[str]) -> list[list[tuple[int, int]]]:
+    def _image_spans(self, input_batch: InputBatch) -> list[list[tuple[int, int]]]:
         """Half-open absolute ranges that attend bidirectionally, for every request of the batch."""
         if not (self.supports_mm_inputs and self.model_config.is_mm_prefix_lm):
-            return [[] for _ in req_ids]
+            return [[] for _ in input_batch.req_ids]
         features = self.encoder_cache.mm_features
         return [
             sorted(
                 (first, last + 1)
-                for feature in features.get(req_id, ())
+                for feature in (features.get(req_id, ()) if prefilling else ())
                 for first, last in feature.mm_position.extract_embeds_range()
             )
-            for req_id in req_ids
+            for req_id, prefilling in zip(
+                input_batch.req_ids, input_batch.is_prefilling_np.tolist(), strict=False
+            )
         ]
 
     def prepare_inputs_embeds(
