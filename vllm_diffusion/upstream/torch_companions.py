@@ -78,9 +78,12 @@ def hide(name: str) -> None:
     """Let a package count as not installed in this process.
 
     None in `sys.modules` is Python's own mark for "there is no such module": looking for it finds
-    nothing, importing it raises the ImportError that optional imports expect.
+    nothing, importing it raises the ImportError that optional imports expect. Transformers looks
+    when it is imported, which may be before torch is, and remembers; it is made to look again.
     """
     sys.modules[name] = None  # type: ignore[assignment]
+    if (transformers := sys.modules.get("transformers.utils.import_utils")) is not None:
+        vars(transformers)[f"is_{name}_available"].cache_clear()
 
 
 def fails_to_import(name: str) -> bool:

@@ -1,0 +1,350 @@
+"""What the ledger patches is still there, still needed, and patched only where it should be."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from vllm_diffusion.upstream import cpu_host, cpu_kernels, ledger, torch_companions, versions
+from vllm_diffusion.upstream.patches import EARLY_PATCHES, PATCHES, WORKER_PATCHES
+
+pytestmark = pytest.mark.vllm
+
+ALL = {patch.name: patch for patch in (*PATCHES, *WORKER_PATCHES)}
+CPU_HOST = [name for name in ALL if name.startswith("cpu-")] + [p.name for p in WORKER_PATCHES]
+
+PARAMETERS = {
+    "vllm.config.vllm.VllmConfig._validate_v1_model_runner": ["self"],
+    "vllm.config.vllm.VllmConfig._validate_v2_model_runner": ["self"],
+    "vllm.config.vllm.VllmConfig._get_v2_model_runner_unsupported_features": ["self"],
+    "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
+    "vllm.platforms.cpu.CpuPlatform.register_triton_kernel_overrides": [],
+    "vllm.triton_utils.dispatcher.register_kernels": ["overrides"],
+    "vllm.utils.math_utils.next_power_of_2": ["n"],
+}
+"""Every function of vLLM that is replaced, wrapped or called from here, and what it takes."""
+
+KERNEL_ARGUMENTS = {
+    "buffer_utils._apply_write_kernel": (
+        "output_ptr output_stride write_indices_ptr write_starts_ptr write_contents_ptr "
+        "write_cu_lens_ptr write_group_ids_ptr BLOCK_SIZE MULTI_GROUP"
+    ),
+    "block_table._gather_block_tables_kernel": (
+        "batch_idx_to_req_idx src_block_table_ptrs dst_block_table_ptrs block_table_strides "
+        "num_blocks_ptr num_blocks_stride num_reqs"
+    ),
+    "block_table._compute_slot_mappings_kernel": (
+        "max_num_tokens idx_mapping query_start_loc pos block_table_ptrs block_table_strides "
+        "block_sizes slot_mapping_enabled dcp_sharded slot_mappings_ptr slot_mappings_stride "
+        "cp_rank CP_SIZE CP_INTERLEAVE PAD_ID TRITON_BLOCK_SIZE"
+    ),
+    "input_batch._prepare_prefill_inputs_kernel": (
+        "input_ids_ptr next_prefill_tokens_ptr next_prefill_tokens_stride num_lookahead "
+        "idx_mapping_ptr query_start_loc_ptr all_token_ids_ptr all_token_ids_stride "
+        "prefill_lens_ptr num_computed_tokens_ptr"
+    ),
+    "input_batch._prepare_pos_seq_lens_kernel": (
+        "pos_ptr seq_lens_ptr idx_mapping_ptr query_start_loc_ptr num_computed_tokens_ptr "
+        "max_num_reqs"
+    ),
+    "input_batch._combine_sampled_and_draft_tokens_kernel": (
+        "input_ids_ptr idx_mapping_ptr last_sampled_tokens_ptr query_start_loc_ptr seq_lens_ptr "
+        "prefill_len_ptr draft_tokens_ptr draft_tokens_stride cu_num_logits_ptr "
+        "logits_indices_ptr BLOCK_SIZE NUM_NEW_SAMPLED_TOKENS"
+    ),
+    "input_batch._expand_idx_mapping_kernel": (
+        "idx_mapping_ptr expanded_idx_mapping_ptr expanded_local_pos_ptr cu_num_logits_ptr"
+    ),
+    "input_batch._post_update_kernel": (
+        "idx_mapping_ptr num_computed_tokens_ptr last_sampled_tokens_ptr output_bin_counts_ptr "
+        "output_bin_counts_stride sampled_tokens_ptr sampled_tokens_stride num_sampled_ptr "
+        "num_rejected_ptr query_start_loc_ptr all_token_ids_ptr all_token_ids_stride "
+        "total_len_ptr"
+    ),
+    "input_batch._post_update_num_computed_tokens_kernel": (
+        "idx_mapping_ptr num_computed_tokens_ptr query_start_loc_ptr"
+    ),
+    "sample.logprob._topk_log_softmax_kernel": (
+        "output_ptr logits_ptr logits_stride topk_ids_ptr topk_ids_stride topk vocab_size"
+    ),
+    "sample.logprob._ranks_kernel": (
+        "output_ptr logits_ptr logits_stride token_ids_ptr vocab_size"
+    ),
+    "sample.logprob._fill_logprob_token_ids_kernel": (
+        "out_token_ids_ptr out_token_ids_stride out_valid_mask_ptr out_valid_mask_stride "
+        "sampled_token_ids_ptr topk_indices_ptr topk_indices_stride expanded_idx_mapping_ptr "
+        "num_per_req_token_ids_ptr per_req_token_ids_ptr per_req_token_ids_stride NUM_TOPK"
+    ),
+    "sample.prompt_logprob._prompt_logprobs_token_ids_kernel": (
+        "prompt_logprobs_token_ids_ptr query_start_loc_ptr idx_mapping_ptr "
+        "num_computed_tokens_ptr all_token_ids_ptr all_token_ids_stride"
+    ),
+    "structured_outputs._apply_grammar_bitmask_kernel": (
+        "logits_ptr logits_stride logits_indices_ptr cu_num_logits_ptr bitmask_ptr "
+        "bitmask_stride vocab_size MASK_STRIDE"
+    ),
+    "utils._zero_kv_blocks_kernel": (
+        "seg_addrs_ptr seg_block_strides_ptr seg_page_sizes_ptr block_ids_ptr"
+    ),
+}
+"""The arguments our stand-ins rely on, in order; a kernel may take more after these."""
+
+
+def resolve(name: str) -> object:
+    module, _, path = name, "", ""
+    while True:
+        try:
+            found: object = importlib.import_module(module)
+            break
+        except ImportError:
+            module, _, tail = module.rpartition(".")
+            path = f"{tail}.{path}" if path else tail
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_signature(name):
+    assert list(inspect.signature(resolve(name)).parameters) == PARAMETERS[name]
+
+
+def test_choice_of_runner_is_a_property_that_reads_has_triton():
+    import vllm.config.vllm as module
+
+    assert isinstance(inspect.getattr_static(module.VllmConfig, "use_v2_model_runner"), property)
+    assert isinstance(module.HAS_TRITON, bool)
+
+
+def test_worker_class_has_the_name_we_replace():
+    from vllm.platforms.cpu import CpuPlatform
+
+    source = inspect.getsource(inspect.unwrap(CpuPlatform.check_and_update_config))
+    assert f'"{cpu_host.STOCK_WORKER}"' in source
+
+
+def test_jit_warm_up_has_the_switch_we_use():
+    from vllm.config.kernel import KernelConfig
+
+    assert "enable_jit_warmup" in inspect.signature(KernelConfig).parameters
+
+
+def test_every_stand_in_has_its_contract():
+    assert {
+        name.rpartition("worker.")[2].removeprefix("gpu.") for name in cpu_kernels.stand_ins()
+    } == set(KERNEL_ARGUMENTS)
+
+
+@pytest.mark.parametrize("kernel", cpu_kernels.stand_ins())
+def test_kernel_takes_the_arguments_its_stand_in_expects(kernel):
+    # Read, not imported: a Model Runner V2 module imported too early spoils a CPU worker.
+    module, _, function = kernel.rpartition(".")
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    header = source.split(f"def {function}(")[1].split("):\n")[0]
+    found = [
+        line.split(":")[0].split("=")[0].strip(" ,")
+        for line in (line.split("#")[0] for line in header.splitlines())
+    ]
+    expected = KERNEL_ARGUMENTS[kernel.rpartition("worker.")[2].removeprefix("gpu.")].split()
+    assert [name for name in found if name][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_patch_is_needed_by_the_lowest_tested_vllm(name):
+    """A row that fails here has served its time: delete it, or raise its `remove_when`."""
+    patch = ALL[name]
+    if not versions.is_lowest_tested(versions.require_supported_vllm()):
+        pytest.skip("only the lowest tested vLLM decides when a patch can go")
+    if name not in ledger.active() and not patch.applies():
+        pytest.skip("does not apply on this host")
+    assert patch.needed(), f"{patch.target}: {patch.remove_when}"
+
+
+@pytest.mark.parametrize("name", CPU_HOST)
+def test_patch_of_a_cpu_host_is_inert_on_cuda(monkeypatch, name):
+    cuda = types.SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    monkeypatch.setattr("vllm.platforms.current_platform", cuda)
+    assert not ALL[name].applies()
+
+
+@pytest.mark.parametrize("name", CPU_HOST)
+def test_patch_of_a_cpu_host_is_inert_beside_a_triton_backend(monkeypatch, name):
+    monkeypatch.setattr(
+        "vllm.platforms.current_platform", types.SimpleNamespace(is_cpu=lambda: True)
+    )
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    assert not ALL[name].applies()
+
+
+@pytest.mark.parametrize("package", torch_companions.LIBRARIES)
+def test_companions_are_left_alone_beside_a_gpu_torch(monkeypatch, package):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    assert not torch_companions.cannot_load(package)
+
+
+def test_applying_on_cuda_changes_nothing(monkeypatch):
+    from vllm.config.vllm import VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setattr(
+        "vllm.platforms.current_platform", types.SimpleNamespace(is_cpu=lambda: False)
+    )
+    monkeypatch.setattr(ledger, "_installed", {})
+    before = dict(vars(VllmConfig)), dict(vars(CpuPlatform))
+    assert ledger.apply(ALL[name] for name in CPU_HOST) == ()
+    assert (dict(vars(VllmConfig)), dict(vars(CpuPlatform))) == before
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a Python without the plugin, which therefore starts unpatched."""
+    quiet = {"VLLM_DIFFUSION": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    clean = {key: value for key, value in os.environ.items() if key != cpu_host.RUNNER_VARIABLE}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=clean | quiet | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+TWICE = """
+from vllm.config.vllm import VllmConfig
+from vllm.platforms.cpu import CpuPlatform
+from vllm_diffusion.upstream import cpu_host, ledger
+from vllm_diffusion.upstream.patches import PATCHES
+rows = [p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal"]
+stock = dict(vars(VllmConfig))
+first = ledger.apply(rows)
+state = dict(vars(VllmConfig)), dict(vars(CpuPlatform))
+assert ledger.apply(rows) == first
+assert (dict(vars(VllmConfig)), dict(vars(CpuPlatform))) == state
+assert set(first) <= set(ledger.active())
+assert (stock != state[0]) and "runner-refusal" in first
+"""
+
+
+def test_applying_twice_is_applying_once():
+    run = python(TWICE)
+    assert run.returncode == 0, run.stderr
+
+
+IMPORTS = """
+import sys
+from vllm_diffusion.upstream import cpu_host, ledger, patches, versions
+versions.require_supported_vllm()
+heavy = {"vllm", "torch", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_the_table_imports_neither_vllm_nor_torch():
+    run = python(IMPORTS)
+    assert run.returncode == 0, run.stderr
+
+
+CONFIGURE = """
+import json, os, sys
+from vllm import EngineArgs
+from vllm_diffusion.upstream import cpu_host, ledger
+from vllm_diffusion.upstream.patches import PATCHES
+patched, models = sys.argv[1], sys.argv[2:]
+if patched == "patched":
+    ledger.apply(p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal")
+
+def outcome(model):
+    try:
+        config = EngineArgs(
+            model=model, tokenizer=model, skip_tokenizer_init=True, dtype="float32"
+        ).create_engine_config()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    import vllm.config.vllm, vllm.triton_utils
+    assert vllm.config.vllm.HAS_TRITON == vllm.triton_utils.HAS_TRITON
+    return [config.use_v2_model_runner, config.parallel_config.worker_cls]
+
+results = {}
+for variable in ("unset", "0", "1"):
+    if variable != "unset":
+        os.environ[cpu_host.RUNNER_VARIABLE] = variable
+    for model in models:
+        results[os.path.basename(model) + " " + variable] = outcome(model)
+print("RESULT" + json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[object]]]:
+    """Runner and worker, or error, of two models, per value of the variable, stock and patched."""
+    if not cpu_host.is_triton_free_cpu():
+        pytest.skip("needs a CPU host without a Triton backend")
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig, LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 64}
+    text = DiffusionGemmaTextConfig(**sizes, **heads, layer_types=["full_attention"])
+    configs = {
+        "llama": LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"]),
+        "diffusion": DiffusionGemmaConfig(
+            text_config=text,
+            canvas_length=8,
+            architectures=["DiffusionGemmaForBlockDiffusion"],
+        ),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+    found = {}
+    for kind in ("stock", "patched"):
+        run = python(CONFIGURE, kind, *(str(folder / name) for name in configs))
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, run.stderr[-3000:]
+        found[kind] = json.loads(lines[0].removeprefix("RESULT"))
+    return found
+
+
+@pytest.mark.parametrize("variable", ["unset", "0", "1"])
+def test_another_model_keeps_its_runner_and_worker(outcomes, variable):
+    patched, stock = (outcomes[kind][f"llama {variable}"] for kind in ("patched", "stock"))
+    assert patched == stock
+
+
+def test_a_diffusion_model_starts_without_environment_variables(outcomes):
+    assert outcomes["patched"]["diffusion unset"] == [True, cpu_host.TRITON_FREE_WORKER]
+    assert outcomes["stock"]["diffusion unset"][0] == "ValidationError"
+
+
+def test_forcing_the_old_runner_is_refused_in_one_sentence(outcomes):
+    error, message = outcomes["patched"]["diffusion 0"]
+    assert error == "UnsupportedRunnerError"
+    assert message == cpu_host.runner_refusal("0", [])
+    assert "\n" not in message
+
+
+PROCESSOR = """
+import torch
+from transformers import AutoProcessor
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+import vllm.model_executor.models.gemma4_mm
+"""
+
+
+def test_gemmas_processor_imports_in_a_fresh_process():
+    run = python(PROCESSOR)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("patch", EARLY_PATCHES, ids=lambda patch: patch.name)
+def test_early_patches_are_active_where_they_apply(patch):
+    """They are installed by torch's import, so in this process too, or not wanted here."""
+    assert patch.name in ledger.active() or not patch.applies()
