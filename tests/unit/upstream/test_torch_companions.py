@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from vllm_diffusion.upstream import early, ledger, torch_companions
+
+
+@pytest.fixture
+def companion(monkeypatch, tmp_path):
+    """An installed companion called `torchaudio`, whose library loads as one says."""
+
+    def install(*, library: bool = True, loads: bool = True, gpu: bool = False) -> list[str]:
+        folder = tmp_path / "torchaudio"
+        (folder / "lib").mkdir(parents=True)
+        if library:
+            (folder / "lib" / "_torchaudio.abi3.so").touch()
+        tried: list[str] = []
+
+        def load(path: str) -> None:
+            tried.append(path)
+            if not loads:
+                raise OSError("libc10_cuda.so: cannot open shared object file")
+
+        spec = types.SimpleNamespace(submodule_search_locations=[str(folder)])
+        monkeypatch.setattr(torch_companions, "find_spec", lambda _: spec)
+        monkeypatch.setattr(torch.ops, "load_library", load)
+        monkeypatch.setattr(torch.version, "cuda", "13.0" if gpu else None)
+        monkeypatch.setattr(torch.version, "hip", None, raising=False)
+        monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
+        return tried
+
+    return install
+
+
+def test_a_library_that_does_not_load_is_found_out_by_loading_it(companion):
+    tried = companion(loads=False)
+    assert torch_companions.cannot_load("torchaudio")
+    assert len(tried) == 1
+
+
+def test_a_healthy_installation_is_left_alone(companion):
+    tried = companion()
+    assert not torch_companions.cannot_load("torchaudio")
+    assert len(tried) == 1
+
+
+def test_a_gpu_build_is_left_alone_without_loading_anything(companion):
+    assert companion(loads=False, gpu=True) == []
+    assert not torch_companions.cannot_load("torchaudio")
+
+
+def test_a_companion_without_its_library_is_left_alone(companion):
+    companion(library=False, loads=False)
+    assert not torch_companions.cannot_load("torchaudio")
+
+
+def test_an_imported_companion_is_left_alone(companion, monkeypatch):
+    companion(loads=False)
+    monkeypatch.setitem(sys.modules, "torchaudio", types.ModuleType("torchaudio"))
+    assert not torch_companions.cannot_load("torchaudio")
+
+
+def test_a_companion_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(torch_companions, "find_spec", lambda _: None)
+    monkeypatch.delitem(sys.modules, "torchcodec", raising=False)
+    assert not torch_companions.cannot_load("torchcodec")
+
+
+def test_a_hidden_package_counts_as_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # put back what was there afterwards
+    torch_companions.hide("torchaudio")
+    assert importlib.util.find_spec("torchaudio") is None
+    with pytest.raises(ImportError):
+        importlib.import_module("torchaudio")
+
+
+def test_transformers_looks_again_after_hiding(monkeypatch):
+    cleared: list[str] = []
+    fake = types.ModuleType("transformers.utils.import_utils")
+    probe = types.SimpleNamespace(cache_clear=lambda: cleared.append("torchaudio"))
+    monkeypatch.setattr(fake, "is_torchaudio_available", probe, raising=False)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    torch_companions.hide("torchaudio")
+    assert cleared == ["torchaudio"]
+
+
+def test_declaring_the_operators_is_repeatable_and_they_exist():
+    torch_companions.declare_torchvision_ops()
+    torch_companions.declare_torchvision_ops()
+    for name in torch_companions.MISSING_OPS:
+        assert hasattr(torch.ops.torchvision, name)
+
+
+def test_an_error_never_reaches_the_import_of_torch(monkeypatch):
+    def fail(_: object) -> None:
+        raise RuntimeError("broken row")
+
+    monkeypatch.setattr(ledger, "apply", fail)
+    early.prepare_host()
