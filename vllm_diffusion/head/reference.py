@@ -44,7 +44,8 @@ class ReferenceHead:
         log_prob = scaled.log_softmax(dim=-1)
         prob = log_prob.exp()
         # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
-        entropy = -torch.where(prob > 0, prob * log_prob, 0.0).sum(dim=-1)
+        lowest = torch.finfo(log_prob.dtype).min
+        entropy = -(prob * log_prob.clamp(min=lowest)).sum(dim=-1)
         top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
         return CanvasStats(
             argmax=scaled.argmax(dim=-1),

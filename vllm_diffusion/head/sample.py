@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch.nn import functional
 
 from vllm_diffusion.denoise.rng import Purpose, philox, uniform
 
@@ -45,9 +46,9 @@ def sample_rows(weight: Tensor, noise: Noise) -> Tensor:
     rows, vocab = weight.shape
     num_tiles = -(-vocab // TILE)
     gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
-    tiles = torch.nn.functional.pad(weight, (0, num_tiles * TILE - vocab)).view(
-        rows, num_tiles, TILE
-    )
+    # Padding a vocabulary of less than one tile would cost many times the vocabulary.
+    width = min(vocab, TILE)
+    tiles = functional.pad(weight, (0, num_tiles * width - vocab)).view(rows, num_tiles, width)
     mass = tiles.sum(dim=-1)
     gumbel = -torch.log(-torch.log(gumbel_uniform))
     tile = (torch.log(mass) + gumbel).argmax(dim=-1)
