@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
 
+from vllm_diffusion import __version__
 from vllm_diffusion.config import rule_constants
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.upstream import ledger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,7 +59,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         super().verify_and_update_config(vllm_config)
         canvas = vllm_config.diffusion_config.canvas_length
 
-        served_rule(vllm_config)
+        rule = served_rule(vllm_config)
         cls._whole_canvases(scheduler, canvas)
         if asked_seqs >= SchedulerConfig.DEFAULT_MAX_NUM_SEQS:
             # vLLM falls back to 8 here because its sampler holds all logits at once. Ours does not;
@@ -69,6 +71,15 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         if vllm_config.model_config.is_mm_prefix_lm:
             # An image attends to itself in both directions, so all of it must run in one step.
             scheduler.disable_chunked_mm_input = True
+        logger.info(
+            "vllm-diffusion %s serves %s: canvas of %d, %s, patches %s; "
+            "VLLM_DIFFUSION=0 turns it off",
+            __version__,
+            vllm_config.model_config.architecture,
+            canvas,
+            rule,
+            ", ".join(ledger.active()),
+        )
 
     @staticmethod
     def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:

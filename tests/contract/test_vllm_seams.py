@@ -1,0 +1,244 @@
+"""The names and signatures of vLLM that engine/ and models/ lean on.
+
+Not what vLLM does with them, the engine tests show that: what must still be there for our code to
+be called at all. A failure here after raising the vLLM pin says where to look first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+pytestmark = pytest.mark.vllm
+
+# Overridden by us: vLLM calls ours with its own arguments, so the names must be the same.
+OVERRIDES = [
+    (
+        "vllm.v1.worker.gpu.model_states.interface.ModelState",
+        "vllm_diffusion.engine.model_state.CanvasModelState",
+        [
+            "add_request",
+            "remove_request",
+            "prepare_attn",
+            "prepare_inputs_embeds",
+            "prepare_inputs",
+            "prepare_dummy_inputs",
+            "custom_sampler",
+            "get_additional_cg_support",
+        ],
+    ),
+    (
+        "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler",
+        "vllm_diffusion.engine.scheduler.AsyncCanvasScheduler",
+        ["schedule"],
+    ),
+    (
+        "vllm.v1.core.sched.scheduler.Scheduler",
+        "vllm_diffusion.engine.scheduler.CanvasScheduler",
+        ["schedule"],
+    ),
+    (
+        "vllm.model_executor.models.gemma4.Gemma4DecoderLayer",
+        "vllm_diffusion.models.diffusion_gemma.layers.CanvasDecoderLayer",
+        ["forward"],
+    ),
+    (
+        "vllm.model_executor.models.config.DiffusionGemmaModelForBlockDiffusionConfig",
+        "vllm_diffusion.engine.serving.DiffusionGemmaServing",
+        ["verify_and_update_config"],
+    ),
+]
+
+# Called by us: these parameters must exist.
+CALLS = {
+    "vllm.v1.worker.gpu.attn_utils.build_attn_metadata": {
+        "attn_groups",
+        "num_reqs",
+        "num_tokens",
+        "query_start_loc_gpu",
+        "query_start_loc_cpu",
+        "max_query_len",
+        "seq_lens",
+        "max_seq_len",
+        "block_tables",
+        "slot_mappings",
+        "kv_cache_config",
+        "seq_lens_cpu_upper_bound",
+        "mm_req_doc_ranges",
+        "for_cudagraph_capture",
+        "causal",
+    },
+    "vllm._custom_ops.cpu_attention_with_kv_cache": {
+        "query",
+        "key_cache",
+        "value_cache",
+        "output",
+        "query_start_loc",
+        "seq_lens",
+        "scale",
+        "causal",
+        "alibi_slopes",
+        "sliding_window",
+        "block_table",
+        "softcap",
+        "scheduler_metadata",
+        "s_aux",
+        "dynamic_causal",
+        "k_scale",
+        "v_scale",
+        "kv_cache_dtype",
+    },
+    "vllm._custom_ops.cpu_attn_get_scheduler_metadata": {
+        "num_reqs",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "seq_lens",
+        "dtype",
+        "query_start_loc",
+        "causal",
+        "sliding_window_size",
+        "isa",
+        "enable_kv_split",
+        "dynamic_causal",
+        "kv_cache_dtype",
+    },
+    "vllm.v1.core.sched.diffusion_scheduler.diffusion_canvas_width": {"request", "canvas_length"},
+    "vllm.v1.attention.backends.registry.register_backend": {"backend", "class_path"},
+    "vllm.utils.torch_utils.async_tensor_h2d": {"data", "device"},
+}
+
+# Records of vLLM and the fields we read or fill.
+FIELDS = {
+    "vllm.v1.worker.gpu.input_batch.InputBatch": {
+        "req_ids",
+        "num_reqs",
+        "num_reqs_after_padding",
+        "idx_mapping",
+        "expanded_idx_mapping",
+        "expanded_local_pos",
+        "num_scheduled_tokens",
+        "num_tokens",
+        "num_tokens_after_padding",
+        "num_draft_tokens",
+        "query_start_loc",
+        "query_start_loc_np",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "prefill_len_np",
+        "num_computed_prefill_tokens_np",
+        "is_prefilling_np",
+        "input_ids",
+        "logits_indices",
+        "cu_num_logits_np",
+    },
+    "vllm.v1.worker.gpu.sample.output.SamplerOutput": {
+        "sampled_token_ids",
+        "logprobs_tensors",
+        "num_nans",
+        "num_sampled",
+        "num_rejected",
+    },
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": {
+        "num_actual_tokens",
+        "max_query_len",
+        "query_start_loc",
+        "max_seq_len",
+        "seq_lens",
+        "block_table",
+        "slot_mapping",
+        "scheduler_metadata",
+    },
+    "vllm.config.diffusion.DiffusionConfig": {"canvas_length", "max_denoising_steps"},
+}
+
+# Attributes of objects we did not build; named in the constructors of their classes.
+ATTRIBUTES = {
+    "vllm.v1.core.sched.scheduler.Scheduler": [
+        "self.running",
+        "self.max_num_scheduled_tokens",
+        "self.max_model_len",
+        "self.num_spec_tokens",
+        "self.current_step",
+    ],
+    "vllm.v1.request.Request": [
+        "self.num_computed_tokens",
+        "self.num_output_placeholders",
+        "self.next_decode_eligible_step",
+    ],
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder": [
+        "self.window_size",
+        "self.num_heads",
+        "self.num_kv_heads",
+        "self.head_dim",
+        "self.dtype",
+        "self.isa",
+        "self.kv_cache_dtype",
+    ],
+    "vllm.v1.worker.gpu.sample.sampler.Sampler": ["self.req_states"],
+    "vllm.v1.worker.gpu.states.RequestState": ["self.draft_tokens"],
+    "vllm.model_executor.models.gemma4.Gemma4DecoderLayer": ["layer_scalar", "self.self_attn"],
+    "vllm.v1.worker.gpu.mm.encoder_cache.EncoderCache": ["self.mm_features"],
+}
+
+GEMMA_IMAGE_PATH = [
+    "_parse_and_validate_image_input",
+    "_parse_and_validate_video_input",
+    "_parse_and_validate_multimodal_inputs",
+    "_encoder_chunk",
+    "_process_image_input",
+    "_process_video_input",
+    "embed_multimodal",
+]
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "method"),
+    [(theirs, ours, method) for theirs, ours, methods in OVERRIDES for method in methods],
+)
+def test_an_override_takes_what_vllm_passes(theirs: str, ours: str, method: str) -> None:
+    base = parameters(getattr(resolve_obj_by_qualname(theirs), method))
+    override = parameters(getattr(resolve_obj_by_qualname(ours), method))
+    takes_anything = "kwargs" in override
+    assert [name for name in base if name not in override and not takes_anything] == []
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_a_function_we_call_takes_what_we_pass(function: str) -> None:
+    assert CALLS[function] - set(parameters(resolve_obj_by_qualname(function))) == set()
+
+
+@pytest.mark.parametrize("record", FIELDS)
+def test_a_record_has_the_fields_we_use(record: str) -> None:
+    fields = {field.name for field in dataclasses.fields(resolve_obj_by_qualname(record))}
+    assert FIELDS[record] - fields == set()
+
+
+@pytest.mark.parametrize("owner", ATTRIBUTES)
+def test_an_object_we_are_handed_has_the_attributes_we_read(owner: str) -> None:
+    source = inspect.getsource(resolve_obj_by_qualname(owner))
+    assert [name for name in ATTRIBUTES[owner] if name not in source] == []
+
+
+def test_gemma_still_has_the_image_path_we_borrow() -> None:
+    gemma = resolve_obj_by_qualname(
+        "vllm.model_executor.models.gemma4_mm.Gemma4ForConditionalGeneration"
+    )
+    assert [name for name in GEMMA_IMAGE_PATH if not hasattr(gemma, name)] == []
+
+
+def test_the_runner_hands_the_sampler_what_compute_logits_gave() -> None:
+    # CanvasSampler takes hidden rows because the model hands them through compute_logits. This
+    # holds as long as the runner does nothing between the two but the grammar mask.
+    runner = resolve_obj_by_qualname("vllm.v1.worker.gpu.model_runner.GPUModelRunner")
+    source = inspect.getsource(runner.sample)
+    assert "logits = self.model.compute_logits(sample_hidden_states)" in source
+    assert "self.sampler(logits, input_batch)" in source
