@@ -61,13 +61,22 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
 
         rule = served_rule(vllm_config)
         cls._whole_canvases(scheduler, canvas)
-        if asked_seqs >= SchedulerConfig.DEFAULT_MAX_NUM_SEQS:
+        # vLLM's own default is never above the token budget.
+        default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
+        if asked_seqs >= min(default_seqs, scheduler.max_num_batched_tokens):
             # vLLM falls back to 8 here because its sampler holds all logits at once. Ours does not;
             # more canvases than the token budget holds would only wait with their KV allocated.
             fitting = max(1, scheduler.max_num_batched_tokens // canvas)
             scheduler.max_num_seqs = min(asked_seqs, fitting)
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = SCHEDULER
+        elif scheduler.scheduler_cls != SCHEDULER:
+            logger.warning(
+                "scheduler_cls=%s is kept; unless it derives from %s.WholeCanvasMixin, canvases "
+                "are cut where the token budget or max_model_len ends.",
+                scheduler.scheduler_cls,
+                SCHEDULER.rpartition(".")[0],
+            )
         if vllm_config.model_config.is_mm_prefix_lm:
             # An image attends to itself in both directions, so all of it must run in one step.
             scheduler.disable_chunked_mm_input = True
@@ -84,12 +93,14 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
     @staticmethod
     def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:
         """A canvas runs in one piece or not at all."""
-        if scheduler.max_num_batched_tokens < canvas:
-            raise ConfigError(
-                f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, but a step must "
-                f"hold at least one canvas of {canvas} tokens; raise it to {canvas} or more, or "
-                "serve a narrower canvas with --diffusion-config."
-            )
+        for option in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+            rows = getattr(scheduler, option)
+            if rows is not None and rows < canvas:
+                raise ConfigError(
+                    f"{option} is {rows}, but a step must hold at least one canvas of {canvas} "
+                    f"tokens; raise it to {canvas} or more, or serve a narrower canvas with "
+                    "--diffusion-config."
+                )
         if scheduler.long_prefill_token_threshold:
             # It would clip canvases as if they were prompts.
             logger.warning(
