@@ -1,1 +1,1 @@
-"""What tests share: checkpoints, engines, oracles, statistics. Imports vLLM only inside functions."""
+"""What tests share: engines, oracles, probes, statistics."""
