@@ -1,7 +1,7 @@
 """Who sees whom: the rows of one forward as segments, one rule of visibility each.
 
     causal   prompt and commit rows: everything up to themselves, clipped by the layer's window
-    span     an image's rows: everything up to the end of the image, clipped likewise
+    span     an image's rows: as causal rows, and the whole image
     canvas   denoising rows: the whole prefix and the whole canvas; on a layer with window W every
              row sees the same prefix, its last W - 1 positions, and the whole canvas
 
@@ -43,6 +43,8 @@ class Segment:
     end: int
     """Absolute position behind the last row, and behind the last visible key."""
     visibility: Visibility
+    span_start: int = 0
+    """Absolute first position of the image that a SPAN lies in; rows before it may be cached."""
 
 
 def plan_segments(
@@ -68,17 +70,20 @@ def plan_segments(
             segments.append(Segment(request, row, stop - row, end, Visibility.CANVAS))
             continue
 
-        def add(upto: int, visibility: Visibility, request: int = request) -> None:
+        def add(
+            upto: int, visibility: Visibility, span_start: int = 0, request: int = request
+        ) -> None:
             nonlocal row, position
             if upto > position:
-                segments.append(Segment(request, row, upto - position, upto, visibility))
-                row, position = row + upto - position, upto
+                length = upto - position
+                segments.append(Segment(request, row, length, upto, visibility, span_start))
+                row, position = row + length, upto
 
         for first, behind in spans[request]:
             if behind <= position or first >= end:
                 continue
             add(first, Visibility.CAUSAL)
-            add(min(behind, end), Visibility.SPAN)
+            add(min(behind, end), Visibility.SPAN, first)
         add(end, Visibility.CAUSAL)
     return segments
 

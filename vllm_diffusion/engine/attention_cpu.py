@@ -8,12 +8,14 @@ Three cases:
     prefix <= W - 1      everything is visible: one sequence, no window
     prefix > W - 1       each row becomes a sequence of one row ending behind the canvas with window
                          W - 1 + canvas: exactly the last W - 1 prefix positions and the canvas
+
+An image longer than the window needs the last form too, see ``_beyond_window``.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_diffusion.engine.attention import Segment, Visibility
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -156,8 +158,12 @@ def segmented_metadata(
 def _by_window(
     segments: Sequence[Segment], window: int
 ) -> list[tuple[int, list[tuple[Segment, bool]]]]:
-    """Segments grouped by the window of their call; the flag says "one sequence a row"."""
+    """Segments grouped by the window of their call, in the order of the calls.
+
+    The flag says "one sequence a row".
+    """
     groups: dict[tuple[int, bool], list[Segment]] = defaultdict(list)
+    corrections: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
         prefix = segment.end - segment.length
         if segment.visibility is not Visibility.CANVAS or not 0 < window < segment.end:
@@ -166,10 +172,35 @@ def _by_window(
             groups[_NO_WINDOW, False].append(segment)
         else:
             groups[window - 1 + segment.length, True].append(segment)
+        if segment.visibility is Visibility.SPAN and 0 < window < segment.end - segment.span_start:
+            for call_window, rows in _beyond_window(segment, window):
+                corrections[call_window].append(rows)
     return [
         (call_window, [(segment, by_row) for segment in part])
         for (call_window, by_row), part in groups.items()
+    ] + [
+        (call_window, [(segment, True) for segment in part])
+        for call_window, part in corrections.items()
     ]
+
+
+def _beyond_window(span: Segment, window: int) -> Iterator[tuple[int, Segment]]:
+    """The rows of an image longer than the window to which the window does not show all of it.
+
+    Row q sees [min(q - W + 1, first), end). Those far enough from both ends of the image are right
+    after the call with the layer's window; these are run again, one sequence a row, with a window
+    that reaches back from the end of the image.
+    """
+    start = span.end - span.length
+
+    def rows(first: int, behind: int) -> Segment:
+        return replace(span, start=span.start + first - start, length=behind - first)
+
+    late = max(start, span.span_start + window)
+    if late < span.end:
+        yield span.end - span.span_start, rows(late, span.end)
+    for early in range(start, min(late, span.end - window)):
+        yield span.end - (early - window + 1), rows(early, early + 1)
 
 
 def _kernel_call(
