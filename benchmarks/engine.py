@@ -4,8 +4,8 @@
 
 Every engine runs in a process of its own, one after the other, with the same threads, the same
 prompts and the same number of new tokens, end-of-sequence ignored. The checkpoint has random
-weights (`vllm_diffusion.testing.tiny_checkpoint`), so canvases rarely settle and steps per canvas
-are nearly those of the step limit in every engine: this measures the engine, not the decoding rule.
+weights (`vllm_diffusion.testing.tiny_checkpoint`) and a threshold that no canvas reaches, so that
+every canvas takes all its steps in every engine: this measures the engine, not the decoding rule.
 
     ours           stock vLLM with this plugin
     native         stock vLLM, plugin off, its Triton kernels in Triton's interpreter: on a CPU host
@@ -32,11 +32,30 @@ from typing import TYPE_CHECKING, Any
 
 import _report
 
+from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 ENGINES = ("ours", "native", "native-standin", "transformers")
+SIZES = {
+    "tiny": TinySpec(max_steps=16),
+    "small": TinySpec(
+        canvas=64,
+        hidden=256,
+        layers=6,
+        vocab=4096,
+        head_dim=64,
+        full_head_dim=128,
+        intermediate=512,
+        experts=8,
+        expert_intermediate=256,
+        sliding_window=64,
+        max_steps=16,
+    ),
+}
+"""0.4 million weights, where a step is overhead alone, and 15 million, where it computes something."""
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
@@ -70,6 +89,7 @@ class Run:
 def main() -> None:
     """Run every engine and print them side by side."""
     arguments = _report.parser(__doc__)
+    arguments.add_argument("--size", choices=SIZES, default="small", help="of the checkpoint")
     arguments.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     arguments.add_argument("--worker", choices=ENGINES, help="internal: run one engine here")
     arguments.add_argument("--plan", help="internal")
@@ -79,36 +99,24 @@ def main() -> None:
         run_engine(options.worker, Plan(**{**plan, "concurrency": tuple(plan["concurrency"])}))
         return
 
-    from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
-
     with tempfile.TemporaryDirectory() as folder:
-        spec = (
-            TinySpec(max_steps=12)
-            if options.quick
-            else TinySpec(
-                canvas=64,
-                hidden=256,
-                layers=6,
-                vocab=4096,
-                head_dim=64,
-                full_head_dim=128,
-                intermediate=512,
-                expert_intermediate=256,
-                experts=8,
-                sliding_window=64,
-                max_steps=16,
-            )
-        )
         plan = Plan(
-            checkpoint=str(make_tiny_checkpoint(folder, spec)),
-            canvases=2 if options.quick else 3,
-            canvas=spec.canvas,
+            checkpoint=str(never_settling(make_tiny_checkpoint(folder, SIZES[options.size]))),
+            canvases=1 if options.quick else 3,
+            canvas=SIZES[options.size].canvas,
             concurrency=(1, 16) if options.quick else (1, 4, 16),
             repeats=1 if options.quick else 3,
             eager=options.quick,
         )
         results = {engine: measure(engine, plan) for engine in options.engines}
     report(results, plan, options.json)
+
+
+def never_settling(checkpoint: Path) -> Path:
+    """Let every canvas run to its last step, so that all engines do the same work."""
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "confidence_threshold": 1e-12}))
+    return checkpoint
 
 
 def measure(engine: str, plan: Plan) -> dict[str, Any]:
