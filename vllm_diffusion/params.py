@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 PREFIX: Final = "diffusion_"
 """Every option of ours in ``extra_args`` / ``vllm_xargs`` starts with this."""
 
+MAX_STEPS: Final = 1024
+"""Most denoising steps a request may ask for; published rules take 48, and nobody may hold a slot
+for ever."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionParams:
@@ -114,6 +118,8 @@ def _options(
             problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
+        elif name == "diffusion_max_steps" and value > MAX_STEPS:
+            problems.append(f"{name} must be at most {MAX_STEPS}, got {reprlib.repr(value)}")
         elif name == "diffusion_canvas_length" and canvas_length and value > canvas_length:
             problems.append(
                 f"diffusion_canvas_length must not exceed the served canvas of "

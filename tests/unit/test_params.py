@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.params import DiffusionParams, admitted_params, parse_params
+from vllm_diffusion.params import MAX_STEPS, DiffusionParams, admitted_params, parse_params
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,15 @@ def test_a_canvas_as_wide_as_the_served_one_passes_and_one_wider_does_not():
     wide = Sampling(extra_args={"diffusion_canvas_length": 32})
     assert parse_params(wide, canvas_length=32).canvas_length == 32
     assert "served canvas of 31, got 32" in message_of(wide, canvas_length=31)
+
+
+@pytest.mark.parametrize("value", [MAX_STEPS + 1, 2**63, 2**64 - 1])
+def test_steps_without_bound_are_refused(value: int):
+    # 2**63 fits vLLM's message and no tensor: it would end the engine.
+    message = message_of(Sampling(extra_args={"diffusion_max_steps": value}))
+    assert f"diffusion_max_steps must be at most {MAX_STEPS}, got {value}" in message
+    most = Sampling(extra_args={"diffusion_max_steps": MAX_STEPS})
+    assert parse_params(most).max_steps == MAX_STEPS
 
 
 def test_any_width_passes_where_the_served_canvas_is_not_known():
