@@ -55,7 +55,7 @@ SIZES = {
         max_steps=16,
     ),
 }
-"""0.4 million weights, where a step is overhead alone, and 15 million, where it computes something."""
+"""0.4 million weights, where a step is all overhead, and 15 million, where it computes."""
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 

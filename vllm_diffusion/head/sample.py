@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import Noise
 
 TILE: Final = 4096
+_BINS: Final = 64  # parts of a tile that the search inside it looks at first; divides TILE
 
 
 def tile_uniforms(noise: Noise, num_tiles: int) -> tuple[Tensor, Tensor]:
@@ -46,17 +47,34 @@ def sample_rows(weight: Tensor, noise: Noise) -> Tensor:
     rows, vocab = weight.shape
     num_tiles = -(-vocab // TILE)
     gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
-    # Padding a vocabulary of less than one tile would cost many times the vocabulary.
-    width = min(vocab, TILE)
-    tiles = functional.pad(weight, (0, num_tiles * width - vocab)).view(rows, num_tiles, width)
-    mass = tiles.sum(dim=-1)
+    # Padding a vocabulary of less than one tile to a tile would cost many times the vocabulary.
+    size = max(1, TILE // _BINS)
+    width = -(-min(vocab, TILE) // size) * size
+    missing = num_tiles * width - vocab
+    padded = functional.pad(weight, (0, missing)) if missing else weight
+    bins = padded.view(rows, num_tiles, width // size, size)
+    bin_mass = bins.sum(dim=-1)
+    mass = bin_mass.sum(dim=-1)
     gumbel = -torch.log(-torch.log(gumbel_uniform))
     tile = (torch.log(mass) + gumbel).argmax(dim=-1)
+
+    # The inversion looks for the bin first and then inside it: a running sum over whole tiles would
+    # cost as much as everything else here together.
     row = torch.arange(rows, device=weight.device)
-    cumulative = tiles[row, tile].cumsum(dim=-1)
+    cumulative = bin_mass[row, tile].cumsum(dim=-1)
     target = cdf_uniform[row, tile] * cumulative[:, -1]
-    # right=True skips ids of zero weight; the clamp lands on the last id that adds mass when
-    # rounding puts the target on the total itself.
-    inside = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    chosen = _first_above(cumulative, target)
+    target -= cumulative[row, chosen] - bin_mass[row, tile, chosen]
+    inside = _first_above(bins[row, tile, chosen].cumsum(dim=-1), target)
+    return tile * TILE + chosen * size + inside
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """[R] index of the first running sum of [R, N] above the target, never one that adds nothing.
+
+    Rounding may put the target on the total or past it; the answer is then the last that adds mass.
+    A row of NaN gives some index in range: it must not end the process.
+    """
+    index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
-    return tile * TILE + torch.minimum(inside, last)
+    return torch.minimum(index, last).clamp(max=cumulative.shape[1] - 1)

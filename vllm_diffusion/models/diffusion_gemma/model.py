@@ -207,7 +207,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         logits = self.logits_processor(self.lm_head, hidden_states).float()
         if self.softcap is None:
             return logits
-        return torch.tanh(logits / self.softcap) * self.softcap
+        # In place: these are the largest tensors of a step, and nobody else holds them.
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def soft_embedding(self, probabilities: Tensor) -> Tensor:
         """[R, vocab] fp32 -> [R, H]: the expected embedding, scaled like a token's.
