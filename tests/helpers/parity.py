@@ -1,8 +1,8 @@
 """What the parity tests share: a checkpoint fit for them, prompts, and one comparison.
 
 A parity test follows hundreds of steps, each fed with the one before, so it can only ask for
-equality where the loop does not amplify rounding. ``conditioned_checkpoint`` makes such a model, and
-a test proves it: Transformers in fp64 must agree with Transformers in fp32 before anybody has to.
+equality where the loop does not amplify rounding. ``conditioned_checkpoint`` makes such a model,
+and a test proves it: Transformers in fp64 must agree with Transformers in fp32 first of all.
 """
 
 from __future__ import annotations
