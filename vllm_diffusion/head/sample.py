@@ -64,7 +64,9 @@ def sample_rows(weight: Tensor, noise: Noise) -> Tensor:
     cumulative = bin_mass[row, tile].cumsum(dim=-1)
     target = cdf_uniform[row, tile] * cumulative[:, -1]
     chosen = _first_above(cumulative, target)
+    # Rounding of the difference may leave the target below the bin: 0 is the first id with mass.
     target -= cumulative[row, chosen] - bin_mass[row, tile, chosen]
+    target.clamp_(min=0.0)
     inside = _first_above(bins[row, tile, chosen].cumsum(dim=-1), target)
     return tile * TILE + chosen * size + inside
 

@@ -90,6 +90,26 @@ def test_the_extreme_uniforms_stay_inside_the_support(
     assert drawn == (TILE + 7 if word == 0 else TILE + 10)
 
 
+@pytest.mark.parametrize("beyond", range(3))
+def test_a_uniform_on_the_edge_of_a_bin_stays_inside_the_support(
+    beyond: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The inversion subtracts running sums; what rounding leaves may fall before the bin's first
+    # mass. Every bin here begins and ends with ids of zero weight.
+    size = TILE // 64
+    weight = torch.rand(ROWS, 8 * size, generator=torch.Generator().manual_seed(8)) ** 8
+    weight[:, ::size] = weight[:, size - 1 :: size] = 0
+    running = weight.view(ROWS, 8, size).sum(-1).cumsum(-1)
+    for edge in range(8):
+        target = running[:, edge] / running[:, -1]
+        for _ in range(beyond):
+            target = torch.nextafter(target, torch.tensor(1.0))
+        uniforms = torch.full((ROWS, 1), 0.5), target[:, None]
+        monkeypatch.setattr(module, "tile_uniforms", lambda *_, both=uniforms: both)
+        drawn = sample_rows(weight, noise(ROWS))
+        assert bool((weight.gather(1, drawn[:, None]) > 0).all())
+
+
 def test_padding_of_the_last_tile_is_never_drawn() -> None:
     vocab = TILE + 3
     assert int(draw(torch.ones(vocab), ROWS).max()) < vocab
