@@ -58,7 +58,10 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         asked_seqs = scheduler.max_num_seqs
         super().verify_and_update_config(vllm_config)
         canvas = vllm_config.diffusion_config.canvas_length
+        # Requests are checked where only the model's config is at hand: one width for all.
+        vllm_config.model_config.hf_config.canvas_length = canvas
 
+        cls._nothing_inert(vllm_config)
         rule = served_rule(vllm_config)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
@@ -89,6 +92,18 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             rule,
             ", ".join(ledger.active()),
         )
+
+    @staticmethod
+    def _nothing_inert(vllm_config: VllmConfig) -> None:
+        """An option that a token-by-token sampler reads and ours does not is refused."""
+        model = vllm_config.model_config
+        options = {
+            "speculative_config": vllm_config.speculative_config,
+            "logits_processors": model.logits_processors,
+            "enable_prompt_embeds": model.enable_prompt_embeds,
+        }
+        if asked := [name for name, value in options.items() if value]:
+            raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
 
     @staticmethod
     def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:

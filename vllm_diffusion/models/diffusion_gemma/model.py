@@ -35,6 +35,8 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     MAPPER,
     PACKED_MODULES,
     VESTIGIAL_PREFIXES,
+    readable,
+    refuse_missing,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +99,9 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         text_config = vllm_config.model_config.hf_text_config
         quant_config = vllm_config.quant_config
         self.config = config
+        self.quant_config = quant_config
+        self.source: str = vllm_config.model_config.model
+        self.loaded_once: bool = False
         self.model_dtype = vllm_config.model_config.dtype
         # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The
         # flag has to stand before the backbone is built; the config class does not carry it.
@@ -225,9 +230,15 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         return tensor_model_parallel_all_reduce(soft) * self.model.normalizer
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the released names; a file that holds one layer scalar serves both kinds of row."""
+        """Load the released names; a file that holds one layer scalar serves both kinds of row.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a weight is in none of them.
+        """
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
-        loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loaded: set[str] = loader.load_weights(
+            readable(weights, self.source), mapper=self.hf_to_vllm_mapper
+        )
         for index, layer in enumerate(self.model.layers):
             names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
             encoder, decoder = (name in loaded for name in names)
@@ -237,4 +248,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
                 layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
             if encoder or decoder:
                 loaded.update(names)
+        if self.quant_config is None and not self.loaded_once:
+            # Scales of a quantised file depend on its scheme, and an update may bring a part.
+            refuse_missing(self, loaded, self.source)
+        self.loaded_once = True
         return loaded
