@@ -1,0 +1,57 @@
+"""Two ranks write what one writes: sharded layers, a sharded embedding, the same noise on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.parity import conditioned_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+GENERATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(
+        sys.argv[1], tensor_parallel_size=int(sys.argv[2]), dtype="float32", max_model_len=256,
+        enforce_eager=True, kv_cache_memory_bytes=64 << 20,
+    )
+    prompts = ["hello world", "the quick brown fox jumps over the lazy dog"]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True, seed=1))
+    print(json.dumps([output.outputs[0].token_ids for output in outputs]))
+    llm.llm_engine.engine_core.shutdown()
+"""
+
+
+def tokens(checkpoint: Path, ranks: int) -> list[list[int]]:
+    # Without its own core a rank would wait for the other one's.
+    cores = "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:ranks])
+    result = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(checkpoint), str(ranks)],
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    # vLLM logs to the same stream, also after this line.
+    line = next(line for line in result.stdout.splitlines() if line.startswith("[["))
+    answer: list[list[int]] = json.loads(line)
+    return answer
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+def test_two_ranks_write_the_same_tokens_as_one(tmp_path: Path) -> None:
+    checkpoint = conditioned_checkpoint(tmp_path)
+    alone, together = tokens(checkpoint, 1), tokens(checkpoint, 2)
+    assert together == alone
+    assert [len(one) for one in alone] == [64, 64]
