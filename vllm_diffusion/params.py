@@ -55,6 +55,11 @@ _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
     "trace_decode_token_ids": bool,
 }
 
+# Where the client did not write what the sampling parameters hold.
+_SHOWN_AS: Final = {
+    "structured_outputs": "structured_outputs (response_format, or a tool call that is required)"
+}
+
 _OPTIONS: Final = {
     "diffusion_max_steps": "max_steps",
     "diffusion_canvas_length": "canvas_length",
@@ -76,7 +81,7 @@ def parse_params(
         ParamsError: unsupported sampling parameters, unknown or malformed diffusion options.
     """
     unsupported = [
-        f"{name}={reprlib.repr(value)}"
+        _SHOWN_AS.get(name, f"{name}={reprlib.repr(value)}")
         for name, is_set in _UNSUPPORTED.items()
         if (value := getattr(sampling, name)) is not None and is_set(value)
     ]

@@ -87,7 +87,7 @@ def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
         "top_k=20",
         "min_tokens=3",
         "logit_bias={5: 2.0}",
-        "structured_outputs=",
+        "response_format",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
         "accepted: diffusion_max_steps, diffusion_canvas_length",

@@ -84,10 +84,8 @@ def test_arguments_of_other_plugins_pass():
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_a_parameter_without_meaning_on_a_canvas_is_refused_by_name(name: str):
     message = message_of(replace(Sampling(), **{name: NOT_DEFAULT[name]}))
-    assert f"{name}=" in message
-    others = [other for other in NOT_DEFAULT if other != name and f"{other}=" in message]
-    # min_p= is no part of another name; logprobs= ends prompt_logprobs=.
-    assert not [other for other in others if other not in name]
+    assert name in message
+    assert not [other for other in NOT_DEFAULT if other not in name and f"{other}=" in message]
 
 
 def test_one_message_names_every_problem_and_the_way_out():
@@ -100,7 +98,7 @@ def test_one_message_names_every_problem_and_the_way_out():
     for name, value in NOT_DEFAULT.items():
         if name != "structured_outputs":
             assert f"{name}={value!r}" in message
-    assert "structured_outputs=" in message
+    assert "response_format" in message
     assert "leave them at their defaults" in message
     assert "diffusion_max_steps must be a positive integer, got 0" in message
     assert "served canvas of 32, got 33" in message
