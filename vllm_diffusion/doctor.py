@@ -19,7 +19,7 @@ from vllm_diffusion.errors import UnsupportedVllmError, VllmDiffusionError
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
 from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
-from vllm_diffusion.upstream.patches import PATCHES, WORKER_PATCHES
+from vllm_diffusion.upstream.patches import PATCHES, SERVING_PATCHES, WORKER_PATCHES
 from vllm_diffusion.upstream.versions import (
     OFF_SWITCH,
     TESTED,
@@ -249,11 +249,13 @@ def check_host() -> list[Finding]:
         return [Finding(Level.PROBLEM, f"vLLM does not import: {type(error).__name__}: {error}")]
     triton = "a Triton backend" if HAS_TRITON else "no Triton backend"
     findings = [Finding(Level.OK, f"vLLM runs on {current_platform.device_name}, {triton}")]
-    for patch in (*PATCHES, *WORKER_PATCHES):
+    for patch in (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES):
         if patch.name in active:
             findings.append(Finding(Level.OK, f"patch {patch.name}, active: {patch.why}"))
         elif patch.name in in_worker:
             findings.append(Finding(Level.OK, f"patch {patch.name}, in workers: {patch.why}"))
+        elif patch in SERVING_PATCHES:
+            findings.append(Finding(Level.OK, f"patch {patch.name}, when serving: {patch.why}"))
         else:
             findings.append(Finding(Level.NOTE, f"patch {patch.name}: nothing to do here"))
     return findings

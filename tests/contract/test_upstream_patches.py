@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 
 from vllm_diffusion.upstream import cpu_host, cpu_kernels, ledger, torch_companions, versions
-from vllm_diffusion.upstream.patches import EARLY_PATCHES, PATCHES, WORKER_PATCHES
+from vllm_diffusion.upstream.patches import (
+    EARLY_PATCHES,
+    PATCHES,
+    SERVING_PATCHES,
+    WORKER_PATCHES,
+)
 
 pytestmark = pytest.mark.vllm
 
-ALL = {patch.name: patch for patch in (*PATCHES, *WORKER_PATCHES)}
+ALL = {patch.name: patch for patch in (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES)}
 CPU_HOST = [name for name in ALL if name.startswith("cpu-")] + [p.name for p in WORKER_PATCHES]
 
 PARAMETERS = {
@@ -115,6 +120,15 @@ def resolve(name: str) -> object:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_signature(name):
     assert list(inspect.signature(resolve(name)).parameters) == PARAMETERS[name]
+
+
+def test_the_methods_checked_before_streaming_take_what_the_check_reads():
+    generate = inspect.signature(resolve("vllm.v1.engine.async_llm.AsyncLLM.generate"))
+    assert list(generate.parameters)[:3] == ["self", "prompt", "sampling_params"]
+    responses = SERVING_PATCHES[1].target
+    assert "sampling_params" in inspect.signature(resolve(responses)).parameters
+    module = inspect.getsource(importlib.import_module(responses.rsplit(".", 2)[0]))
+    assert "sampling_params=sampling_params," in module
 
 
 def test_choice_of_runner_is_a_property_that_reads_has_triton():

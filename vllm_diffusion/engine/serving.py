@@ -16,6 +16,7 @@ from vllm_diffusion import __version__
 from vllm_diffusion.config import rule_constants
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream.patches import SERVING_PATCHES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,6 +62,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         # Requests are checked where only the model's config is at hand: one width for all.
         vllm_config.model_config.hf_config.canvas_length = canvas
 
+        ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
         rule = served_rule(vllm_config)
         cls._whole_canvases(scheduler, canvas)

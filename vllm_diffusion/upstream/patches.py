@@ -130,6 +130,34 @@ PATCHES: Final = (
 )
 """Installed by the plugin in every process vLLM starts."""
 
+SERVING_PATCHES: Final = (
+    Patch(
+        name="check-before-streaming",
+        target="vllm.v1.engine.async_llm.AsyncLLM.generate",
+        why="a streamed request is checked after its answer began with status 200, so a client's "
+        "mistake came as an event in the stream, or as a broken connection.",
+        upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.generate",
+        remove_when="vLLM checks a request before it starts to stream the answer",
+        applies=_always,
+        install=request_validation.check_before_streaming,
+        needed=request_validation.generate_is_checked_late,
+    ),
+    Patch(
+        name="check-before-streaming-responses",
+        target="vllm.entrypoints.openai.responses.serving.OpenAIServingResponses."
+        "_generate_with_builtin_tools",
+        why="the same for /v1/responses, which asks the engine from a generator of its own.",
+        upstream_reference="vllm/entrypoints/openai/responses/serving.py: "
+        "_generate_with_builtin_tools",
+        remove_when="vLLM checks a request before it starts to stream the answer",
+        applies=_always,
+        install=request_validation.check_before_streaming_responses,
+        needed=request_validation.responses_are_checked_late,
+    ),
+)
+"""Installed by `engine.serving` in the process that is about to serve a diffusion model: what they
+import is there already, and would only slow down the start of every other process."""
+
 WORKER_PATCHES: Final = (
     Patch(
         name="placeholder-next-power-of-2",

@@ -3,15 +3,23 @@
 vLLM's own check refuses parameters that a canvas can honour (a seed, say) and lets others through
 that it then ignores. Ours reads the same request and decides by `vllm_diffusion.params`. It runs in
 the process the client talks to, so a refusal is an answer of status 400.
+
+A streamed answer has said 200 before vLLM checks its request: the check sits in an async generator,
+which runs when the first chunk is asked for. So where a diffusion model is served the check is also
+made when that generator is called for, which is before the answer begins.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.params import parse_params
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 
 def check_requests_ourselves() -> None:
@@ -35,9 +43,54 @@ def check_requests_ourselves() -> None:
 
 def stock_check_refuses_seed() -> bool:
     """Whether vLLM's own check still refuses what ours accepts."""
-    import inspect
-
     from vllm.sampling_params import SamplingParams
 
     original = inspect.unwrap(SamplingParams._validate_diffusion)
     return "self.seed is not None" in inspect.getsource(original)
+
+
+def check_before_streaming() -> None:
+    """Make `AsyncLLM.generate` check a request when called, not when first iterated."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.generate
+
+    @functools.wraps(original)
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        sampling_params._validate_diffusion(self.model_config)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    AsyncLLM.generate = generate
+
+
+def check_before_streaming_responses() -> None:
+    """The same for `/v1/responses`, which calls `AsyncLLM.generate` from a generator of its own."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    original = OpenAIServingResponses._generate_with_builtin_tools
+
+    @functools.wraps(original)
+    def _generate_with_builtin_tools(
+        self: Any, *args: Any, sampling_params: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        sampling_params._validate_diffusion(self.model_config)
+        return original(self, *args, sampling_params=sampling_params, **kwargs)
+
+    OpenAIServingResponses._generate_with_builtin_tools = _generate_with_builtin_tools
+
+
+def generate_is_checked_late() -> bool:
+    """Whether `AsyncLLM.generate` still is an async generator itself."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return inspect.isasyncgenfunction(inspect.unwrap(AsyncLLM.generate))
+
+
+def responses_are_checked_late() -> bool:
+    """Whether `/v1/responses` still calls it from an async generator."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    original = inspect.unwrap(OpenAIServingResponses._generate_with_builtin_tools)
+    return inspect.isasyncgenfunction(original)
