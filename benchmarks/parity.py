@@ -31,21 +31,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
 
 import _report
 import torch
+from _native import NativeRecorder, Step
 
 # The oracle and the probe are the tests' own.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 if TYPE_CHECKING:
     from helpers.oracle import OracleRun
-    from torch import Tensor
 
 ENGINES = ("ours", "native")
 EXACT = 1e-4
@@ -83,15 +81,6 @@ class Request:
     prompt: list[int]
     seed: int
     canvases: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What an engine computed in one denoising step. L canvas length, V vocabulary."""
-
-    start: int  # absolute position of the canvas
-    canvas: Tensor  # [L] int64, input
-    logits: Tensor  # [L, V] fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,87 +240,10 @@ def run_ours(llm: Any, request: Request) -> Answer:
 
 def run_native(llm: Any, request: Request) -> Answer:
     """One request through vLLM's own sampler, with our noise where it draws its own."""
-    with NativeRecorder(request) as recorder:
+    with NativeRecorder(request.seed) as recorder:
         # Native refuses a seed; the recorder holds it.
         tokens = generate(llm, request, None)
     return Answer(tokens=tokens, steps=recorder.steps)
-
-
-class NativeRecorder:
-    """Watches vLLM's DiffusionSampler on one request and supplies its random numbers."""
-
-    def __init__(self, request: Request) -> None:
-        from vllm_diffusion.denoise.rng import split_seed
-
-        self.key = torch.tensor([split_seed(request.seed)])
-        self.steps: list[Step] = []
-        self._patches = ExitStack()
-        self._start = 0
-        self._step = 0
-        self._new_canvas_at: int | None = None
-        self._canvas: Tensor | None = None
-
-    def __enter__(self) -> Self:
-        from vllm.model_executor.models import diffusion_gemma as native
-
-        for owner, name, wrapper in (
-            (native.DiffusionSampler, "__call__", self._around_sampler),
-            (native, "sample_row_stats_reference", self._around_statistics),
-            (torch, "randint", self._around_randint),
-        ):
-            self._patches.enter_context(patch.object(owner, name, wrapper(getattr(owner, name))))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patches.close()
-
-    def _around_sampler(self, inner: Any) -> Any:
-        def call(sampler: Any, logits: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            states, slot = sampler.diffusion_states, int(batch.idx_mapping_np[0])
-            end, width = int(batch.seq_lens[0]), int(batch.cu_num_logits_np[1])
-            committing = bool(states.is_encoder_phase[slot])
-            self._start, self._step = end - width, int(states.step[slot])
-            # After a prompt and after a commit the next random tokens are a canvas behind it.
-            self._new_canvas_at = end if committing else None
-            self._canvas = None if committing else states.canvas[slot, :width].clone()
-            return inner(sampler, logits, batch, *args, **kwargs)
-
-        return call
-
-    def _around_statistics(self, inner: Any) -> Any:
-        from vllm_diffusion.head.sample import sample_rows
-        from vllm_diffusion.records import Noise
-
-        def statistics(logits: Tensor, temps: Tensor, length: int, dtype: Any) -> Any:
-            argmax, _, entropy, probs = inner(logits, temps, length, dtype)
-            if self._canvas is not None:
-                step = Step(start=self._start, canvas=self._canvas, logits=logits.clone())
-                self.steps.append(step)
-            rows = logits.shape[0]
-            noise = Noise(
-                seed=self.key.expand(rows, 2),
-                position=self._start + torch.arange(rows),
-                step=torch.full((rows,), self._step),
-            )
-            weight = (logits.float() / temps.repeat_interleave(length)[:, None]).softmax(-1)
-            return argmax, sample_rows(weight, noise), entropy, probs
-
-        return statistics
-
-    def _around_randint(self, inner: Any) -> Any:
-        from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
-
-        def randint(low: int, high: int, size: tuple[int, ...], **kwargs: Any) -> Tensor:
-            if len(size) != 2:
-                drawn: Tensor = inner(low, high, size, **kwargs)
-                return drawn
-            offset = torch.arange(size[1])[None]
-            if self._new_canvas_at is not None:
-                return initial_canvas(self.key, self._new_canvas_at + offset, high)
-            step = torch.tensor([self._step])
-            return uniform_tokens(self.key, self._start + offset, step, high)
-
-        return randint
 
 
 def compare(trap: Trap, answer: Answer, reference: OracleRun) -> Deviation:

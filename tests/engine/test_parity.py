@@ -23,11 +23,16 @@ from helpers.parity import (
 from helpers.probe import Probe
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSamplerConfig,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from helpers.oracle import OracleRun
+    from helpers.probe import ProbedRun
     from vllm import LLM
 
 pytestmark = pytest.mark.vllm
@@ -204,20 +209,57 @@ def processed(processor: Any, text: str, images: list[Image.Image]) -> tuple[lis
 def test_images_in_the_prompt(
     llm: LLM, oracle: Oracle, processor: Any, text: str, sizes: list[tuple[int, int]]
 ) -> None:
-    from vllm import SamplingParams
-
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     prompt, inputs = processed(processor, text, images)
     seed, theirs = decided_run(oracle, prompt, 7, inputs=inputs)
+    run = generate_from_images(llm, text, images, seed, theirs)
+    assert_parity(run, theirs)
+
+
+@pytest.mark.parametrize("chunk", [80, 130])
+def test_a_prompt_with_an_image_prefilled_in_chunks(
+    llm: LLM, oracle: Oracle, processor: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_of(llm), "max_num_scheduled_tokens", chunk)
+    text = "<bos>" + "the quick brown fox " * 9 + "<|image|>" + " jumps over the lazy dog" * 9
+    images = [picture(200, 100, 3)]
+    prompt, inputs = processed(processor, text, images)
+    seed, theirs = decided_run(oracle, prompt, 8, canvases=1, inputs=inputs)
+    run = generate_from_images(llm, text, images, seed, theirs)
+    assert len(run.prompt_chunks) > 1, "the prompt was not cut"
+    assert_parity(run, theirs)
+
+
+def test_an_image_found_in_the_prefix_cache(llm: LLM, oracle: Oracle, processor: Any) -> None:
+    text = "<bos><|image|>the quick brown fox jumps over the lazy dog"
+    images = [picture(200, 100, 4)]
+    prompt, inputs = processed(processor, text, images)
+    other, _ = decided_run(oracle, prompt, 9, canvases=1, inputs=inputs)
+    generate_from_images(llm, text, images, other, None)
+    seed, theirs = decided_run(oracle, prompt, 10, canvases=2, inputs=inputs)
+    run = generate_from_images(llm, text, images, seed, theirs)
+    cached = len(prompt) - sum(run.prompt_chunks)
+    assert cached >= PAGE, "nothing came from the cache"
+    assert_parity(run, theirs, cached=cached)
+
+
+def generate_from_images(
+    llm: LLM, text: str, images: list[Image.Image], seed: int, theirs: OracleRun | None
+) -> ProbedRun:
+    """Run one request and compare what it is given and what it writes with the oracle's."""
+    from vllm import SamplingParams
+
+    canvases = len(theirs.canvases) if theirs else 1
     with Probe() as probe:
         (output,) = llm.generate(
             [{"prompt": text, "multi_modal_data": {"image": images}}],
-            SamplingParams(seed=seed, max_tokens=3 * CANVAS, ignore_eos=True),
+            SamplingParams(seed=seed, max_tokens=canvases * CANVAS, ignore_eos=True),
             use_tqdm=False,
         )
-    assert output.prompt_token_ids == prompt
-    assert_parity(probe.run(seed), theirs)
-    assert list(output.outputs[0].token_ids) == theirs.tokens
+    if theirs:
+        assert output.prompt_token_ids == list(theirs.prompt)
+        assert list(output.outputs[0].token_ids) == theirs.tokens
+    return probe.run(seed)
 
 
 def test_an_image_matters(oracle: Oracle, processor: Any) -> None:
@@ -227,3 +269,33 @@ def test_an_image_matters(oracle: Oracle, processor: Any) -> None:
         prompt, inputs = processed(processor, "<bos><|image|>hello", [picture(96, 64, seed)])
         hidden.append(oracle.generate(prompt, seed=1, canvases=1, inputs=inputs).hidden)
     assert float((hidden[0] - hidden[1]).abs().max()) > 0.1
+
+
+# ---- other constants ----
+
+
+def test_the_constants_of_the_generation_config_are_the_rules(
+    engine: Callable[..., LLM], parity_checkpoint: Path, oracle: Oracle
+) -> None:
+    # Every constant differs from the checkpoint's, so none can be built in.
+    constants = {
+        "max_denoising_steps": 13,
+        "t_min": 0.3,
+        "t_max": 0.7,
+        "stability_threshold": 2,
+        "confidence_threshold": 0.1,
+    }
+    sampler = {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.8}
+    override = {**constants, "sampler_config": sampler}
+    other = engine(parity_checkpoint, **ENGINE, override_generation_config=override)
+    steps = []
+    for length in (9, 70):
+        prompt = make_prompt(length, variant=5)
+        reference = {**constants, "sampler_config": EntropyBoundSamplerConfig(entropy_bound=0.8)}
+        seed, theirs = decided_run(oracle, prompt, length, overrides=reference)
+        with Probe() as probe:
+            (tokens,) = generate(other, [prompt], [seed])
+        assert_parity(probe.run(seed), theirs)
+        assert tokens == theirs.tokens
+        steps += theirs.steps
+    assert len(set(steps)) > 1, "every canvas ran out of steps: the stop was not tested"

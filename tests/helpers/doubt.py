@@ -9,6 +9,7 @@ finds a seed that has none.
 from __future__ import annotations
 
 from math import sqrt
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -19,7 +20,7 @@ from vllm_diffusion.head.sample import TILE, tile_uniforms
 from vllm_diffusion.records import Noise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from helpers.oracle import Oracle, OracleRun, OracleStep
 
@@ -40,15 +41,22 @@ def decided_run(
     found = []
     for candidate in range(seed, seed + 30_000, 1000):
         run = oracle.generate(prompt, seed=candidate, **how)
-        found = doubts(oracle, run, candidate)
+        found = doubts(oracle, run, candidate, overrides=how.get("overrides"))
         if not found:
             return candidate, run
     raise AssertionError(f"30 seeds from {seed} on are all in doubt, the last one at {found}")
 
 
-def doubts(oracle: Oracle, run: OracleRun, seed: int) -> list[str]:
-    """Every decision of the run that an error of ``LOGIT_SPREAD`` a logit could turn."""
-    config = oracle.model.generation_config
+def doubts(
+    oracle: Oracle, run: OracleRun, seed: int, *, overrides: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Every decision of the run that an error of ``LOGIT_SPREAD`` a logit could turn.
+
+    ``overrides`` are the generation constants the run was made with, as in ``Oracle.generate``.
+    """
+    config = SimpleNamespace(**{**oracle.model.generation_config.to_dict(), **(overrides or {})})
+    bound = config.sampler_config
+    bound = bound["entropy_bound"] if isinstance(bound, dict) else bound.entropy_bound
     found = []
     for number, canvas in enumerate(run.canvases):
         argmax: Tensor | None = None
@@ -60,7 +68,7 @@ def doubts(oracle: Oracle, run: OracleRun, seed: int) -> list[str]:
                 for what in _doubts_of(
                     step,
                     seed,
-                    bound=config.sampler_config.entropy_bound,
+                    bound=bound,
                     confidence=config.confidence_threshold if still else None,
                 )
             ]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -118,14 +118,21 @@ def assert_parity(
         window: the sliding layers', of whose cache only what a canvas can see is compared.
         cached: leading positions that came out of the prefix cache, which no forward computed.
     """
-    for position in range(cached, len(theirs.hidden)):
-        assert position in ours.hidden, f"position {position} was never computed as text"
-        assert_near(ours.hidden[position], theirs.hidden[position], f"hidden state {position}")
+    # In the order in which a forward feeds the next, so the first failure is the cause.
+    _assert_text(ours, theirs, range(cached, len(theirs.prompt)))
     assert [canvas[0].start for canvas in ours.canvases] == [c.start for c in theirs.canvases]
     for number, (canvas, expected) in enumerate(zip(ours.canvases, theirs.canvases, strict=True)):
         _assert_context(ours, theirs, expected.start, window)
         _assert_canvas(number, canvas, expected)
         assert (expected.start, expected.tokens.tolist()) in ours.commits
+        behind = min(expected.start + len(expected.tokens), len(theirs.hidden))
+        _assert_text(ours, theirs, range(expected.start, behind))
+
+
+def _assert_text(ours: ProbedRun, theirs: OracleRun, positions: Iterable[int]) -> None:
+    for position in positions:
+        assert position in ours.hidden, f"position {position} was never computed as text"
+        assert_near(ours.hidden[position], theirs.hidden[position], f"hidden state {position}")
 
 
 def _assert_context(ours: ProbedRun, theirs: OracleRun, start: int, window: int) -> None:
