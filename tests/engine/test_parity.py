@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from helpers.parity import (
     assert_near,
     assert_parity,
     assert_same,
+    conditioned_checkpoint,
     generate,
     make_prompt,
     scheduler_of,
@@ -299,3 +301,33 @@ def test_the_constants_of_the_generation_config_are_the_rules(
         assert tokens == theirs.tokens
         steps += theirs.steps
     assert len(set(steps)) > 1, "every canvas ran out of steps: the stop was not tested"
+
+
+# ---- other sizes ----
+
+
+def test_a_deeper_model_with_a_wider_canvas(
+    engine: Callable[..., LLM], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # Two full layers, one of them in the middle; a canvas of two pages, wider than the window.
+    spec = replace(
+        SPEC,
+        layers=7,
+        hidden=96,
+        canvas=64,
+        vocab=700,
+        experts=6,
+        experts_per_token=3,
+        full_kv_heads=2,
+        sliding_window=40,
+    )
+    checkpoint = conditioned_checkpoint(tmp_path_factory.mktemp("deeper"), spec)
+    reference = Oracle(checkpoint)
+    llm = engine(checkpoint, **ENGINE)
+    for length in (13, 100):
+        prompt = make_prompt(length, vocab=spec.vocab)
+        seed, theirs = decided_run(reference, prompt, length, canvases=2)
+        with Probe() as probe:
+            (tokens,) = generate(llm, [prompt], [seed], max_tokens=2 * spec.canvas)
+        assert_parity(probe.run(seed), theirs, window=spec.sliding_window)
+        assert tokens == theirs.tokens

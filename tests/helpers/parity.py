@@ -140,7 +140,8 @@ def _assert_context(ours: ProbedRun, theirs: OracleRun, start: int, window: int)
     assert context.length == start
     assert sorted(context.keys) == list(range(len(theirs.keys)))
     for layer, keys in context.keys.items():
-        # vLLM frees a sliding layer's pages as the window passes them.
+        # vLLM frees a sliding layer's pages as the window passes them. The last layer is full; a
+        # full one before it is compared as far as a sliding one.
         sliding = layer + 1 < len(theirs.keys)
         seen = slice(max(0, start - (window - 1)) if sliding else 0, start)
         where = f"layer {layer} of the cache before the canvas at {start}"
