@@ -31,7 +31,12 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, Diff
 from vllm.v1.request import RequestStatus
 
 from vllm_diffusion.engine import serving
-from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
+from vllm_diffusion.engine.scheduler import (
+    AsyncCanvasScheduler,
+    CanvasScheduler,
+    WholeCanvasMixin,
+    canvas_scheduler,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -280,6 +285,33 @@ def test_a_held_canvas_leaves_its_budget_to_prompts(
     requests = [make_request("a", 10, 96), make_request("b", 10, 96), make_request("c", 60, 32)]
     drive(scheduler, worker, requests, canvas=CANVAS, depth=depth)
     assert any(rows.get("a") == 32 and rows.get("c") == 18 for rows in worker.forwards)
+
+
+@BOTH
+def test_a_narrow_last_canvas_needs_no_more_than_its_rows(
+    config: VllmConfig, scheduler_class: type[Scheduler], depth: int
+):
+    scheduler = make_scheduler(config, scheduler_class, budget=40, max_model_len=128)
+    worker = CountingWorker(steps=8)
+    requests = [make_request("wide", 10, 96), make_request("narrow", 122, 96)]
+    drive(scheduler, worker, requests, canvas=CANVAS, depth=depth)
+    assert any(rows == {"wide": 32, "narrow": 6} for rows in worker.forwards)
+
+
+@pytest.mark.parametrize(("budget", "held"), [(51, True), (52, False)])
+def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(budget: int, *, held: bool):
+    # Rare in a running engine: an image's encoder can make a prompt wait behind younger canvases.
+    class Bare(WholeCanvasMixin):
+        max_num_scheduled_tokens, num_spec_tokens, max_model_len = budget, CANVAS, 512
+        current_step = 5
+
+    prompt, canvas = make_request("prompt", 30, 10), make_request("canvas", 40, 96)
+    prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40
+    scheduler = Bare()
+    scheduler.running = [prompt, canvas]  # type: ignore[attr-defined]
+    scheduler._hold_cut_canvases()
+    assert prompt.next_decode_eligible_step <= scheduler.current_step
+    assert (canvas.next_decode_eligible_step == scheduler.current_step + 2) is held
 
 
 @BOTH
