@@ -90,7 +90,7 @@ def main() -> None:
     """Run every engine and print them side by side."""
     arguments = _report.parser(__doc__)
     arguments.add_argument("--size", choices=SIZES, default="small", help="of the checkpoint")
-    arguments.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    arguments.add_argument("--engines", nargs="+", choices=ENGINES)
     arguments.add_argument("--worker", choices=ENGINES, help="internal: run one engine here")
     arguments.add_argument("--plan", help="internal")
     options = arguments.parse_args()
@@ -108,7 +108,11 @@ def main() -> None:
             repeats=1 if options.quick else 3,
             eager=options.quick,
         )
-        results = {engine: measure(engine, plan) for engine in options.engines}
+        # Quick leaves out the engine that is nobody's: native on our stand-ins.
+        engines = options.engines or [
+            engine for engine in ENGINES if not (options.quick and engine == "native-standin")
+        ]
+        results = {engine: measure(engine, plan) for engine in engines}
     report(results, plan, options.json)
 
 
