@@ -93,9 +93,12 @@ def warnings_of_serving() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = serving.logger.level
+    serving.logger.setLevel(logging.WARNING)
     serving.logger.addHandler(handler)
     yield messages
     serving.logger.removeHandler(handler)
+    serving.logger.setLevel(level)
 
 
 def test_a_budget_below_one_canvas_is_refused_with_the_way_out(tiny_checkpoint: Path):
