@@ -39,7 +39,7 @@ from vllm_diffusion.engine.scheduler import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from vllm import LLM
@@ -88,17 +88,15 @@ def widths_of(worker: CountingWorker, request: str) -> list[int]:
 
 
 @pytest.fixture
-def warnings_of_serving() -> Iterator[list[str]]:
-    """What `engine.serving` warns of. Not caplog: vLLM's logger may keep its records to itself."""
+def warnings_of_serving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `engine.serving` warns of. A logger of its own: vLLM sets levels and handlers of its."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    level = serving.logger.level
-    serving.logger.setLevel(logging.WARNING)
-    serving.logger.addHandler(handler)
-    yield messages
-    serving.logger.removeHandler(handler)
-    serving.logger.setLevel(level)
+    logger = logging.Logger("serving")
+    logger.addHandler(handler)
+    monkeypatch.setattr(serving, "logger", logger)
+    return messages
 
 
 def test_a_budget_below_one_canvas_is_refused_with_the_way_out(tiny_checkpoint: Path):
