@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
