@@ -27,10 +27,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import _report
+from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
 
@@ -246,29 +246,6 @@ def transformers_engine(plan: Plan) -> Callable[[int], Run]:
         return Run(seconds, tokens, calls + plan.canvases - 1)
 
     return run
-
-
-def pretend_triton_has_a_cpu_backend() -> None:
-    """Let vLLM believe Triton can run on the CPU; TRITON_INTERPRET=1 then runs the kernels.
-
-    Only while vLLM looks: torch's compiler would try to use such a backend.
-    """
-    import triton.backends
-
-    driver = SimpleNamespace(is_active=lambda: True)
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-    import vllm.triton_utils
-
-    assert vllm.triton_utils.HAS_TRITON
-    del triton.backends.backends["cpu"]
-
-
-def use_stand_ins() -> None:
-    """Only the patches that let native vLLM run without Triton; its model and sampler stay."""
-    from vllm_diffusion.upstream import ledger
-    from vllm_diffusion.upstream.patches import PATCHES
-
-    ledger.apply(patch for patch in PATCHES if patch.name.startswith("cpu-"))
 
 
 def report(results: dict[str, dict[str, Any]], plan: Plan, file: Path | None) -> None:

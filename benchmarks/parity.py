@@ -180,7 +180,7 @@ def measure(engine: str, folder: Path) -> list[Answer]:
 def work(engine: str, folder: Path) -> None:
     """Answer every request of ``folder`` and leave the answers there."""
     if engine == "native":
-        from engine import use_stand_ins
+        from _native_host import use_stand_ins
 
         use_stand_ins()
     requests = [Request(**fields) for fields in json.loads((folder / "requests.json").read_text())]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tokenizers import Tokenizer
+
 from vllm_diffusion.testing import tiny_tokenizer
 from vllm_diffusion.testing.tiny_tokenizer import token_id, write_json, write_processor_files
 
@@ -101,27 +103,46 @@ def make_tiny_checkpoint(path: str | Path, spec: TinySpec | None = None) -> Path
     Files of an earlier checkpoint in `path` are overwritten. Leaves torch's global random state as
     it was. Takes about two seconds at the default size, and needs Transformers but no vLLM.
     """
-    spec = spec or TinySpec()
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
+    from vllm_diffusion.testing.tiny_weights import randomise
 
+    spec = spec or TinySpec()
+    model = build_model(spec)
+    if spec.perturb:
+        randomise(model, seed=spec.seed)
+    return save_checkpoint(path, spec, model, tiny_tokenizer.build_tokenizer(spec.vocab))
+
+
+def build_model(spec: TinySpec) -> Any:  # noqa: ANN401 -- Transformers' classes are not followed
+    """Return a `DiffusionGemmaForBlockDiffusion` in fp32 with Transformers' initial values."""
     import torch
     from transformers import DiffusionGemmaForBlockDiffusion
 
-    from vllm_diffusion.testing.tiny_weights import randomise
-
-    dtype: torch.dtype = getattr(torch, spec.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = DiffusionGemmaForBlockDiffusion(_config(spec))
-    if spec.perturb:
-        randomise(model, seed=spec.seed)
+        return DiffusionGemmaForBlockDiffusion(_config(spec)).float()
+
+
+def save_checkpoint(
+    path: str | Path,
+    spec: TinySpec,
+    model: Any,  # noqa: ANN401 -- Transformers' classes are not followed
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write a model of this spec, in the spec's dtype, with all files that serving it needs."""
+    import torch
+
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
     with _quiet():
         model.to(dtype).save_pretrained(directory)
     # Overwrites the one above, which holds nulls: a released checkpoint states its constants.
     write_json(directory / "generation_config.json", _generation_config(spec))
     write_processor_files(
-        directory, vocab=spec.vocab, soft_tokens=spec.soft_tokens, patch=VISION_PATCH
+        directory,
+        tokenizer=tokenizer,
+        soft_tokens=spec.soft_tokens,
+        patch=VISION_PATCH,
     )
     return directory
 

@@ -5,6 +5,7 @@ the training text is in this file, so the same size gives the same bytes everywh
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def token_id(token: str) -> int:
     return SPECIAL_TOKENS.index(token)
 
 
-def build_tokenizer(vocab: int) -> Tokenizer:
+def build_tokenizer(vocab: int, corpus: Iterable[str] = _CORPUS) -> Tokenizer:
     """Train a tokenizer with exactly `vocab` ids; digits are always separate tokens."""
     if vocab < MIN_VOCAB:
         raise ValueError(
@@ -107,7 +108,7 @@ def build_tokenizer(vocab: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer = _filled_up(tokenizer, vocab)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, token_id(BOS))]
@@ -124,13 +125,15 @@ def _filled_up(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def write_processor_files(directory: Path, *, vocab: int, soft_tokens: int, patch: int) -> None:
+def write_processor_files(
+    directory: Path, *, tokenizer: Tokenizer, soft_tokens: int, patch: int
+) -> None:
     """Write tokenizer, chat template and processor configuration, as Transformers would save them.
 
     Written by hand rather than through `Gemma4Processor`, so that making a checkpoint needs no
     image or audio libraries. `soft_tokens` is the most an image may occupy in the prompt.
     """
-    build_tokenizer(vocab).save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
         {

@@ -1,0 +1,175 @@
+"""Training rows: several questions side by side, each seen under its own noise.
+
+One item becomes its clean tokens (prompt and committed canvases, causal) followed by two noised
+views of its canvases, which see the clean tokens before them and themselves. Everything about
+visibility follows from four numbers a token: item, position, view, and where the view begins.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from vllm_diffusion.testing import tasks
+from vllm_diffusion.testing.tiny_tokenizer import BOS, PAD, TURN_END, TURN_START, token_id
+
+VIEWS = 2
+"""Noised canvases per item: of different canvases where it has several, else of the same one."""
+
+SHARES = {
+    0: {"json": 5, "sudoku": 6, "chain": 4, "count": 3, "edit": 3, "joint": 2},
+    2500: {"json": 8, "sudoku": 3, "chain": 6, "count": 2, "edit": 5, "joint": 3},
+}
+"""How often each task is drawn, from a step on: copying and sums take longest to learn."""
+
+ROW = 416
+"""Tokens of a row; the longest item is some ten tokens shorter."""
+
+IGNORED = -100
+"""Target of a token that is not judged, as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A batch of packed rows; every field is [rows, ROW] and int64."""
+
+    tokens: torch.Tensor
+    """Input ids; those of views are already noised."""
+    targets: torch.Tensor
+    """Clean ids under views, IGNORED elsewhere."""
+    item: torch.Tensor
+    """Number of the item within its row; -1 is padding."""
+    position: torch.Tensor
+    """Absolute position within the item."""
+    view: torch.Tensor
+    """0 for clean tokens, else the number of the view."""
+    start: torch.Tensor
+    """Position at which a view begins; of no meaning for clean tokens."""
+
+    def visibility(self, window: int | None = None) -> torch.Tensor:
+        """Who sees whom, [rows, 1, ROW, ROW] bool, with the sliding window of a layer or without.
+
+        A clean token sees clean ones up to itself, a view the clean ones before it and itself. With
+        a window W that is the last W clean positions, and the last W - 1 before the view.
+        """
+        query = (slice(None), slice(None), None)
+        key = (slice(None), None, slice(None))
+        clean = self.view == 0
+        last = torch.where(clean, self.position, self.start - 1)
+        before = clean[key] & (self.position[key] <= last[query])
+        if window is not None:
+            first = torch.where(clean, self.position, self.start) - window
+            before &= self.position[key] > first[query]
+        itself = (self.view[query] == self.view[key]) & ~clean[query]
+        return ((self.item[query] == self.item[key]) & (before | itself))[:, None]
+
+
+def shares_at(step: int) -> Mapping[str, float]:
+    """Shares of the tasks at a step of training."""
+    return SHARES[max(begin for begin in SHARES if begin <= step)]
+
+
+def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids that the chat template gives a single user message."""
+    text = f"{BOS}{TURN_START}user\n{prompt}{TURN_END}\n{TURN_START}model\n"
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def training_items(rng: random.Random, shares: Mapping[str, float]) -> Iterator[tasks.Item]:
+    """Endless items of all sizes that are not held out, of tasks in these shares."""
+    while True:
+        (task,) = rng.choices(list(shares), shares.values())
+        item = tasks.make_item(task, rng, rng.choice(tasks.TASKS[task].sizes))
+        if not item.held_out:
+            yield item
+
+
+def pack(
+    tokenizer: Tokenizer,
+    shares: Mapping[str, float],
+    *,
+    rows: int,
+    canvas: int,
+    vocab: int,
+    seed: int,
+) -> Rows:
+    """Fill `rows` rows with fresh items; the same seed gives the same batch."""
+    rng = random.Random(seed)  # noqa: S311 -- reproducible, not secret
+    generator = torch.Generator().manual_seed(seed)
+    packed = _empty(rows)
+    used = [0] * rows
+    misfits = 0
+    for number, item in enumerate(training_items(rng, shares)):
+        length, columns = _lay_out(tokenizer, item, canvas, rng)
+        fitting = [row for row in range(rows) if used[row] + length <= ROW]
+        if not fitting:
+            misfits += 1
+            if misfits == 4 * rows:  # by now the gaps are small
+                break
+            continue
+        row = max(fitting, key=used.__getitem__)  # the tightest
+        place = slice(used[row], used[row] + length)
+        for name, values in columns.items():
+            getattr(packed, name)[row, place] = torch.tensor(values)
+        packed.item[row, place] = number
+        used[row] += length
+    _add_noise(packed, vocab, generator)
+    return packed
+
+
+def _empty(rows: int) -> Rows:
+    def full(value: int) -> torch.Tensor:
+        return torch.full((rows, ROW), value, dtype=torch.int64)
+
+    return Rows(
+        tokens=full(token_id(PAD)),
+        targets=full(IGNORED),
+        item=full(-1),
+        position=full(0),
+        view=full(0),
+        start=full(0),
+    )
+
+
+def _lay_out(
+    tokenizer: Tokenizer, item: tasks.Item, canvas: int, rng: random.Random
+) -> tuple[int, dict[str, list[int]]]:
+    """Tokens of an item in a row, still clean."""
+    prompt = chat_ids(tokenizer, item.prompt)
+    answer = [*tokenizer.encode(item.answer, add_special_tokens=False).ids, token_id(TURN_END)]
+    count = -(-len(answer) // canvas)
+    answer += [token_id(PAD)] * (count * canvas - len(answer))
+    chosen = sorted(rng.sample(range(count), min(count, VIEWS)))
+    chosen += [chosen[-1]] * (VIEWS - len(chosen))
+    clean = prompt + answer[: chosen[-1] * canvas]
+    columns = {
+        "tokens": list(clean),
+        "targets": [IGNORED] * len(clean),
+        "position": list(range(len(clean))),
+        "view": [0] * len(clean),
+        "start": [0] * len(clean),
+    }
+    for number, index in enumerate(chosen, start=1):
+        text = answer[index * canvas : (index + 1) * canvas]
+        start = len(prompt) + index * canvas
+        columns["tokens"] += text
+        columns["targets"] += text
+        columns["position"] += range(start, start + canvas)
+        columns["view"] += [number] * canvas
+        columns["start"] += [start] * canvas
+    return len(columns["tokens"]), columns
+
+
+def _add_noise(packed: Rows, vocab: int, generator: torch.Generator) -> None:
+    """Replace tokens of every view by uniform ones, at a level of its own from U(0, 1)."""
+    # One level a view: views are told apart by item and number, both small.
+    levels = torch.rand(
+        packed.item.shape[0], int(packed.item.max()) + 1, VIEWS + 1, generator=generator
+    )
+    row = torch.arange(packed.item.shape[0])[:, None]
+    level = levels[row, packed.item.clamp(min=0), packed.view]
+    drawn = torch.rand(level.shape, generator=generator)
+    noise = torch.randint(vocab, level.shape, generator=generator)
+    packed.tokens.copy_(torch.where((packed.view > 0) & (drawn < level), noise, packed.tokens))
