@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__, doctor
+from vllm_diffusion.trace import command as trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +32,12 @@ COMMANDS: Final = (
         summary=doctor.SUMMARY,
         add_arguments=doctor.add_arguments,
         run=doctor.run,
+    ),
+    Command(
+        name="trace",
+        summary=trace.SUMMARY,
+        add_arguments=trace.add_arguments,
+        run=trace.run,
     ),
 )
 

@@ -3,6 +3,7 @@
     VllmDiffusionError
     ├── UnsupportedVllmError        the installed vLLM is missing or outside the tested range
     ├── UnsupportedRunnerError      a diffusion model was sent to a runner that cannot serve it
+    ├── TraceError                  a file is not a recorded trace, or not one that can be read
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
     ├── ParamsError                 a request asks for something impossible
     └── ConfigError                 an engine option is impossible
@@ -25,6 +26,10 @@ class UnsupportedVllmError(VllmDiffusionError):
 
 class UnsupportedRunnerError(VllmDiffusionError):
     """A diffusion model was sent to a model runner that cannot serve it."""
+
+
+class TraceError(VllmDiffusionError):
+    """A file is not a whole recorded trace of the format that this version reads."""
 
 
 class CheckpointError(VllmDiffusionError, ValueError):

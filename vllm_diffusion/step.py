@@ -8,7 +8,7 @@
             |  renoise         ... the others become uniform noise
             |  stop            argmax unchanged and entropy low, or out of steps
             v
-      Decision
+      Decision ---- observe    whoever wants to watch, see ``trace``
             |  canvas          the pool moves on: next input, history, self-conditioning, phase
             v
       Emission                 tokens of the canvases whose KV was committed in this forward
@@ -19,7 +19,8 @@ tensors, gives tensors, never waits for the device, knows nothing of requests or
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -35,8 +36,22 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
 
+Rule: TypeAlias = Callable[["CanvasPool", CanvasBatch, CanvasStats], Decision]
+"""What becomes of the canvases of a step; ``decide`` is one."""
 
-def advance(pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: Head) -> Emission:
+Observer: TypeAlias = Callable[["CanvasPool", CanvasBatch, CanvasStats, Decision], None]
+"""Sees a step decided and not yet applied; changes nothing. Rows of slots that commit are noise."""
+
+
+def advance(
+    pool: CanvasPool,
+    batch: CanvasBatch,
+    hidden: Tensor,
+    head: Head,
+    *,
+    rule: Rule | None = None,
+    observe: Observer | None = None,
+) -> Emission:
     """Run the head and the rule on the canvases of one forward and move them on.
 
     Args:
@@ -44,6 +59,8 @@ def advance(pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: Head) ->
         batch: which slots ran, where, and how wide.
         hidden: [B, L, H], final hidden states of every canvas row (anything where not valid).
         head: turns hidden rows into statistics.
+        rule: instead of ``decide``.
+        observe: called between the decision and its effect on the pool.
     """
     slots, (num, length) = batch.slots, batch.position.shape
     temperature = linear_temperature(
@@ -57,7 +74,10 @@ def advance(pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: Head) ->
     stats = head(
         hidden.reshape(num * length, -1), temperature.repeat_interleave(length), noise
     ).reshape(num, length)
-    return pool.apply(batch, stats, decide(pool, batch, stats))
+    decision = (rule or decide)(pool, batch, stats)
+    if observe is not None:
+        observe(pool, batch, stats, decision)
+    return pool.apply(batch, stats, decision)
 
 
 def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:

@@ -9,11 +9,14 @@ custom_sampler   the sampler that denoises (``engine.sampler``)
 
 from __future__ import annotations
 
+import os
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -26,6 +29,7 @@ from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.params import admitted_params
+from vllm_diffusion.trace.record import Recorder, trace_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,6 +71,7 @@ class CanvasModelState(ModelState):
             device=device,
         )
         self._slot_of: dict[str, int] = {}
+        self._recorder = self._make_recorder()
         # What captured graphs read must stay at one address.
         self._causal = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._inputs_embeds = torch.zeros(
@@ -100,7 +105,20 @@ class CanvasModelState(ModelState):
             soft_embedding=self.model.soft_embedding,
             max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
         )
-        return CanvasSampler(self.model, self.pool, head, sampler.req_states), None
+        canvas_sampler = CanvasSampler(self.model, self.pool, head, sampler.req_states)
+        if self._recorder is not None:
+            canvas_sampler.observe = self._recorder.observe
+        return canvas_sampler, None
+
+    def _make_recorder(self) -> Recorder | None:
+        """The recorder of traces where they are asked for; of ranks that all see the same, one."""
+        folder = trace_folder(os.environ)
+        if folder is None or get_tensor_model_parallel_rank() != 0:
+            return None
+        recorder = Recorder(folder)
+        # The runner drops the model state when it shuts down, and calls nothing of it.
+        weakref.finalize(self, recorder.close)
+        return recorder
 
     # ---- the life of a request ----
 
@@ -113,12 +131,16 @@ class CanvasModelState(ModelState):
             seed=request_seed(sampling.seed, new_req_data.req_id),
             max_steps=admitted_params(sampling.extra_args).max_steps,
         )
+        if self._recorder is not None:
+            self._recorder.begin(self.pool, req_index, new_req_data.req_id)
 
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.causal[slot].fill_(True)
+            if self._recorder is not None:
+                self._recorder.end(slot)
 
     # ---- before a forward ----
 

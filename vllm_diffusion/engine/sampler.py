@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
+    from vllm_diffusion.step import Observer, Rule
 
 
 class CanvasSampler:
-    """Denoises the canvases of a step and accounts for them."""
+    """Denoises the canvases of a step and accounts for them.
+
+    ``rule`` and ``observe`` go to ``step.advance`` and may be set on a running engine.
+    """
 
     # The runner reads the bin counts after every step; None means there is nothing to update.
     penalties_state: Final = SimpleNamespace(output_bin_counts=None)
@@ -49,6 +53,8 @@ class CanvasSampler:
         self.pool = pool
         self.head = head
         self.req_states = req_states
+        self.rule: Rule | None = None
+        self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Nothing to do: the model state admits the request to the pool."""
@@ -84,7 +90,9 @@ class CanvasSampler:
         if decoding.size:
             index = self._to_device(decoding)
             batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
-            emission = advance(self.pool, batch, hidden[rows], self.head)
+            emission = advance(
+                self.pool, batch, hidden[rows], self.head, rule=self.rule, observe=self.observe
+            )
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()

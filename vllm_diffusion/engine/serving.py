@@ -7,6 +7,7 @@ in the process the user started: a refusal is an error at the prompt, not in a w
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
@@ -15,6 +16,7 @@ from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusi
 from vllm_diffusion import __version__
 from vllm_diffusion.config import rule_constants
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.patches import SERVING_PATCHES
 
@@ -52,7 +54,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         """Set or refuse what a canvas cannot be served with.
 
         Raises:
-            ConfigError: a setting that would change or break the output.
+            ConfigError: a setting that would change or break the output, or a folder for traces
+                that cannot be written to.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
         scheduler = vllm_config.scheduler_config
@@ -65,6 +68,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
         rule = served_rule(vllm_config)
+        if (folder := trace_folder(os.environ)) is not None:
+            logger.info("Every request is recorded in %s.", folder)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS

@@ -1,0 +1,247 @@
+"""What a trace holds, and the file it is kept in.
+
+The file is an npz: a header in JSON, one array a field. It is deflated because argmax and sample
+hardly change from step to step: safetensors, which does not compress, takes about twice the space.
+Positions of all steps stand behind each other (P = sum of the widths of N steps), accepted as bits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vllm_diffusion import __version__
+from vllm_diffusion.errors import TraceError
+from vllm_diffusion.records import RuleConstants
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+FORMAT: Final = 1
+"""Raised when a field changes; a reader takes its own format alone."""
+
+_OF_STEPS: Final = {
+    "start": np.int32,
+    "step": np.int32,
+    "width": np.int32,
+    "committing": np.bool_,
+    "finished": np.bool_,
+    "input_crc": np.uint32,
+}
+_OF_POSITIONS: Final = {
+    "argmax": np.int32,
+    "sample": np.int32,
+    "entropy": np.float32,
+    "top_prob": np.float32,
+    "margin": np.float32,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """One forward of a canvas that is W positions wide.
+
+    A commit writes the KV of a finished canvas: its argmax is what was committed, and the other
+    values are 0, because commit rows have no distribution.
+    """
+
+    start: int  # absolute position of the first row
+    step: int  # denoising steps the canvas took before this forward
+    committing: bool  # phase: commit, or denoise
+    finished: bool  # the rule stops here: the canvas's next forward commits
+    input_crc: int  # ``checksum`` of the input canvas
+    argmax: NDArray[np.int32]  # [W]
+    sample: NDArray[np.int32]  # [W]
+    entropy: NDArray[np.float32]  # [W], nats
+    top_prob: NDArray[np.float32]  # [W]
+    margin: NDArray[np.float32]  # [W], top probability minus the second
+    accepted: NDArray[np.bool_]  # [W]
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return len(self.argmax)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Canvas:
+    """One canvas from its first denoising step to its commit, or to where it was interrupted."""
+
+    steps: tuple[Step, ...]
+    """The denoising steps; at least one."""
+    commit: Step | None
+    """None where the request was preempted, aborted or closed first."""
+
+    @property
+    def start(self) -> int:
+        """Absolute position of the first token."""
+        return self.steps[0].start
+
+    @property
+    def width(self) -> int:
+        """Tokens."""
+        return self.steps[0].width
+
+    @property
+    def finished(self) -> bool:
+        """The rule stopped; without it there is no commit."""
+        return self.steps[-1].finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Everything one request went through while it held a slot, in order."""
+
+    request_id: str
+    seed: int  # 64-bit key of the request's noise
+    rule: RuleConstants  # of this request
+    vocab_size: int
+    canvas_length: int  # L of the pool; a canvas may be narrower
+    plugin_version: str  # that recorded it
+    steps: tuple[Step, ...]
+
+    @property
+    def canvases(self) -> tuple[Canvas, ...]:
+        """The steps by canvas."""
+        grouped: list[list[Step]] = []
+        for step in self.steps:
+            if step.step == 0:
+                grouped.append([])
+            grouped[-1].append(step)
+        return tuple(
+            Canvas(
+                steps=tuple(step for step in steps if not step.committing),
+                commit=steps[-1] if steps[-1].committing else None,
+            )
+            for steps in grouped
+        )
+
+
+def checksum(tokens: NDArray[np.int32]) -> int:
+    """CRC-32 of a canvas's tokens, [W].
+
+    Of its input a step keeps this alone. The tokens follow from seed and decisions, so a replay
+    makes them again and proves them; stored, their noise would double the file.
+    """
+    return zlib.crc32(tokens.astype("<i4").tobytes())
+
+
+def to_bytes(trace: Trace) -> bytes:
+    """The content of the file that ``load`` reads."""
+    header = {
+        "format": FORMAT,
+        "plugin_version": trace.plugin_version,
+        "request_id": trace.request_id,
+        "seed": trace.seed,
+        "rule": asdict(trace.rule),
+        "vocab_size": trace.vocab_size,
+        "canvas_length": trace.canvas_length,
+    }
+    steps = trace.steps
+    arrays: dict[str, NDArray[Any]] = {
+        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+        "accepted": np.packbits(np.concatenate([step.accepted for step in steps])),
+    }
+    for name, dtype in _OF_STEPS.items():
+        arrays[name] = np.array([getattr(step, name) for step in steps], dtype)
+    for name, dtype in _OF_POSITIONS.items():
+        arrays[name] = np.concatenate([getattr(step, name) for step in steps], dtype=dtype)
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def load(path: Path | str) -> Trace:
+    """Read a recorded trace.
+
+    Raises:
+        OSError: the file cannot be read.
+        TraceError: it is not a trace, is damaged, or is of another format.
+    """
+    content = Path(path).read_bytes()
+    try:
+        archive = np.load(io.BytesIO(content), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("one array instead of an archive of them")  # noqa: TRY004
+        with archive:
+            return _parse(archive)
+    except _DAMAGE as error:
+        raise TraceError(
+            f"{path} is not a whole trace of format {FORMAT}, which vllm-diffusion {__version__} "
+            f"reads: {error}. Record it again with VLLM_DIFFUSION_TRACE=DIR."
+        ) from error
+
+
+# What numpy, zipfile and zlib raise over bytes that are something else, cut short or damaged.
+_DAMAGE: Final = (
+    BadZipFile,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+
+
+def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
+    """Check everything a reader relies on.
+
+    Raises:
+        ValueError, KeyError, TypeError: something is missing or does not fit.
+    """
+    header = json.loads(arrays["header"].tobytes())
+    if header["format"] != FORMAT:
+        raise ValueError(f"format {header['format']}, by {header['plugin_version']}")
+    width = arrays["width"]
+    bounds = np.concatenate([[0], np.cumsum(width, dtype=np.int64)])
+    count, positions = len(width), int(bounds[-1])
+    columns: dict[str, NDArray[Any]] = {}
+    for wanted, size in ((_OF_STEPS, count), (_OF_POSITIONS, positions)):
+        for name, dtype in wanted.items():
+            columns[name] = array = arrays[name]
+            if array.dtype != dtype or array.shape != (size,):
+                raise ValueError(
+                    f"{name} is {array.dtype}{array.shape}, not {np.dtype(dtype)}({size},)"
+                )
+    packed = arrays["accepted"]
+    if packed.shape != (-(-positions // 8),):
+        raise ValueError(f"accepted has {packed.shape} bytes for {positions} positions")
+    columns["accepted"] = np.unpackbits(packed, count=positions).astype(np.bool_)
+    begins = columns["step"] == 0
+    if not count or not begins[0] or (begins & columns["committing"]).any():
+        raise ValueError("a canvas without a beginning")
+    if width.min() < 1 or width.max() > header["canvas_length"]:
+        raise ValueError(f"widths {width.min()}..{width.max()} of {header['canvas_length']}")
+
+    def step(index: int) -> Step:
+        rows = slice(bounds[index], bounds[index + 1])
+        return Step(
+            start=int(columns["start"][index]),
+            step=int(columns["step"][index]),
+            committing=bool(columns["committing"][index]),
+            finished=bool(columns["finished"][index]),
+            input_crc=int(columns["input_crc"][index]),
+            accepted=columns["accepted"][rows],
+            **{name: columns[name][rows] for name in _OF_POSITIONS},
+        )
+
+    return Trace(
+        request_id=header["request_id"],
+        seed=header["seed"],
+        rule=RuleConstants(**header["rule"]),
+        vocab_size=header["vocab_size"],
+        canvas_length=header["canvas_length"],
+        plugin_version=header["plugin_version"],
+        steps=tuple(step(index) for index in range(count)),
+    )

@@ -1,0 +1,200 @@
+"""Recorder: watches ``step.advance`` and writes one file a request.
+
+While on, a step copies about 25 bytes a position to the host and waits for the device; they stay in
+host memory until the request gives its slot up. Then the file is compressed and written in that
+step. While off there is no recorder, and a step tests one attribute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from vllm_diffusion import __version__
+from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.records import RuleConstants
+from vllm_diffusion.trace.file import Step, Trace, checksum, to_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
+
+# vLLM's handlers serve loggers under its own name.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+VARIABLE: Final = "VLLM_DIFFUSION_TRACE"
+
+_LONGEST_STEM: Final = 120  # characters of a file name; file systems take 255 bytes
+
+
+def trace_folder(environment: Mapping[str, str]) -> Path | None:
+    """The folder that ``VLLM_DIFFUSION_TRACE`` asks to record to, made if missing; None if unset.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    if not (asked := environment.get(VARIABLE)):
+        return None
+    folder = Path(asked).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell: root, read-only and full file systems.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{VARIABLE}={asked} is no folder that traces can be written to ({error}); "
+            "name another one, or unset it to record nothing."
+        ) from error
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A request that holds a slot."""
+
+    header: Trace  # without steps
+    steps: list[Step] = field(default_factory=list)
+
+
+class Recorder:
+    """Records the slots it is told of, from ``begin`` to ``end``.
+
+    A preempted request gives its slot up and comes back to another: it leaves a file for each stay.
+    Where that cut a canvas short, the next file begins with the same canvas anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[int, _Recording] = {}
+
+    def begin(self, pool: CanvasPool, slot: int, request_id: str) -> None:
+        """A request was admitted to a slot of the pool; waits for the device."""
+        low, high = pool.seed[slot].tolist()
+        header = Trace(
+            request_id=request_id,
+            seed=low | high << 32,
+            rule=RuleConstants(
+                max_steps=int(pool.max_steps[slot]),
+                t_min=float(pool.t_min[slot]),
+                t_max=float(pool.t_max[slot]),
+                entropy_bound=float(pool.entropy_bound[slot]),
+                confidence_threshold=float(pool.confidence_threshold[slot]),
+                stability_threshold=pool.constants.stability_threshold,
+            ),
+            vocab_size=pool.vocab_size,
+            canvas_length=pool.canvas_length,
+            plugin_version=__version__,
+            steps=(),
+        )
+        self._open[slot] = _Recording(header)
+
+    def observe(
+        self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision
+    ) -> None:
+        """Keep one step of every canvas of the batch; a ``step.Observer``."""
+        slots = batch.slots
+        committing = pool.causal[slots]
+        row_committing = committing[:, None]
+
+        def kept(of_denoising: Tensor, of_commit: Tensor | int = 0) -> NDArray[Any]:
+            return _to_host(torch.where(row_committing, of_commit, of_denoising))
+
+        canvas = _to_host(pool.tokens[slots].int())
+        argmax = kept(stats.argmax.int(), pool.argmax[slots].int())
+        sample = kept(stats.sample.int())
+        entropy, top_prob, margin = kept(stats.entropy), kept(stats.top_prob), kept(stats.margin)
+        accepted = kept(decision.accept, of_commit=False)
+        of_rows = torch.stack(
+            [
+                slots.long(),
+                batch.position[:, 0],
+                batch.width,
+                pool.step[slots],
+                committing.long(),
+                (decision.finished & ~committing).long(),
+            ],
+            dim=1,
+        )
+        for row, (slot, start, width, step, commits, finished) in enumerate(of_rows.tolist()):
+            if slot not in self._open:
+                continue
+            # Copies: a view would keep the whole batch for as long as the request lives.
+            self._open[slot].steps.append(
+                Step(
+                    start=start,
+                    step=step,
+                    committing=bool(commits),
+                    finished=bool(finished),
+                    input_crc=checksum(canvas[row, :width]),
+                    argmax=argmax[row, :width].copy(),
+                    sample=sample[row, :width].copy(),
+                    entropy=entropy[row, :width].copy(),
+                    top_prob=top_prob[row, :width].copy(),
+                    margin=margin[row, :width].copy(),
+                    accepted=accepted[row, :width].copy(),
+                )
+            )
+
+    def end(self, slot: int) -> None:
+        """The slot was given up; write what it went through and forget it. Never raises OSError."""
+        recording = self._open.pop(slot, None)
+        if recording is None or not recording.steps:
+            return
+        trace = replace(recording.header, steps=tuple(recording.steps))
+        try:
+            self._write(trace)
+        except OSError as error:
+            logger.warning("The trace of request %r is lost: %s", trace.request_id, error)
+
+    def close(self) -> None:
+        """End every recording, where the engine closes with requests in it."""
+        for slot in list(self._open):
+            self.end(slot)
+
+    def _write(self, trace: Trace) -> None:
+        content = to_bytes(trace)
+        for name in file_names(trace.request_id):
+            path = self._folder / name
+            try:
+                file = path.open("xb")
+            except FileExistsError:
+                continue
+            try:
+                with file:
+                    file.write(content)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+            return
+
+
+def file_names(request_id: str) -> Iterator[str]:
+    """Names for a request's files: ``ID.npz``, ``ID.1.npz``, ``ID.2.npz`` ...
+
+    A request id is text of the client's choice. Anything that could lead out of the folder, hide
+    the file or be refused by a file system is replaced; the trace itself holds the id as it is.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", request_id).lstrip(".") or "request"
+    if len(stem) > _LONGEST_STEM:
+        # The end stays: vLLM makes ids unique there.
+        stem = f"{stem[: _LONGEST_STEM // 2]}_{stem[-_LONGEST_STEM // 2 :]}"
+    yield f"{stem}.npz"
+    for number in itertools.count(1):
+        yield f"{stem}.{number}.npz"
+
+
+def _to_host(tensor: Tensor) -> NDArray[Any]:
+    return tensor.numpy(force=True)

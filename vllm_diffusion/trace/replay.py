@@ -1,0 +1,179 @@
+"""Run a rule on a recorded trace: no model, the same rule, pool and records as a live engine.
+
+A rule decides what the model sees next, so the recorded statistics are its own only as long as it
+decides what was decided. Each canvas says how far that went, and each stands alone: behind a canvas
+that would have been committed with other tokens, the recording is of another text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.records import CanvasBatch, CanvasStats
+from vllm_diffusion.step import decide
+from vllm_diffusion.trace.file import checksum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vllm_diffusion.step import Rule
+    from vllm_diffusion.trace.file import Canvas, Step, Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplayedCanvas:
+    """What a rule made of one recorded canvas of width W, in n denoising steps."""
+
+    recorded: Canvas
+    accepted: NDArray[np.bool_]  # [n, W]
+    next_tokens: NDArray[np.int32]  # [n, W], the decision's
+    tokens: NDArray[np.int32] | None  # [W], committed; None if the recording ended first
+    diverged: int | None
+    """The first step at which another set was accepted than in the recording."""
+    on_trajectory: bool
+    """Every input the rule made is the recorded one: a live run would have ended here too."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps until the rule stopped, or until the recording ended."""
+        return len(self.accepted)
+
+    @property
+    def censored(self) -> bool:
+        """The recording ended before the rule stopped."""
+        return self.tokens is None
+
+    @property
+    def same_tokens(self) -> bool | None:
+        """What the rule commits is what was committed; None where either did not get that far."""
+        if self.tokens is None or self.recorded.commit is None:
+            return None
+        return np.array_equal(self.tokens, self.recorded.commit.argmax)
+
+    @property
+    def reproduced(self) -> bool:
+        """Inputs, accepted sets, stop and committed tokens are the recorded ones, bit for bit."""
+        return (
+            self.on_trajectory
+            and self.diverged is None
+            and self.steps == len(self.recorded.steps)
+            and self.censored != self.recorded.finished
+            and self.same_tokens is not False
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replay:
+    """What a rule made of a trace."""
+
+    canvases: tuple[ReplayedCanvas, ...]
+
+    @property
+    def steps(self) -> int:
+        """Denoising forwards the rule used; every committed canvas takes one more, as recorded.
+
+        Of censored canvases it counts those there were: a lower bound.
+        """
+        return sum(canvas.steps for canvas in self.canvases)
+
+    @property
+    def recorded_steps(self) -> int:
+        """Denoising forwards of the recording."""
+        return sum(len(canvas.recorded.steps) for canvas in self.canvases)
+
+    @property
+    def reproduced(self) -> bool:
+        """Nothing differs from the recording; always so for the rule that was recorded."""
+        return all(canvas.reproduced for canvas in self.canvases)
+
+
+def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Replay:
+    """Run a rule on a trace.
+
+    For other constants of the rule: ``replay(dataclasses.replace(trace, rule=constants))``.
+    Temperatures came before the statistics and cannot be changed any more.
+
+    Args:
+        trace: the recording.
+        rule: instead of ``step.decide``; its pool has one slot.
+        device: where to run. Sums are bit for bit those of the recording on a device of its kind.
+    """
+    pool = CanvasPool(
+        num_slots=1,
+        canvas_length=trace.canvas_length,
+        hidden_size=1,
+        vocab_size=trace.vocab_size,
+        constants=trace.rule,
+        dtype=torch.float32,
+        device=torch.device(device),
+    )
+    pool.admit(0, seed=trace.seed)
+    return Replay(
+        canvases=tuple(_replay_canvas(pool, canvas, rule or decide) for canvas in trace.canvases)
+    )
+
+
+def _replay_canvas(pool: CanvasPool, canvas: Canvas, rule: Rule) -> ReplayedCanvas:
+    width = canvas.width
+    batch = _batch(pool, canvas)
+    pool.begin(batch.slots, batch.position)
+    accepted, next_tokens = [], []
+    diverged, on_trajectory, tokens = None, True, None
+    for step in canvas.steps:
+        on_trajectory &= _input_crc(pool, width) == step.input_crc
+        stats = _stats(pool, step)
+        decision = rule(pool, batch, stats)
+        pool.apply(batch, stats, decision)
+        accepted.append(decision.accept[0, :width].numpy(force=True))
+        next_tokens.append(decision.next_tokens[0, :width].int().numpy(force=True))
+        if diverged is None and not np.array_equal(accepted[-1], step.accepted):
+            diverged = step.step
+        if pool.causal[0]:
+            # The commit's own statistics and decision do not count.
+            emission = pool.apply(batch, stats, decision)
+            tokens = emission.tokens[0, :width].int().numpy(force=True)
+            break
+    return ReplayedCanvas(
+        recorded=canvas,
+        accepted=np.stack(accepted),
+        next_tokens=np.stack(next_tokens),
+        tokens=tokens,
+        diverged=diverged,
+        on_trajectory=bool(on_trajectory),
+    )
+
+
+def _batch(pool: CanvasPool, canvas: Canvas) -> CanvasBatch:
+    """The canvas as the live pool had it: padded to L, which decides the order of sums."""
+    offset = torch.arange(pool.canvas_length, device=pool.device)
+    return CanvasBatch(
+        slots=torch.tensor([0], device=pool.device),
+        width=torch.tensor([canvas.width], device=pool.device),
+        position=(canvas.start + offset)[None],
+        valid=(offset < canvas.width)[None],
+    )
+
+
+def _stats(pool: CanvasPool, step: Step) -> CanvasStats:
+    def padded(values: NDArray[np.int32] | NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+        row = torch.zeros(1, pool.canvas_length, dtype=dtype)
+        row[0, : step.width] = torch.from_numpy(values)
+        return row.to(pool.device)
+
+    return CanvasStats(
+        argmax=padded(step.argmax, torch.int64),
+        sample=padded(step.sample, torch.int64),
+        entropy=padded(step.entropy, torch.float32),
+        top_prob=padded(step.top_prob, torch.float32),
+        margin=padded(step.margin, torch.float32),
+        soft_embedding=torch.zeros(1, pool.canvas_length, 1, device=pool.device),
+    )
+
+
+def _input_crc(pool: CanvasPool, width: int) -> int:
+    return checksum(pool.tokens[0, :width].int().numpy(force=True))
