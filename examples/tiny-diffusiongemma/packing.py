@@ -6,7 +6,7 @@ visibility follows from four numbers a token: item, position, view, and where th
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,8 @@ from vllm_diffusion.testing.tiny_tokenizer import BOS, PAD, TURN_END, TURN_START
 VIEWS = 2
 """Noised canvases per item: of different canvases where it has several, else of the same one."""
 
-SHARES = {
-    0: {"json": 5, "sudoku": 6, "chain": 4, "count": 3, "edit": 3, "joint": 2},
-    2500: {"json": 8, "sudoku": 3, "chain": 6, "count": 2, "edit": 5, "joint": 3},
-}
-"""How often each task is drawn, from a step on: copying and sums take longest to learn."""
+SHARES = {"json": 6, "sudoku": 4, "chain": 7, "count": 2, "edit": 4, "joint": 3}
+"""How often each task is drawn: copying and sums take longest to learn."""
 
 ROW = 416
 """Tokens of a row; the longest item is some ten tokens shorter."""
@@ -66,42 +63,29 @@ class Rows:
         return ((self.item[query] == self.item[key]) & (before | itself))[:, None]
 
 
-def shares_at(step: int) -> Mapping[str, float]:
-    """Shares of the tasks at a step of training."""
-    return SHARES[max(begin for begin in SHARES if begin <= step)]
-
-
 def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids that the chat template gives a single user message."""
     text = f"{BOS}{TURN_START}user\n{prompt}{TURN_END}\n{TURN_START}model\n"
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def training_items(rng: random.Random, shares: Mapping[str, float]) -> Iterator[tasks.Item]:
-    """Endless items of all sizes that are not held out, of tasks in these shares."""
+def training_items(rng: random.Random) -> Iterator[tasks.Item]:
+    """Endless items of all tasks and sizes that are not held out."""
     while True:
-        (task,) = rng.choices(list(shares), shares.values())
+        (task,) = rng.choices(list(SHARES), SHARES.values())
         item = tasks.make_item(task, rng, rng.choice(tasks.TASKS[task].sizes))
         if not item.held_out:
             yield item
 
 
-def pack(
-    tokenizer: Tokenizer,
-    shares: Mapping[str, float],
-    *,
-    rows: int,
-    canvas: int,
-    vocab: int,
-    seed: int,
-) -> Rows:
+def pack(tokenizer: Tokenizer, *, rows: int, canvas: int, vocab: int, seed: int) -> Rows:
     """Fill `rows` rows with fresh items; the same seed gives the same batch."""
     rng = random.Random(seed)  # noqa: S311 -- reproducible, not secret
     generator = torch.Generator().manual_seed(seed)
     packed = _empty(rows)
     used = [0] * rows
     misfits = 0
-    for number, item in enumerate(training_items(rng, shares)):
+    for number, item in enumerate(training_items(rng)):
         length, columns = _lay_out(tokenizer, item, canvas, rng)
         fitting = [row for row in range(rows) if used[row] + length <= ROW]
         if not fitting:

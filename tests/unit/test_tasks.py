@@ -82,9 +82,10 @@ def test_sudokus_have_as_many_gaps_as_their_size_and_one_solution():
 
 def test_a_chain_is_the_running_sum():
     for made in items_of("chain", 3):
-        digits = [int(term[1]) for term in made.prompt.split()[1:]]
-        sums = [int(term[1]) for term in made.answer.split()]
-        assert sums == [sum(digits[: n + 1]) % 10 for n in range(made.size)]
+        terms = made.prompt.split()[1:]
+        sums = [sum(int(term[1]) for term in terms[: n + 1]) % 10 for n in range(made.size)]
+        expected = [f"{term}={total}" for term, total in zip(terms, sums, strict=True)]
+        assert made.answer.split() == expected
 
 
 def test_joint_takes_any_one_colour_and_no_mixture():

@@ -5,7 +5,7 @@ Takes a task's name, a size and a random generator. Gives an `Item`: a prompt an
 
     json    people in sentences to a JSON list: copying, with a tail of padding (size: people)
     sudoku  4x4, one solution: constraints without an order (size: empty cells)
-    chain   running sums modulo ten: a wave from left to right (size: terms)
+    chain   running sums modulo ten, term by term: a wave from left to right (size: terms)
     joint   one free colour, the same everywhere: rows that depend on each other (size: words)
     edit    replace a word in a given text (size: sentences)
     count   numbers up to a last one: outputs over several canvases (size: numbers)
@@ -217,7 +217,7 @@ def _chain(rng: random.Random, size: int) -> tuple[str, str]:
         digit = rng.randrange(10)
         total = (total + digit) % 10
         terms.append(f"{key}{digit}")
-        sums.append(f"{key}{total}")
+        sums.append(f"{key}{digit}={total}")
     return "sum " + " ".join(terms), " ".join(sums)
 
 
