@@ -75,31 +75,38 @@ def test_a_token_outside_the_vocabulary(llm: LLM, token: int):
 def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
     message = refusal(
         llm,
-        temperature=0.5,
-        top_k=20,
+        thinking_token_budget=3,
         min_tokens=3,
-        logit_bias={5: 2.0},
+        stop_token_ids=[5],
+        allowed_token_ids=[5],
+        logit_bias={5: float("inf")},
         structured_outputs=StructuredOutputsParams(regex="a+"),
-        extra_args={"diffusion_max_steps": "12", "diffusion_canvas": 8},
+        extra_args={"diffusion_max_steps": "12", "diffusion_canvas": 8, "diffusion_t_min": 9.0},
     )
     for problem in (
-        "temperature=0.5",
-        "top_k=20",
-        "min_tokens=3",
-        "logit_bias={5: 2.0}",
+        "thinking_token_budget=3",
+        "min_tokens=3 forbids every one of the allowed_token_ids",
+        "logit_bias must be finite, got {5: inf}",
         "response_format",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
         "accepted: diffusion_max_steps, diffusion_canvas_length",
+        "must not be below diffusion_t_min (9.0)",
     ):
         assert problem in message
 
 
-def test_options_of_vllms_own_sampler_that_ours_does_not_have(llm: LLM):
-    extra = {"diffusion_seed_canvas": [5] * CANVAS, "diffusion_pinned": [0]}
-    message = refusal(llm, extra_args=extra)
-    assert "'diffusion_seed_canvas'" in message
-    assert "'diffusion_pinned'" in message
+def test_options_are_held_against_what_is_served(llm: LLM):
+    extra = {
+        "diffusion_seed_canvas": [512] * (CANVAS - 1),
+        "diffusion_pinned": [CANVAS],
+        "diffusion_stability_threshold": 2,
+    }
+    message = refusal(llm, max_tokens=100, extra_args=extra)
+    assert f"exactly {CANVAS} ids, got {CANVAS - 1}" in message
+    assert "below 512, got 512" in message
+    assert f"inside the canvas of {CANVAS - 1}, got {CANVAS}" in message
+    assert "at most the served 1, got 2" in message
 
 
 @pytest.mark.parametrize("steps", [2**63, 2**64 - 1])
@@ -113,14 +120,16 @@ def test_beam_search(llm: LLM):
 
 
 def test_one_bad_request_of_a_batch_takes_the_batch_and_nothing_else(llm: LLM):
-    good, bad = SamplingParams(max_tokens=64), SamplingParams(temperature=0.0)
-    with pytest.raises(VLLMValidationError, match="temperature"):
+    good, bad = SamplingParams(max_tokens=64), SamplingParams(logit_bias={1: float("nan")})
+    with pytest.raises(VLLMValidationError, match="logit_bias"):
         llm.generate(["a", "b", "c"], [good, bad, good], use_tqdm=False)
 
 
 def test_every_sampling_parameter_is_honoured_or_refused():
     # Fails when vLLM gains one: honour it, or refuse it in `params._UNSUPPORTED`.
     honoured = {
+        "temperature", "top_p", "top_k", "min_p", "min_tokens", "logit_bias", "bad_words",
+        "allowed_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty",
         "n", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
         "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "extra_args",

@@ -160,7 +160,7 @@ class Probe:
 
     def _around_advance(self, inner: Any) -> Any:
         def advance(
-            pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: ReferenceHead
+            pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: ReferenceHead, **kw: Any
         ) -> Emission:
             before = (
                 pool.tokens[batch.slots].clone(),
@@ -168,7 +168,7 @@ class Probe:
                 pool.causal[batch.slots].tolist(),
             )
             self._keep_contexts(pool, batch, before[1], before[2])
-            emission = inner(pool, batch, hidden, head)
+            emission = inner(pool, batch, hidden, head, **kw)
             stats, decision = self._decided.pop()
             assert self._batch is not None
             for row, (slot, width) in enumerate(

@@ -17,6 +17,11 @@ RECORDS = [
     records.Decision,
     records.Emission,
     records.RuleConstants,
+    records.BadWords,
+    records.Constraints,
+    records.Penalties,
+    records.Rewrite,
+    records.Truncation,
 ]
 
 

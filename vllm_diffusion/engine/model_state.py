@@ -19,13 +19,14 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
-from vllm_diffusion.params import admitted_params
+from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,6 +67,11 @@ class CanvasModelState(ModelState):
             dtype=self.dtype,
             device=device,
         )
+        self.constraints = ConstraintTable(
+            canvas_length=self.pool.canvas_length,
+            vocab_size=self.pool.vocab_size,
+            device=device,
+        )
         self._slot_of: dict[str, int] = {}
         # What captured graphs read must stay at one address.
         self._causal = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
@@ -100,7 +106,10 @@ class CanvasModelState(ModelState):
             soft_embedding=self.model.soft_embedding,
             max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
         )
-        return CanvasSampler(self.model, self.pool, head, sampler.req_states), None
+        return (
+            CanvasSampler(self.model, self.pool, head, sampler.req_states, self.constraints),
+            None,
+        )
 
     # ---- the life of a request ----
 
@@ -108,10 +117,16 @@ class CanvasModelState(ModelState):
         """Give the request a slot; also called for requests that come back after preemption."""
         sampling = new_req_data.sampling_params
         self._slot_of[new_req_data.req_id] = req_index
+        params = admitted_params(sampling.extra_args)
         self.pool.admit(
             req_index,
-            seed=request_seed(sampling.seed, new_req_data.req_id),
-            max_steps=admitted_params(sampling.extra_args).max_steps,
+            seed=request_seed(noise_seed(sampling), new_req_data.req_id),
+            constants=requested_rule(params, self.pool.constants),
+        )
+        self.constraints.admit(
+            req_index,
+            constraints(sampling, params),
+            prompt_length=len(new_req_data.prompt_token_ids),
         )
 
     def remove_request(self, req_id: str) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.constrain.table import ConstraintTable
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
 
@@ -44,11 +45,13 @@ class CanvasSampler:
         pool: CanvasPool,
         head: Head,
         req_states: RequestState,
+        constraints: ConstraintTable,
     ) -> None:
         self.model = model
         self.pool = pool
         self.head = head
         self.req_states = req_states
+        self.constraints = constraints
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Nothing to do: the model state admits the request to the pool."""
@@ -84,7 +87,15 @@ class CanvasSampler:
         if decoding.size:
             index = self._to_device(decoding)
             batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
-            emission = advance(self.pool, batch, hidden[rows], self.head)
+            slots_np = input_batch.idx_mapping_np[decoding]
+            rewrite = self.constraints.rewrite(
+                slots_np.tolist(),
+                batch,
+                text=self._text(input_batch.num_computed_tokens_np[decoding]),
+                argmax=self.pool.argmax,
+                step=self.pool.step,
+            )
+            emission = advance(self.pool, batch, hidden[rows], self.head, rewrite=rewrite)
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()
@@ -134,7 +145,20 @@ class CanvasSampler:
             index = self._to_device(done)
             start = self._to_device(input_batch.prefill_len_np[done])
             offset = torch.arange(self.pool.canvas_length, device=start.device)
-            self.pool.begin(input_batch.idx_mapping[index], start[:, None] + offset)
+            slots, position = input_batch.idx_mapping[index], start[:, None] + offset
+            self.pool.begin(slots, position)
+            owners = input_batch.idx_mapping_np[done].tolist()
+            self.pool.tokens[slots] = self.constraints.seeded(
+                owners, position, self.pool.tokens[slots]
+            )
+
+    def _text(self, computed: np.ndarray) -> Tensor:
+        """[S, N] prompt and committed tokens of every slot, N enough for the slots of the step.
+
+        Args:
+            computed: tokens that the requests of the step may have computed at most.
+        """
+        return self.req_states.all_token_ids.gpu[:, : max(1, int(computed.max()))]
 
     def _run_widest_head(self, hidden: Tensor) -> None:
         """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""

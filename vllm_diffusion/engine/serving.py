@@ -7,6 +7,7 @@ in the process the user started: a refusal is an error at the prompt, not in a w
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
@@ -59,12 +60,14 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         asked_seqs = scheduler.max_num_seqs
         super().verify_and_update_config(vllm_config)
         canvas = vllm_config.diffusion_config.canvas_length
-        # Requests are checked where only the model's config is at hand: one width for all.
+        # Requests are checked where only the model's config is at hand: one width and one rule for
+        # all. The rule as a dict, since a config is written as JSON.
         vllm_config.model_config.hf_config.canvas_length = canvas
 
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
         rule = served_rule(vllm_config)
+        vllm_config.model_config.hf_config.denoising_rule = asdict(rule)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
