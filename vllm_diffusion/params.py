@@ -61,10 +61,6 @@ class DiffusionParams:
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
 _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
-    "logprobs": lambda value: value is not None,
-    "logprob_token_ids": bool,
-    "prompt_logprobs": lambda value: value is not None,
-    "prompt_logprob_token_ids": lambda value: value is not None,
     "structured_outputs": lambda value: value is not None,
     "thinking_token_budget": lambda value: value is not None,
     "trace_decode_token_ids": bool,

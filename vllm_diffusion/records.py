@@ -142,6 +142,24 @@ class CanvasStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What the model's own distribution says of chosen tokens: temperature 1, nothing rewritten."""
+
+    ids: Tensor  # [R, 1 + N] int64, the chosen token and the ids beside it
+    values: Tensor  # [R, 1 + N] fp32, log-probabilities, or logits where those were asked for
+    ranks: Tensor  # [R] int64, ids whose logit is at least the chosen one's: 1 is the best
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
+        """Join scores along their first dimension."""
+        return TokenScores(
+            ids=torch.cat([p.ids for p in parts]),
+            values=torch.cat([p.values for p in parts]),
+            ranks=torch.cat([p.ranks for p in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What one step makes of a batch of canvases."""
 

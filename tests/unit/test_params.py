@@ -42,10 +42,7 @@ class Sampling:
     logit_bias: dict[int, float] | None = None
     bad_words_token_ids: list[list[int]] | None = None
     allowed_token_ids: list[int] | None = None
-    logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
-    prompt_logprob_token_ids: Any = None
     structured_outputs: Any = None
     thinking_token_budget: int | None = None
     trace_decode_token_ids: list[int] | None = None
@@ -53,10 +50,6 @@ class Sampling:
 
 
 REFUSED: dict[str, Any] = {
-    "logprobs": 0,
-    "logprob_token_ids": [7],
-    "prompt_logprobs": 0,
-    "prompt_logprob_token_ids": [[1, 2]],
     "structured_outputs": SimpleNamespace(json="{}"),
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [1],

@@ -21,6 +21,7 @@ RECORDS = [
     records.Constraints,
     records.Penalties,
     records.Rewrite,
+    records.TokenScores,
     records.Truncation,
 ]
 

@@ -23,6 +23,7 @@ from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
@@ -72,6 +73,7 @@ class CanvasModelState(ModelState):
             vocab_size=self.pool.vocab_size,
             device=device,
         )
+        self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
         # What captured graphs read must stay at one address.
         self._causal = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
@@ -107,7 +109,14 @@ class CanvasModelState(ModelState):
             max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
         )
         return (
-            CanvasSampler(self.model, self.pool, head, sampler.req_states, self.constraints),
+            CanvasSampler(
+                self.model,
+                self.pool,
+                head,
+                sampler.req_states,
+                constraints=self.constraints,
+                logprobs=self.logprobs,
+            ),
             None,
         )
 
@@ -128,12 +137,14 @@ class CanvasModelState(ModelState):
             constraints(sampling, params),
             prompt_length=len(new_req_data.prompt_token_ids),
         )
+        self.logprobs.admit(req_index, sampling, params)
 
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.causal[slot].fill_(True)
+            self.logprobs.release(slot)
 
     # ---- before a forward ----
 

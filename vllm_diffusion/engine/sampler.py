@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.constrain.table import ConstraintTable
+    from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
 
@@ -46,12 +47,14 @@ class CanvasSampler:
         head: Head,
         req_states: RequestState,
         constraints: ConstraintTable,
+        logprobs: CanvasLogprobs,
     ) -> None:
         self.model = model
         self.pool = pool
         self.head = head
         self.req_states = req_states
         self.constraints = constraints
+        self.logprobs = logprobs
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Nothing to do: the model state admits the request to the pool."""
@@ -84,27 +87,32 @@ class CanvasSampler:
             self._run_widest_head(hidden)
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
         decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
+        scored = None
         if decoding.size:
             index = self._to_device(decoding)
             batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
-            slots_np = input_batch.idx_mapping_np[decoding]
+            slots = input_batch.idx_mapping_np[decoding].tolist()
             rewrite = self.constraints.rewrite(
-                slots_np.tolist(),
+                slots,
                 batch,
                 text=self._text(input_batch.num_computed_tokens_np[decoding]),
                 argmax=self.pool.argmax,
                 step=self.pool.step,
             )
-            emission = advance(self.pool, batch, hidden[rows], self.head, rewrite=rewrite)
+            canvases = hidden[rows]
+            emission = advance(self.pool, batch, canvases, self.head, rewrite=rewrite)
+            running = input_batch.idx_mapping_np[:num_reqs]
+            scored = self.logprobs.committed(np.where(widths, running, -1).tolist())
+            self.logprobs.finished(slots, batch, canvases, pool=self.pool, head=self.head)
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()
         self._begin_after_prompt(input_batch, widths == 0)
-        slots = input_batch.idx_mapping
-        self.req_states.draft_tokens[slots, :length] = self.pool.tokens[slots]
+        all_slots = input_batch.idx_mapping
+        self.req_states.draft_tokens[all_slots, :length] = self.pool.tokens[all_slots]
         return SamplerOutput(
             sampled_token_ids=tokens,
-            logprobs_tensors=None,
+            logprobs_tensors=scored,
             num_nans=None,
             num_sampled=gained,
             num_rejected=rejected,

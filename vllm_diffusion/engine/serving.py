@@ -109,6 +109,13 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         }
         if asked := [name for name, value in options.items() if value]:
             raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
+        if model.logprobs_mode not in {"raw_logprobs", "raw_logits"}:
+            raise ConfigError(
+                f"logprobs_mode={model.logprobs_mode} is not supported for a diffusion model: a "
+                "canvas is committed by the model's own distribution at temperature 1, and what "
+                "the schedule and a request made of it changes with every step. Use raw_logprobs "
+                "or raw_logits."
+            )
 
     @staticmethod
     def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import CanvasStats, Noise, Rewrite
+    from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 
 class Head(Protocol):
@@ -37,5 +37,27 @@ class Head(Protocol):
 
         Returns:
             [R, min(count, vocab)] int64, best first, -1 where fewer ids may stand there.
+        """
+        ...
+
+    def scores(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        count: int,
+        ids: tuple[int, ...] | None = None,
+        among: bool = False,
+        raw_logits: bool = False,
+    ) -> TokenScores:
+        """What softmax(softcap(hidden @ E^T)) says of chosen tokens: temperature 1, no rewrite.
+
+        Args:
+            hidden: [R, H] model dtype.
+            tokens: [R] int64, the chosen ones.
+            count: the most likely ids that come beside each, -1 for the whole vocabulary.
+            ids: these ids instead, the same for every row.
+            among: of the distribution over ``ids`` alone; a rank counts them alone.
+            raw_logits: logits instead of log-probabilities.
         """
         ...

@@ -12,7 +12,7 @@ import torch
 
 from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
 from vllm_diffusion.head.sample import sample_rows
-from vllm_diffusion.records import CanvasStats, Noise, Rewrite
+from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +54,34 @@ class ReferenceHead:
             best = logits.topk(min(count, logits.shape[-1]), dim=-1)
             parts.append(best.indices.masked_fill(best.values == -torch.inf, -1))
         return torch.cat(parts)
+
+    def scores(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        count: int,
+        ids: tuple[int, ...] | None = None,
+        among: bool = False,
+        raw_logits: bool = False,
+    ) -> TokenScores:
+        """See ``Head``."""
+        parts = []
+        for rows in self._chunks(hidden):
+            logits, chosen = self.logits(hidden[rows]), tokens[rows, None]
+            if ids is None:
+                beside = logits.topk(logits.shape[-1] if count < 0 else count, dim=-1).indices
+            else:
+                beside = torch.tensor(ids, device=logits.device).expand(len(logits), -1)
+            field = logits.gather(-1, beside) if among else logits
+            best = logits.gather(-1, chosen)
+            listed = torch.cat([chosen, beside], dim=-1)
+            values = logits.gather(-1, listed)
+            if not raw_logits:
+                values -= field.logsumexp(dim=-1, keepdim=True)
+            ranks = (field >= best).sum(dim=-1)
+            parts.append(TokenScores(ids=listed, values=values, ranks=ranks))
+        return TokenScores.concatenate(parts)
 
     def _chunks(self, hidden: Tensor) -> list[slice]:
         return [
