@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import fields
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from vllm_diffusion import params
+from vllm_diffusion.engine import serving
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
 
 if TYPE_CHECKING:
@@ -256,6 +258,15 @@ def test_an_option_that_would_do_nothing_is_refused(
             str(tiny_checkpoint), max_model_len=512, **{option: value}
         ).create_engine_config()
     assert "does nothing for a diffusion model" in str(caught.value)
+
+
+def test_an_installed_logits_processor_is_refused_rather_than_left_uncalled(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plugin = EntryPoint("shout", "loud.processor:Shout", "vllm.logits_processors")
+    monkeypatch.setattr(serving, "entry_points", lambda group: [plugin] * (group == plugin.group))
+    with pytest.raises(ValueError, match=r"'shout' \(loud.processor:Shout\) does nothing"):
+        EngineArgs(str(tiny_checkpoint), max_model_len=512).create_engine_config()
 
 
 def test_the_served_canvas_is_the_limit_of_a_requests_own(tiny_checkpoint: Path):

@@ -15,8 +15,8 @@ import torch
 
 from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
-from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, stack_words
-from vllm_diffusion.records import Constraints, Rewrite, Truncation
+from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
+from vllm_diffusion.records import BadWords, Constraints, Rewrite, Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ class _Stacked:
     early: tuple[Tensor, Tensor] | None  # [B, N] int64 ids, [B, N] int64 first position allowed
     pins: Tensor | None  # [B, L] int64, by position of the output; -1 where free
     penalties: tuple[Tensor, Tensor, Tensor] | None  # repetition, frequency, presence: [B] fp32
-    words: tuple[tuple[tuple[int, ...], ...], ...] | None  # of every canvas
+    words: tuple[Tensor, Tensor] | None  # ``BadWords`` without the text
 
 
 class ConstraintTable:
@@ -100,9 +100,11 @@ class ConstraintTable:
             offset = batch.position - stacked.prompt_length[:, None]
             forbidden.append(torch.where(offset[..., None] < until[:, None], ids[:, None], -1))
         if stacked.words is not None:
-            words = stack_words(
-                stacked.words, text[batch.slots].long(), start, stacked.prompt_length
+            rest, last = stacked.words
+            before = output_before(
+                text[batch.slots].long(), start, stacked.prompt_length, rest.shape[2]
             )
+            words = BadWords(rest=rest, last=last, before=before)
             known = step[batch.slots][:, None] > 0
             guess = torch.where(known, argmax[batch.slots], UNKNOWN)
             forbidden.append(forbidden_ids(words, guess))
@@ -163,7 +165,7 @@ class ConstraintTable:
             )
             if any(each != (1, 0, 0) for each in penalties)
             else None,
-            words=words if any(words) else None,
+            words=word_table(words, self.device) if any(words) else None,
         )
 
     def _constant(self, asked: Sequence[Constraints]) -> Rewrite:

@@ -7,13 +7,16 @@ same threshold.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from vllm_diffusion.records import Truncation
+
+# An order takes several times the memory of its logits: few rows of a large vocabulary at once.
+_SORTED_AT_ONCE: Final = 1 << 23
 
 
 def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
@@ -29,6 +32,17 @@ def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
     Returns:
         [R, V] fp32, a new tensor.
     """
+    rows = max(1, _SORTED_AT_ONCE // scaled.shape[1]) if truncation.sorts else max(1, len(scaled))
+    thresholds = [
+        _threshold(scaled[part], truncation, canvas[part])
+        for start in range(0, len(scaled), rows)
+        for part in (slice(start, start + rows),)
+    ]
+    return scaled.masked_fill(scaled < torch.cat(thresholds), -torch.inf)
+
+
+def _threshold(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
+    """[R, 1] the least logit that stays."""
     best = scaled.amax(dim=1, keepdim=True)
     threshold = best + truncation.min_p[canvas].log()[:, None]
     if truncation.sorts:
@@ -43,4 +57,4 @@ def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
         inside = (before < top_p).sum(dim=1, keepdim=True).clamp(min=1) - 1
         nucleus = torch.where(top_p < 1, ordered.gather(1, inside), -torch.inf)
         threshold = torch.maximum(threshold, nucleus)
-    return scaled.masked_fill(scaled < threshold, -torch.inf)
+    return threshold

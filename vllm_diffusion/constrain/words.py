@@ -92,19 +92,14 @@ def _ending_behind(words: BadWords, windows: Tensor) -> Tensor:
     return torch.where(complete, words.last[:, None], -1)
 
 
-def stack_words(
-    words: Sequence[Sequence[Sequence[int]]],
-    text: Tensor,
-    length: Tensor,
-    prompt_length: Tensor,
-) -> BadWords:
-    """The words of a batch, with the output before each canvas.
+def word_table(
+    words: Sequence[Sequence[Sequence[int]]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``BadWords.rest`` [B, W, P] and ``BadWords.last`` [B, W] of a batch's words.
 
     Args:
-        words: for every canvas, its words as token ids; no word is empty.
-        text: [B, N] int64, prompt and committed tokens, N at least 1.
-        length: [B] int64, tokens of text.
-        prompt_length: [B] int64, how many of them are the prompt.
+        words: for every canvas, its words as token ids; no word is empty, one canvas has some.
+        device: where the batch runs.
     """
     reach = max(1, *(len(word) - 1 for mine in words for word in mine))
     num_words = max(len(mine) for mine in words)
@@ -115,11 +110,21 @@ def stack_words(
             last[canvas, index] = word[-1]
             if len(word) > 1:
                 rest[canvas, index, reach - len(word) + 1 :] = torch.tensor(word[:-1])
+    return rest.to(device), last.to(device)
+
+
+def output_before(text: Tensor, length: Tensor, prompt_length: Tensor, reach: int) -> Tensor:
+    """``BadWords.before``: the last ``reach`` tokens of output before every canvas.
+
+    Args:
+        text: [B, N] int64, prompt and committed tokens, N at least 1.
+        length: [B] int64, tokens of text.
+        prompt_length: [B] int64, how many of them are the prompt.
+        reach: P.
+
+    Returns:
+        [B, P] int64, UNKNOWN where the output is shorter.
+    """
     position = length[:, None] + torch.arange(-reach, 0, device=text.device)
     before = text.gather(1, position.clamp(0, text.shape[1] - 1))
-    known = position >= prompt_length[:, None]
-    return BadWords(
-        rest=rest.to(text.device),
-        last=last.to(text.device),
-        before=torch.where(known, before, UNKNOWN),
-    )
+    return torch.where(position >= prompt_length[:, None], before, UNKNOWN)

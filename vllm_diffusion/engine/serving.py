@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
 from vllm_diffusion.config import rule_constants
@@ -107,6 +109,9 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             "logits_processors": model.logits_processors,
             "enable_prompt_embeds": model.enable_prompt_embeds,
         }
+        # vLLM loads these without being asked, and its own sampler alone would call them.
+        for plugin in entry_points(group=LOGITSPROCS_GROUP):
+            options[f"the installed logits processor {plugin.name!r} ({plugin.value})"] = True
         if asked := [name for name, value in options.items() if value]:
             raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
         if model.logprobs_mode not in {"raw_logprobs", "raw_logits"}:

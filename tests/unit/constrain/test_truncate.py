@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from vllm_diffusion.constrain import truncate as module
 from vllm_diffusion.constrain.truncate import truncate
 from vllm_diffusion.records import Truncation
 
@@ -104,3 +105,13 @@ def test_the_best_id_always_stays(truncation: Truncation) -> None:
     result = truncate(logits, truncation, FIRST)
     assert torch.equal(result.argmax(1), logits.argmax(1))
     assert result.isfinite().sum(1).tolist() == [1] * ROWS
+
+
+@pytest.mark.parametrize("rows", [1, 3, ROWS])
+def test_rows_sorted_a_few_at_a_time_are_cut_alike(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, truncation = random_logits(7), cut(0.01, 9, 0.8)
+    expected = truncate(logits, truncation, FIRST)
+    monkeypatch.setattr(module, "_SORTED_AT_ONCE", rows * VOCAB)
+    assert torch.equal(truncate(logits, truncation, FIRST), expected)

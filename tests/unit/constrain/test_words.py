@@ -11,10 +11,12 @@ from vllm_diffusion.constrain.words import (
     UNKNOWN,
     forbidden_ids,
     of_canvas,
+    output_before,
     repaired,
-    stack_words,
     word_ends,
+    word_table,
 )
+from vllm_diffusion.records import BadWords
 
 VOCAB, LENGTH, BATCH = 5, 12, 4
 
@@ -39,7 +41,9 @@ def stacked(words, texts, prompts):
     width = max(len(text) for text in texts)
     padded = torch.tensor([[*text, *[3] * (width - len(text))] for text in texts])
     lengths = torch.tensor([len(text) for text in texts])
-    return stack_words(words, padded, lengths, torch.tensor(prompts))
+    rest, last = word_table(words, padded.device)
+    before = output_before(padded, lengths, torch.tensor(prompts), rest.shape[2])
+    return BadWords(rest=rest, last=last, before=before)
 
 
 def ending(word: list[int], output: list[int], at: int) -> bool:
