@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from helpers.inside import Inside
 from helpers.parity import ENGINE, SPEC, make_prompt
+from helpers.probe import Probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
@@ -160,3 +161,27 @@ def test_a_seed_gives_the_same_answer_whoever_shares_the_batch(
         answers[seqs] = [list(output.outputs[0].token_ids) for output in outputs]
     assert answers[1] == answers[3] == answers[16]
     assert all(one != other for one, other in pairwise(answers[1]))
+
+
+def test_preemption_changes_no_answer_and_no_logprob(
+    engine: Callable[..., LLM], parity_checkpoint: Path
+) -> None:
+    prompts, asked = random_requests(8)
+
+    def answers(llm: LLM) -> list[tuple[list[int], Any]]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False
+        )
+        return [
+            (list(answer.token_ids), [sorted(each) for each in answer.logprobs or ()])
+            for answer in (output.outputs[0] for output in outputs)
+        ]
+
+    expected = answers(engine(parity_checkpoint, **ENGINE))
+    tight = engine(
+        parity_checkpoint, **ENGINE | {"max_model_len": 224, "num_gpu_blocks_override": 40}
+    )
+    with Probe() as probe:
+        preempted = answers(tight)
+    assert probe.preemptions > 0, "the cache was large enough for all: nothing was preempted"
+    assert preempted == expected
