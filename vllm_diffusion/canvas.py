@@ -32,8 +32,8 @@ class CanvasPool:
         step: [S] int64, denoising steps taken on the current canvas.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
         seed: [S, 2] int64, words of the request seed.
-        max_steps: [S] int64; entropy_bound, confidence_threshold: [S] fp32; t_min, t_max: [S] fp64,
-            see ``linear_temperature`` for why.
+        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
+            [S] fp32; t_min, t_max: [S] fp64, see ``linear_temperature`` for why.
     """
 
     def __init__(
@@ -69,21 +69,34 @@ class CanvasPool:
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.seed = integers(2)
         self.max_steps = integers()
+        self.stability = integers() + constants.stability_threshold
         self.t_min = floats(constants.t_min, torch.float64)
         self.t_max = floats(constants.t_max, torch.float64)
         self.entropy_bound = floats(constants.entropy_bound)
         self.confidence_threshold = floats(constants.confidence_threshold)
 
-    def admit(self, slot: int, *, seed: int, max_steps: int | None = None) -> None:
+    def admit(self, slot: int, *, seed: int, constants: RuleConstants | None = None) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
 
         Everything the previous owner left behind that a later step could read is overwritten here
         or in ``begin``, so an aborted request cannot leak into the next one.
+
+        Args:
+            slot: which row.
+            seed: key of the request's noise, 64 bits.
+            constants: the rule this request asked for, its stability at most the pool's; None for
+                the pool's own.
         """
+        rule = constants or self.constants
         low, high = split_seed(seed)
         self.seed[slot, 0].fill_(low)
         self.seed[slot, 1].fill_(high)
-        self.max_steps[slot].fill_(max_steps or self.constants.max_steps)
+        self.max_steps[slot].fill_(rule.max_steps)
+        self.stability[slot].fill_(rule.stability_threshold)
+        self.t_min[slot].fill_(rule.t_min)
+        self.t_max[slot].fill_(rule.t_max)
+        self.entropy_bound[slot].fill_(rule.entropy_bound)
+        self.confidence_threshold[slot].fill_(rule.confidence_threshold)
         self.step[slot].fill_(0)
         self.causal[slot].fill_(True)
 

@@ -1,16 +1,19 @@
 """DiffusionParams: what one request may set, and one error message that names every problem.
 
-Takes the sampling parameters of vLLM's request (any object with their attributes) and gives a
-frozen record. Never changes the request, never imports vLLM.
+Takes the sampling parameters of vLLM's request (any object with their attributes) and gives frozen
+records. Never changes the request, never imports vLLM. What each parameter means on a canvas stands
+in docs/parameters.md.
 """
 
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.records import Constraints, RuleConstants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,6 +25,11 @@ MAX_STEPS: Final = 1024
 """Most denoising steps a request may ask for; published rules take 48, and nobody may hold a slot
 for ever."""
 
+GREEDY_SEED: Final = 0
+"""The noise key of a request of temperature 0 that names no seed: its answer is always the same."""
+
+_GREEDY_BELOW: Final = 1e-5  # vLLM's own border between sampling and greedy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionParams:
@@ -31,25 +39,28 @@ class DiffusionParams:
     """Denoising steps a canvas may take; the temperature ramp follows it."""
     canvas_length: int | None = None
     """Canvas width, at most the served one."""
+    t_min: float | None = None
+    """Temperature at the end of the ramp, before ``temperature`` scales it."""
+    t_max: float | None = None
+    """Temperature of the first step, before ``temperature`` scales it."""
+    entropy_bound: float | None = None
+    """Nats that the tokens accepted in one step may share."""
+    confidence_threshold: float | None = None
+    """Mean entropy in nats below which a canvas counts as certain."""
+    stability_threshold: int | None = None
+    """Steps the argmax must hold, at most the served number."""
+    seed_canvas: tuple[int, ...] = ()
+    """Token ids of the first input of the first canvas, one a position."""
+    pinned: tuple[int, ...] = ()
+    """Positions of the seed canvas whose token is given."""
+    read_only: bool = False
+    """One canvas is the whole answer. vLLM itself then caps max_tokens and ignores EOS."""
+    constrained: bool = False
+    """Only ``logprob_token_ids`` may be said."""
 
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
 _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
-    "temperature": lambda value: value != 1.0,
-    "top_p": lambda value: value != 1.0,
-    "top_k": lambda value: value > 0,
-    "min_p": lambda value: value > 0,
-    "min_tokens": lambda value: value > 0,
-    "presence_penalty": lambda value: value != 0,
-    "frequency_penalty": lambda value: value != 0,
-    "repetition_penalty": lambda value: value != 1,
-    "logit_bias": bool,
-    "bad_words": bool,
-    "allowed_token_ids": bool,
-    "logprobs": lambda value: value is not None,
-    "logprob_token_ids": bool,
-    "prompt_logprobs": lambda value: value is not None,
-    "prompt_logprob_token_ids": lambda value: value is not None,
     "structured_outputs": lambda value: value is not None,
     "thinking_token_budget": lambda value: value is not None,
     "trace_decode_token_ids": bool,
@@ -60,9 +71,18 @@ _SHOWN_AS: Final = {
     "structured_outputs": "structured_outputs (response_format, or a tool call that is required)"
 }
 
+# Option -> the number it must be: at least this, more than this.
+_COUNTS: Final = {"max_steps": 1, "canvas_length": 1, "stability_threshold": 0}
+_NUMBERS: Final = {
+    "t_min": False,
+    "t_max": True,
+    "entropy_bound": False,
+    "confidence_threshold": False,
+}
+_LISTS: Final = ("seed_canvas", "pinned")
+_SWITCHES: Final = ("read_only", "constrained")
 _OPTIONS: Final = {
-    "diffusion_max_steps": "max_steps",
-    "diffusion_canvas_length": "canvas_length",
+    f"{PREFIX}{field}": field for field in (*_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES)
 }
 
 
@@ -70,15 +90,20 @@ def parse_params(
     sampling: Any,  # noqa: ANN401 - vLLM's SamplingParams by its attributes
     *,
     canvas_length: int | None = None,
+    vocab_size: int | None = None,
+    rule: RuleConstants | None = None,
 ) -> DiffusionParams:
     """The diffusion options of a request, or one error listing everything that is wrong with it.
 
     Args:
         sampling: vLLM's ``SamplingParams``.
         canvas_length: the served canvas, None where it is not known yet.
+        vocab_size: number of token ids, None where it is not known.
+        rule: the served rule, None where it is not known.
 
     Raises:
-        ParamsError: unsupported sampling parameters, unknown or malformed diffusion options.
+        ParamsError: unsupported sampling parameters, wishes that exclude each other, unknown or
+            malformed diffusion options.
     """
     unsupported = [
         _SHOWN_AS.get(name, f"{name}={reprlib.repr(value)}")
@@ -89,13 +114,16 @@ def parse_params(
     if unsupported:
         problems.append(
             f"not supported by this diffusion model yet: {', '.join(unsupported)} "
-            "(leave them at their defaults; the checkpoint's schedule sets the temperature)"
+            "(leave them at their defaults)"
         )
-    fields, wrong = _options(sampling.extra_args or {}, canvas_length)
+    fields, wrong = _options(sampling.extra_args or {})
+    params = DiffusionParams(**fields)
     problems += wrong
+    problems += _against_served(params, canvas_length, vocab_size, rule)
+    problems += _contradictions(sampling, params)
     if problems:
         raise ParamsError("; ".join(problems))
-    return DiffusionParams(**fields)
+    return params
 
 
 def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
@@ -104,32 +132,189 @@ def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
     For the worker, where an exception would end the engine, and where vLLM's own warm-up requests
     arrive with whatever they like.
     """
-    extra = extra_args or {}
-    return DiffusionParams(
-        **{field: extra[name] for name, field in _OPTIONS.items() if name in extra}
+    return DiffusionParams(**_options(extra_args or {})[0])
+
+
+def requested_rule(params: DiffusionParams, served: RuleConstants) -> RuleConstants:
+    """The rule a request is denoised by: what it names, and the served values for the rest."""
+    named = {
+        name: value
+        for name in RuleConstants.__dataclass_fields__
+        if (value := getattr(params, name)) is not None
+    }
+    return replace(served, **named)
+
+
+def is_greedy(sampling: Any) -> bool:  # noqa: ANN401
+    """Whether the request asks for temperature 0."""
+    return bool(sampling.temperature < _GREEDY_BELOW)
+
+
+def noise_seed(sampling: Any) -> int | None:  # noqa: ANN401
+    """The seed that a request's noise is keyed by; None lets its request id decide."""
+    if sampling.seed is None and is_greedy(sampling):
+        return GREEDY_SEED
+    return None if sampling.seed is None else int(sampling.seed)
+
+
+def constraints(
+    sampling: Any,  # noqa: ANN401
+    params: DiffusionParams,
+) -> Constraints:
+    """What an admitted request changes in the distribution of its canvases; never raises.
+
+    Args:
+        sampling: vLLM's ``SamplingParams``, completed with the model's and the tokenizer's ids.
+        params: its diffusion options.
+    """
+    allowed = sampling.logprob_token_ids if params.constrained else sampling.allowed_token_ids
+    until = dict.fromkeys(sampling.all_stop_token_ids, sampling.min_tokens)
+    if params.pinned:
+        # An answer that stops before its last pin would lack it.
+        ending = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
+        behind = max(params.pinned) + 1
+        until |= {token: max(behind, until.get(token, 0)) for token in ending}
+    return Constraints(
+        temperature=0.0 if is_greedy(sampling) else sampling.temperature,
+        min_p=sampling.min_p,
+        top_k=max(0, sampling.top_k),
+        top_p=sampling.top_p,
+        allowed=tuple(dict.fromkeys(allowed or ())),
+        bias=tuple((int(token), float(b)) for token, b in (sampling.logit_bias or {}).items()),
+        repetition=sampling.repetition_penalty,
+        frequency=sampling.frequency_penalty,
+        presence=sampling.presence_penalty,
+        early=tuple(sorted((token, last) for token, last in until.items() if last > 0)),
+        bad_words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
+        seed_canvas=params.seed_canvas,
+        pinned=params.pinned,
     )
 
 
-def _options(
-    extra: Mapping[str, Any], canvas_length: int | None
-) -> tuple[dict[str, int], list[str]]:
+def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options among ``extra`` as fields of DiffusionParams, and what is wrong with them."""
-    fields: dict[str, int] = {}
+    fields: dict[str, Any] = {}
     problems = []
     for name, value in extra.items():
         if not name.startswith(PREFIX):
             continue
-        if name not in _OPTIONS:
+        field = _OPTIONS.get(name)
+        if field is None:
             problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
-        elif name == "diffusion_max_steps" and value > MAX_STEPS:
-            problems.append(f"{name} must be at most {MAX_STEPS}, got {reprlib.repr(value)}")
-        elif name == "diffusion_canvas_length" and canvas_length and value > canvas_length:
-            problems.append(
-                f"diffusion_canvas_length must not exceed the served canvas of "
-                f"{canvas_length}, got {value}"
-            )
+        elif wrong := _malformed(field, value):
+            problems.append(f"{name} must be {wrong}, got {reprlib.repr(value)}")
+        elif field in _LISTS:
+            fields[field] = tuple(value)
         else:
-            fields[_OPTIONS[name]] = value
+            fields[field] = bool(value) if field in _SWITCHES else value
     return fields, problems
+
+
+def _malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever a client sent
+    """What the value of an option must be, if it is something else."""
+    if field in _COUNTS:
+        return _no_count(field, value)
+    if field in _NUMBERS:
+        positive = _NUMBERS[field]
+        number = _is_integer(value) or isinstance(value, float)
+        if number and isfinite(value) and (value > 0 if positive else value >= 0):
+            return None
+        return f"a finite number {'above' if positive else 'of at least'} 0"
+    if field in _LISTS:
+        integers = isinstance(value, list | tuple) and all(_is_integer(v) for v in value)
+        if integers and min(value, default=0) >= 0 and (value or field != "seed_canvas"):
+            return None
+        return "a list of integers of at least 0"
+    # Over HTTP a boolean arrives as 0 or 1.
+    return None if isinstance(value, int) and value in {0, 1} else "a boolean (or 0/1)"
+
+
+def _no_count(field: str, value: Any) -> str | None:  # noqa: ANN401
+    least = _COUNTS[field]
+    if not _is_integer(value) or value < least:
+        return "a positive integer" if least else "an integer of at least 0"
+    return f"at most {MAX_STEPS}" if field == "max_steps" and value > MAX_STEPS else None
+
+
+def _is_integer(value: Any) -> bool:  # noqa: ANN401 - whatever a client sent
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _against_served(
+    params: DiffusionParams,
+    canvas_length: int | None,
+    vocab_size: int | None,
+    rule: RuleConstants | None,
+) -> list[str]:
+    """What the engine, as it is served, cannot give."""
+    problems = []
+    width = params.canvas_length or canvas_length
+    if canvas_length and params.canvas_length and params.canvas_length > canvas_length:
+        problems.append(
+            f"diffusion_canvas_length must not exceed the served canvas of {canvas_length}, "
+            f"got {params.canvas_length}"
+        )
+    if params.seed_canvas and width and len(params.seed_canvas) != width:
+        problems.append(
+            f"diffusion_seed_canvas must hold exactly {width} ids, got {len(params.seed_canvas)}"
+        )
+    if vocab_size and max(params.seed_canvas, default=0) >= vocab_size:
+        problems.append(
+            f"diffusion_seed_canvas ids must be below {vocab_size}, got {max(params.seed_canvas)}"
+        )
+    if params.pinned and not params.seed_canvas:
+        problems.append("diffusion_pinned needs a diffusion_seed_canvas that says what to hold")
+    elif params.pinned and max(params.pinned) >= len(params.seed_canvas):
+        problems.append(
+            f"diffusion_pinned positions must lie inside the canvas of {len(params.seed_canvas)}, "
+            f"got {max(params.pinned)}"
+        )
+    if rule is None:
+        return problems
+    held = params.stability_threshold
+    if held is not None and held > rule.stability_threshold:
+        problems.append(
+            f"diffusion_stability_threshold must be at most the served "
+            f"{rule.stability_threshold}, got {held}"
+        )
+    t_min = rule.t_min if params.t_min is None else params.t_min
+    t_max = rule.t_max if params.t_max is None else params.t_max
+    if t_max < t_min:
+        problems.append(
+            f"diffusion_t_max ({t_max}) must not be below diffusion_t_min ({t_min}); "
+            f"served are {rule.t_min} to {rule.t_max}"
+        )
+    return problems
+
+
+def _contradictions(
+    sampling: Any,  # noqa: ANN401
+    params: DiffusionParams,
+) -> list[str]:
+    """Wishes of one request that cannot all come true."""
+    problems = []
+    bias = sampling.logit_bias or {}
+    if wild := {token: value for token, value in bias.items() if not isfinite(value)}:
+        problems.append(f"logit_bias must be finite, got {reprlib.repr(wild)}")
+    allowed = set(sampling.allowed_token_ids or ())
+    if allowed and sampling.min_tokens and allowed <= set(sampling.all_stop_token_ids):
+        problems.append(
+            f"min_tokens={sampling.min_tokens} forbids every one of the allowed_token_ids"
+        )
+    if params.constrained and not sampling.logprob_token_ids:
+        problems.append("diffusion_constrained needs logprob_token_ids: they are the allowed set")
+    if params.constrained and allowed:
+        problems.append("diffusion_constrained and allowed_token_ids both say what is allowed")
+    if params.constrained:
+        allowed = set(sampling.logprob_token_ids or ())
+    inside = [at for at in params.pinned if at < len(params.seed_canvas)]
+    if allowed and (outside := [at for at in inside if params.seed_canvas[at] not in allowed]):
+        problems.append(
+            f"diffusion_pinned holds tokens that are not allowed at {reprlib.repr(outside)}"
+        )
+    limit = sampling.max_tokens
+    if inside and limit is not None and not params.read_only and max(inside) >= limit:
+        problems.append(
+            f"diffusion_pinned holds position {max(inside)}, which max_tokens={limit} cuts off"
+        )
+    return problems

@@ -1,5 +1,6 @@
 """The frozen records that cross a stage border. B canvases, R rows, L canvas length, H width.
 
+constrain -> head   Rewrite        what requests change in the distribution of every position
 head -> step        CanvasStats    what the model believes about every position
 denoise -> canvas   Decision       what becomes of every position
 canvas -> engine    Emission       what the engine may count as generated
@@ -7,7 +8,7 @@ canvas -> engine    Emission       what the engine may count as generated
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,67 @@ class Noise:
     def rows(self, index: slice) -> Noise:
         """The keys of some of the rows."""
         return Noise(seed=self.seed[index], position=self.position[index], step=self.step[index])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """How much of every canvas's distribution survives, by canvas of the batch."""
+
+    min_p: Tensor  # [B] fp32, share of the largest probability; 0 keeps all
+    top_k: Tensor  # [B] int64, ids kept, 1..vocab; vocab keeps all
+    top_p: Tensor  # [B] fp32, probability mass kept; 1 keeps all
+    sorts: bool  # some top_k or top_p cuts: min_p alone needs no order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalties:
+    """Ids that a canvas's text holds and what they cost there.
+
+    An id may be listed more than once, always with the same numbers.
+    """
+
+    ids: Tensor  # [B, N] int64
+    scale: Tensor  # [B, N] fp32, positive logits are divided by it, negative multiplied
+    offset: Tensor  # [B, N] fp32, subtracted after that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadWords:
+    """The bad words of a batch, W a canvas, and the output before each canvas."""
+
+    rest: Tensor  # [B, W, P] int64, tokens before the last one, right-aligned; -1 pads
+    last: Tensor  # [B, W] int64, the token that ends the word; -1 pads
+    before: Tensor  # [B, P] int64, output tokens before the canvas; below -1 where there are none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """What the requests of a batch change in the logits of R canvas rows.
+
+    Sparse on purpose: lists of ids, by canvas of the batch or by row, never [R, vocab], so that a
+    head that sees a tile of the vocabulary at a time can apply the part that falls into the tile.
+    None where nobody asks. What the parts do, and in which order: ``constrain.rewrite``.
+    """
+
+    canvas: Tensor  # [R] int64, which canvas of the batch a row belongs to
+    temperature: Tensor | None = None  # [B] fp32, factor of the schedule
+    greedy: Tensor | None = None  # [B] bool, the kept token is the argmax
+    allowed: Tensor | None = None  # [B, N] int64, -1 pads; a list of -1 alone allows every id
+    bias: tuple[Tensor, Tensor] | None = None  # [B, N] int64 ids, [B, N] fp32 added; pads add 0
+    penalties: Penalties | None = None
+    forbidden: Tensor | None = None  # [R, N] int64, ids that must not stand there; -1 pads
+    pinned: Tensor | None = None  # [R] int64, the only id that may stand there; -1 where free
+    truncation: Truncation | None = None
+    words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
+
+    def rows(self, index: slice) -> Rewrite:
+        """The rewrite of some of the rows; what is told by canvas stays whole."""
+        return replace(
+            self,
+            canvas=self.canvas[index],
+            forbidden=None if self.forbidden is None else self.forbidden[index],
+            pinned=None if self.pinned is None else self.pinned[index],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +142,24 @@ class CanvasStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What the model's own distribution says of chosen tokens: temperature 1, nothing rewritten."""
+
+    ids: Tensor  # [R, 1 + N] int64, the chosen token and the ids beside it
+    values: Tensor  # [R, 1 + N] fp32, log-probabilities, or logits where those were asked for
+    ranks: Tensor  # [R] int64, ids whose logit is at least the chosen one's: 1 is the best
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
+        """Join scores along their first dimension."""
+        return TokenScores(
+            ids=torch.cat([p.ids for p in parts]),
+            values=torch.cat([p.values for p in parts]),
+            ranks=torch.cat([p.ranks for p in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What one step makes of a batch of canvases."""
 
@@ -95,6 +175,28 @@ class Emission:
     tokens: Tensor  # [B, L] int64, the committed canvas where count > 0
     count: Tensor  # [B] int64, committed tokens: 0 or the canvas width
     steps: Tensor  # [B] int64, denoising steps the committed canvas took, 0 where count is 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """What one request changes in the distribution of its canvases (host side).
+
+    The defaults change nothing. Positions are counted from the first token of the output.
+    """
+
+    temperature: float = 1.0  # factor of the schedule; 0: the kept token is the argmax
+    min_p: float = 0.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    allowed: tuple[int, ...] = ()  # empty allows every id
+    bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit)
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    early: tuple[tuple[int, int], ...] = ()  # (id, position before which it must not stand)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of every word
+    seed_canvas: tuple[int, ...] = ()  # input of the first step of the first canvas
+    pinned: tuple[int, ...] = ()  # positions that hold the seed canvas's token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
       hidden rows [B, L, H]
             |  head            softmax(logits / T(step)): argmax, sample, entropy, soft embedding
+            |                  (the request's bias, masks, top_k ... change the logits in there)
             v
       CanvasStats
             |  accept          the surest positions keep their sample ...
@@ -20,15 +21,24 @@ tensors, gives tensors, never waits for the device, knows nothing of requests or
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound
 from vllm_diffusion.denoise.renoise import uniform_tokens
 from vllm_diffusion.denoise.schedule import linear_temperature
 from vllm_diffusion.denoise.stop import stable_and_confident
-from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission, Noise
+from vllm_diffusion.records import (
+    CanvasBatch,
+    CanvasStats,
+    Decision,
+    Emission,
+    Noise,
+    Rewrite,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +59,7 @@ def advance(
     hidden: Tensor,
     head: Head,
     *,
+    rewrite: Rewrite | None = None,
     rule: Rule | None = None,
     observe: Observer | None = None,
 ) -> Emission:
@@ -59,6 +70,7 @@ def advance(
         batch: which slots ran, where, and how wide.
         hidden: [B, L, H], final hidden states of every canvas row (anything where not valid).
         head: turns hidden rows into statistics.
+        rewrite: what the requests change in the distributions; None for nothing at all.
         rule: instead of ``decide``.
         observe: called between the decision and its effect on the pool.
     """
@@ -66,15 +78,20 @@ def advance(
     temperature = linear_temperature(
         pool.step[slots], pool.max_steps[slots], pool.t_min[slots], pool.t_max[slots]
     )
+    if rewrite is not None and rewrite.temperature is not None:
+        temperature = temperature * rewrite.temperature
     noise = Noise(
         seed=pool.seed[slots].repeat_interleave(length, dim=0),
         position=batch.position.flatten(),
         step=pool.step[slots].repeat_interleave(length),
     )
-    stats = head(
-        hidden.reshape(num * length, -1), temperature.repeat_interleave(length), noise
-    ).reshape(num, length)
+    rows = hidden.reshape(num * length, -1)
+    stats = head(rows, temperature.repeat_interleave(length), noise, rewrite).reshape(num, length)
     decision = (rule or decide)(pool, batch, stats)
+    if rewrite is not None and rewrite.words is not None:
+        stats, decision = without_bad_words(
+            pool, batch, stats, decision, rows=rows, head=head, rewrite=rewrite
+        )
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)
@@ -91,6 +108,7 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         stats.entropy,
         pool.confidence_threshold[slots],
         batch.valid,
+        pool.stability[slots],
     )
     out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
     return Decision(
@@ -98,3 +116,40 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         next_tokens=torch.where(accept, stats.sample, noise),
         finished=settled | out_of_steps,
     )
+
+
+def without_bad_words(
+    pool: CanvasPool,
+    batch: CanvasBatch,
+    stats: CanvasStats,
+    decision: Decision,
+    *,
+    rows: Tensor,
+    head: Head,
+    rewrite: Rewrite,
+) -> tuple[CanvasStats, Decision]:
+    """Let no canvas finish with a bad word in it, see ``constrain.words``.
+
+    A batch that has bad words waits for the device here, once a step.
+
+    Args:
+        pool, batch, stats, decision: as in ``advance``.
+        rows: [B * L, H] hidden states.
+        head: asked for other tokens where a canvas ends at its step limit.
+        rewrite: of the batch, with words.
+    """
+    words = rewrite.words
+    assert words is not None
+    found = (word_ends(words, stats.argmax) & batch.valid).any(dim=1)
+    out_of_steps = pool.step[batch.slots] + 1 >= pool.max_steps[batch.slots]
+    decision = replace(decision, finished=decision.finished & ~found | out_of_steps)
+    broken = (found & out_of_steps & ~pool.causal[batch.slots]).nonzero()[:, 0].tolist()
+    if not broken:
+        return stats, decision
+    length = batch.position.shape[1]
+    argmax = stats.argmax.clone()
+    for canvas in broken:
+        here = slice(canvas * length, (canvas + 1) * length)
+        candidates = head.candidates(rows[here], rewrite.rows(here), words.last.shape[1] + 1)
+        argmax[canvas] = repaired(of_canvas(words, canvas), argmax[[canvas]], candidates[None])[0]
+    return replace(stats, argmax=argmax), decision

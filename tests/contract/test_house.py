@@ -25,7 +25,7 @@ PURE_ROOMS = {
     "config": {"errors", "params", "records"},
     "denoise": {"errors", "records"},
     "constrain": {"errors", "records"},
-    "head": {"denoise", "errors", "records"},
+    "head": {"constrain", "denoise", "errors", "records"},
     "canvas": {"denoise", "errors", "records"},
     "step": {"canvas", "constrain", "denoise", "head", "records"},
     "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "step"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import fields
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from vllm_diffusion import params
+from vllm_diffusion.engine import serving
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
 
 if TYPE_CHECKING:
@@ -75,31 +77,38 @@ def test_a_token_outside_the_vocabulary(llm: LLM, token: int):
 def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
     message = refusal(
         llm,
-        temperature=0.5,
-        top_k=20,
+        thinking_token_budget=3,
         min_tokens=3,
-        logit_bias={5: 2.0},
+        stop_token_ids=[5],
+        allowed_token_ids=[5],
+        logit_bias={5: float("inf")},
         structured_outputs=StructuredOutputsParams(regex="a+"),
-        extra_args={"diffusion_max_steps": "12", "diffusion_canvas": 8},
+        extra_args={"diffusion_max_steps": "12", "diffusion_canvas": 8, "diffusion_t_min": 9.0},
     )
     for problem in (
-        "temperature=0.5",
-        "top_k=20",
-        "min_tokens=3",
-        "logit_bias={5: 2.0}",
+        "thinking_token_budget=3",
+        "min_tokens=3 forbids every one of the allowed_token_ids",
+        "logit_bias must be finite, got {5: inf}",
         "response_format",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
         "accepted: diffusion_max_steps, diffusion_canvas_length",
+        "must not be below diffusion_t_min (9.0)",
     ):
         assert problem in message
 
 
-def test_options_of_vllms_own_sampler_that_ours_does_not_have(llm: LLM):
-    extra = {"diffusion_seed_canvas": [5] * CANVAS, "diffusion_pinned": [0]}
-    message = refusal(llm, extra_args=extra)
-    assert "'diffusion_seed_canvas'" in message
-    assert "'diffusion_pinned'" in message
+def test_options_are_held_against_what_is_served(llm: LLM):
+    extra = {
+        "diffusion_seed_canvas": [512] * (CANVAS - 1),
+        "diffusion_pinned": [CANVAS],
+        "diffusion_stability_threshold": 2,
+    }
+    message = refusal(llm, max_tokens=100, extra_args=extra)
+    assert f"exactly {CANVAS} ids, got {CANVAS - 1}" in message
+    assert "below 512, got 512" in message
+    assert f"inside the canvas of {CANVAS - 1}, got {CANVAS}" in message
+    assert "at most the served 1, got 2" in message
 
 
 @pytest.mark.parametrize("steps", [2**63, 2**64 - 1])
@@ -107,20 +116,26 @@ def test_a_step_count_no_tensor_can_hold(llm: LLM, steps: int):
     assert "at most" in refusal(llm, extra_args={"diffusion_max_steps": steps})
 
 
-def test_beam_search(llm: LLM):
-    with pytest.raises(VLLMValidationError, match="logprobs=4"):
-        llm.beam_search(["hello"], BeamSearchParams(beam_width=2, max_tokens=4))
+def test_beam_search_is_served_token_by_token(llm: LLM):
+    # vLLM writes a beam as requests of one token each, with logprobs: slow here, and well defined.
+    (output,) = llm.beam_search(["hello"], BeamSearchParams(beam_width=2, max_tokens=2))
+    assert len(output.sequences) == 2
+    best, second = output.sequences
+    assert best.cum_logprob >= second.cum_logprob
 
 
 def test_one_bad_request_of_a_batch_takes_the_batch_and_nothing_else(llm: LLM):
-    good, bad = SamplingParams(max_tokens=64), SamplingParams(temperature=0.0)
-    with pytest.raises(VLLMValidationError, match="temperature"):
+    good, bad = SamplingParams(max_tokens=64), SamplingParams(logit_bias={1: float("nan")})
+    with pytest.raises(VLLMValidationError, match="logit_bias"):
         llm.generate(["a", "b", "c"], [good, bad, good], use_tqdm=False)
 
 
 def test_every_sampling_parameter_is_honoured_or_refused():
     # Fails when vLLM gains one: honour it, or refuse it in `params._UNSUPPORTED`.
     honoured = {
+        "temperature", "top_p", "top_k", "min_p", "min_tokens", "logit_bias", "bad_words",
+        "allowed_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "logprobs", "logprob_token_ids", "prompt_logprobs", "prompt_logprob_token_ids",
         "n", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
         "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "extra_args",
@@ -243,6 +258,15 @@ def test_an_option_that_would_do_nothing_is_refused(
             str(tiny_checkpoint), max_model_len=512, **{option: value}
         ).create_engine_config()
     assert "does nothing for a diffusion model" in str(caught.value)
+
+
+def test_an_installed_logits_processor_is_refused_rather_than_left_uncalled(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plugin = EntryPoint("shout", "loud.processor:Shout", "vllm.logits_processors")
+    monkeypatch.setattr(serving, "entry_points", lambda group: [plugin] * (group == plugin.group))
+    with pytest.raises(ValueError, match=r"'shout' \(loud.processor:Shout\) does nothing"):
+        EngineArgs(str(tiny_checkpoint), max_model_len=512).create_engine_config()
 
 
 def test_the_served_canvas_is_the_limit_of_a_requests_own(tiny_checkpoint: Path):

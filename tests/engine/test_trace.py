@@ -155,6 +155,48 @@ def test_a_mixed_batch_with_preemption_replays_as_it_ran(recording: tuple[LLM, P
     assert {canvas.width for trace in stays["mixed5"] for canvas in trace.canvases} == {7}
 
 
+def test_requests_with_wishes_replay_as_they_ran(recording: tuple[LLM, Path], llm: LLM):
+    _, folder = recording
+    prompt = make_prompt(20, 0)
+    submit(llm, "plain", prompt, 9)
+    plain = finish(llm)["plain"]
+    wishes: dict[str, dict[str, Any]] = {
+        "greedy": {"temperature": 0},
+        "hot": {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
+        "never": {
+            # Found only where two neighbours meet, which keeps canvases from finishing.
+            "extra_args": {"diffusion_max_steps": 6},
+            "_bad_words_token_ids": [plain[n : n + 2] for n in range(0, 2 * CANVAS, 2)],
+        },
+        "pinned": {
+            "extra_args": {
+                "diffusion_seed_canvas": plain[::-1][:CANVAS],
+                "diffusion_pinned": [0, 5, 6],
+                "diffusion_stability_threshold": 0,
+            }
+        },
+    }
+    for name, sampling in wishes.items():
+        words = sampling.pop("_bad_words_token_ids", None)
+        options = SamplingParams(seed=9, max_tokens=2 * CANVAS, ignore_eos=True, **sampling)
+        options._bad_words_token_ids = words
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, options)
+    texts = finish(llm)
+    for name in wishes:
+        stays = traces(folder, name)
+        replayed = [canvas for trace in stays for canvas in replay(trace).canvases]
+        assert all(canvas.reproduced for canvas in replayed), name
+        committed = [
+            token
+            for canvas in replayed
+            if canvas.tokens is not None and canvas.recorded.commit is not None
+            for token in canvas.tokens.tolist()
+        ]
+        assert committed[: len(texts[name])] == texts[name]
+    assert {trace.guarded for trace in traces(folder, "never")} == {True}
+    assert {trace.rule.stability_threshold for trace in traces(folder, "pinned")} == {0}
+
+
 def test_an_abort_leaves_what_there_was(recording: tuple[LLM, Path], llm: LLM):
     _, folder = recording
     with Probe() as probe:

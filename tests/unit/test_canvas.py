@@ -107,7 +107,7 @@ def test_a_new_pool_is_causal_and_holds_the_constants() -> None:
 def test_admit_takes_the_slot_and_nothing_else() -> None:
     pool = begun_pool(0, 1, 2)
     before = {slot: snapshot(pool, slot) for slot in (0, 2)}
-    pool.admit(1, seed=(7 << 32) + 9, max_steps=3)
+    pool.admit(1, seed=(7 << 32) + 9, constants=replace(CONSTANTS, max_steps=3))
     assert pool.seed[1].tolist() == [9, 7]
     assert int(pool.max_steps[1]) == 3
     assert int(pool.step[1]) == 0
@@ -116,11 +116,24 @@ def test_admit_takes_the_slot_and_nothing_else() -> None:
         assert_unchanged(pool, slot, state)
 
 
-def test_admit_without_a_step_limit_takes_the_checkpoints() -> None:
+def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> None:
     pool = make_pool()
-    pool.admit(0, seed=1, max_steps=2)
-    pool.admit(0, seed=1)
-    assert int(pool.max_steps[0]) == CONSTANTS.max_steps
+    asked = RuleConstants(
+        max_steps=2,
+        t_min=0.1,
+        t_max=0.9,
+        entropy_bound=3.0,
+        confidence_threshold=0.7,
+        stability_threshold=0,
+    )
+    for rule in (asked, CONSTANTS):
+        pool.admit(0, seed=1, constants=None if rule == CONSTANTS else rule)
+        held = {
+            name: float(getattr(pool, name)[0])
+            for name in ("max_steps", "t_min", "t_max", "entropy_bound", "confidence_threshold")
+        }
+        assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
+        assert int(pool.stability[0]) == rule.stability_threshold
 
 
 def test_begin_draws_the_initial_canvas_of_the_slots_seed_and_position() -> None:

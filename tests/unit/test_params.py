@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.params import MAX_STEPS, DiffusionParams, admitted_params, parse_params
+from vllm_diffusion.params import (
+    GREEDY_SEED,
+    MAX_STEPS,
+    DiffusionParams,
+    admitted_params,
+    constraints,
+    noise_seed,
+    parse_params,
+    requested_rule,
+)
+from vllm_diffusion.records import Constraints, RuleConstants
 
 
 @dataclass(frozen=True)
@@ -20,48 +30,50 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
     min_tokens: int = 0
+    stop_token_ids: list[int] | None = field(default_factory=list)
+    all_stop_token_ids: set[int] = field(default_factory=set)
+    eos_token_id: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = field(default_factory=list)
+    bad_words_token_ids: list[list[int]] | None = None
     allowed_token_ids: list[int] | None = None
-    logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
-    prompt_logprob_token_ids: Any = None
     structured_outputs: Any = None
     thinking_token_budget: int | None = None
     trace_decode_token_ids: list[int] | None = None
     extra_args: dict[str, Any] | None = None
 
 
-NOT_DEFAULT: dict[str, Any] = {
-    "temperature": 0.0,
-    "top_p": 0.9,
-    "top_k": 40,
-    "min_p": 0.1,
-    "min_tokens": 3,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "repetition_penalty": 1.1,
-    "logit_bias": {5: -100.0},
-    "bad_words": ["no"],
-    "allowed_token_ids": [1, 2],
-    "logprobs": 0,
-    "logprob_token_ids": [7],
-    "prompt_logprobs": 0,
-    "prompt_logprob_token_ids": [[1, 2]],
+REFUSED: dict[str, Any] = {
     "structured_outputs": SimpleNamespace(json="{}"),
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [1],
 }
 
+RULE = RuleConstants(
+    max_steps=48,
+    t_min=0.4,
+    t_max=0.8,
+    entropy_bound=0.1,
+    confidence_threshold=0.005,
+    stability_threshold=2,
+)
+
+OPTIONS = (
+    "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
+    "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
+    "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained"
+)
+
 
 def message_of(sampling: Sampling, canvas_length: int | None = 32) -> str:
     with pytest.raises(ParamsError) as caught:
-        parse_params(sampling, canvas_length=canvas_length)
+        parse_params(sampling, canvas_length=canvas_length, vocab_size=100, rule=RULE)
     return str(caught.value)
 
 
@@ -70,9 +82,33 @@ def test_a_default_request_leaves_every_option_to_the_engine():
 
 
 def test_options_become_fields():
-    sampling = Sampling(extra_args={"diffusion_max_steps": 7, "diffusion_canvas_length": 16})
-    assert parse_params(sampling, canvas_length=32) == DiffusionParams(
-        max_steps=7, canvas_length=16
+    extra = {
+        "diffusion_max_steps": 7,
+        "diffusion_canvas_length": 3,
+        "diffusion_t_min": 0,
+        "diffusion_t_max": 0.5,
+        "diffusion_entropy_bound": 0.0,
+        "diffusion_confidence_threshold": 1.5,
+        "diffusion_stability_threshold": 0,
+        "diffusion_seed_canvas": [4, 5, 6],
+        "diffusion_pinned": [0, 2],
+        "diffusion_read_only": 1,
+        "diffusion_constrained": False,
+    }
+    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rule=RULE)
+    assert parsed == admitted_params(extra)
+    assert parsed == DiffusionParams(
+        max_steps=7,
+        canvas_length=3,
+        t_min=0,
+        t_max=0.5,
+        entropy_bound=0.0,
+        confidence_threshold=1.5,
+        stability_threshold=0,
+        seed_canvas=(4, 5, 6),
+        pinned=(0, 2),
+        read_only=True,
+        constrained=False,
     )
 
 
@@ -81,11 +117,11 @@ def test_arguments_of_other_plugins_pass():
     assert parse_params(sampling, canvas_length=32) == DiffusionParams()
 
 
-@pytest.mark.parametrize("name", NOT_DEFAULT)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_parameter_without_meaning_on_a_canvas_is_refused_by_name(name: str):
-    message = message_of(replace(Sampling(), **{name: NOT_DEFAULT[name]}))
+    message = message_of(replace(Sampling(), **{name: REFUSED[name]}))
     assert name in message
-    assert not [other for other in NOT_DEFAULT if other not in name and f"{other}=" in message]
+    assert not [other for other in REFUSED if other not in name and f"{other}=" in message]
 
 
 def test_one_message_names_every_problem_and_the_way_out():
@@ -94,8 +130,8 @@ def test_one_message_names_every_problem_and_the_way_out():
         "diffusion_canvas_length": 33,
         "diffusion_temprature": 0.5,
     }
-    message = message_of(replace(Sampling(), **NOT_DEFAULT, extra_args=extra))
-    for name, value in NOT_DEFAULT.items():
+    message = message_of(replace(Sampling(), **REFUSED, extra_args=extra))
+    for name, value in REFUSED.items():
         if name != "structured_outputs":
             assert f"{name}={value!r}" in message
     assert "response_format" in message
@@ -103,7 +139,7 @@ def test_one_message_names_every_problem_and_the_way_out():
     assert "diffusion_max_steps must be a positive integer, got 0" in message
     assert "served canvas of 32, got 33" in message
     assert "'diffusion_temprature'" in message
-    assert "accepted: diffusion_max_steps, diffusion_canvas_length" in message
+    assert f"accepted: {OPTIONS}" in message
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 8.0, "8", True, None, [8], {"steps": 8}])
@@ -134,10 +170,10 @@ def test_any_width_passes_where_the_served_canvas_is_not_known():
 
 
 def test_a_long_value_does_not_fill_the_message():
-    bias = dict.fromkeys(range(300), 1.0)
+    bias = dict.fromkeys(range(300), float("nan"))
     extra = {"diffusion_max_steps": "x" * 10_000}
     message = message_of(Sampling(logit_bias=bias, extra_args=extra))
-    assert "logit_bias=" in message
+    assert "logit_bias must be finite" in message
     assert "diffusion_max_steps" in message
     assert len(message) < 500
 
@@ -152,3 +188,153 @@ def test_the_worker_reads_admitted_options_and_never_raises():
     admitted = admitted_params({"diffusion_max_steps": 7, "diffusion_unheard_of": 1, "x": 2})
     assert admitted == DiffusionParams(max_steps=7)
     assert admitted_params(None) == admitted_params({}) == DiffusionParams()
+
+
+@pytest.mark.parametrize("value", [-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "diffusion_t_min",
+        "diffusion_t_max",
+        "diffusion_entropy_bound",
+        "diffusion_confidence_threshold",
+    ],
+)
+def test_only_finite_numbers_are_thresholds(option: str, value: object):
+    assert f"{option} must be a finite number" in message_of(Sampling(extra_args={option: value}))
+
+
+def test_a_ramp_that_ends_at_zero_may_not_begin_there():
+    message = message_of(Sampling(extra_args={"diffusion_t_max": 0.0}))
+    assert "diffusion_t_max must be a finite number above 0, got 0.0" in message
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"diffusion_stability_threshold": 3}, "at most the served 2, got 3"),
+        ({"diffusion_stability_threshold": -1}, "an integer of at least 0, got -1"),
+        ({"diffusion_t_min": 0.9}, "diffusion_t_max (0.8) must not be below diffusion_t_min (0.9)"),
+        ({"diffusion_t_max": 0.3}, "diffusion_t_max (0.3) must not be below diffusion_t_min (0.4)"),
+        ({"diffusion_seed_canvas": [1] * 31}, "exactly 32 ids, got 31"),
+        ({"diffusion_seed_canvas": [1], "diffusion_canvas_length": 2}, "exactly 2 ids, got 1"),
+        ({"diffusion_seed_canvas": [99, 100] * 16}, "ids must be below 100, got 100"),
+        ({"diffusion_seed_canvas": []}, "a list of integers of at least 0"),
+        ({"diffusion_seed_canvas": "abc"}, "a list of integers of at least 0"),
+        ({"diffusion_seed_canvas": [1, -1]}, "a list of integers of at least 0"),
+        ({"diffusion_pinned": [0]}, "needs a diffusion_seed_canvas"),
+        ({"diffusion_pinned": [True]}, "a list of integers of at least 0"),
+        (
+            {"diffusion_pinned": [32], "diffusion_seed_canvas": [1] * 32},
+            "must lie inside the canvas of 32, got 32",
+        ),
+        (
+            {"diffusion_pinned": [3, 20], "diffusion_seed_canvas": [1] * 32},
+            "holds position 20, which max_tokens=16 cuts off",
+        ),
+        ({"diffusion_read_only": 2}, "diffusion_read_only must be a boolean (or 0/1), got 2"),
+        ({"diffusion_read_only": "yes"}, "a boolean"),
+        ({"diffusion_constrained": True}, "needs logprob_token_ids"),
+    ],
+)
+def test_options_that_cannot_be_honoured(extra: dict[str, Any], problem: str):
+    assert problem in message_of(Sampling(extra_args=extra))
+
+
+def test_a_read_is_one_canvas_long_whatever_max_tokens_says():
+    extra = {
+        "diffusion_seed_canvas": [1] * 32,
+        "diffusion_pinned": [31],
+        "diffusion_read_only": True,
+    }
+    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rule=RULE)
+    assert parsed.pinned == (31,)
+
+
+def test_wishes_that_exclude_each_other():
+    pins = {"diffusion_seed_canvas": [1, 2, 3], "diffusion_pinned": [0, 2]}
+    message = message_of(
+        Sampling(
+            allowed_token_ids=[1, 5],
+            min_tokens=4,
+            all_stop_token_ids={1, 5, 6},
+            extra_args=pins | {"diffusion_canvas_length": 3},
+            logit_bias={4: float("inf")},
+        )
+    )
+    assert "min_tokens=4 forbids every one of the allowed_token_ids" in message
+    assert "diffusion_pinned holds tokens that are not allowed at [2]" in message
+    assert "logit_bias must be finite, got {4: inf}" in message
+
+
+def test_the_requested_rule_is_the_served_one_but_for_what_is_named():
+    assert requested_rule(DiffusionParams(), RULE) == RULE
+    named = DiffusionParams(max_steps=3, t_min=0.0, stability_threshold=0)
+    assert requested_rule(named, RULE) == replace(
+        RULE, max_steps=3, t_min=0.0, stability_threshold=0
+    )
+
+
+def test_a_default_request_changes_nothing_in_its_distribution():
+    assert constraints(Sampling(), DiffusionParams()) == Constraints()
+    # Stop ids matter to min_tokens alone.
+    stopping = Sampling(all_stop_token_ids={1, 2}, eos_token_id=1)
+    assert constraints(stopping, DiffusionParams()) == Constraints()
+
+
+def test_every_wish_of_a_request_reaches_its_constraints():
+    sampling = Sampling(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        min_tokens=3,
+        all_stop_token_ids={9, 8},
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.1,
+        logit_bias={5: -100.0, 6: 2},
+        bad_words_token_ids=[[4], [4, 5]],
+        allowed_token_ids=[1, 2, 2],
+    )
+    assert constraints(sampling, DiffusionParams()) == Constraints(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        early=((8, 3), (9, 3)),
+        presence=0.5,
+        frequency=-0.5,
+        repetition=1.1,
+        bias=((5, -100.0), (6, 2.0)),
+        bad_words=((4,), (4, 5)),
+        allowed=(1, 2),
+    )
+
+
+def test_an_answer_may_not_stop_before_its_last_pin():
+    params = DiffusionParams(seed_canvas=(1, 2, 3, 4), pinned=(2,))
+    sampling = Sampling(
+        eos_token_id=50, stop_token_ids=[51], all_stop_token_ids={50, 51, 52}, min_tokens=1
+    )
+    assert constraints(sampling, params).early == ((50, 3), (51, 3), (52, 1))
+    # With ignore_eos vLLM gives no EOS here: it ends nothing, so it may be said.
+    assert constraints(Sampling(all_stop_token_ids={50}), params).early == ()
+
+
+def test_a_constrained_request_may_say_the_ids_it_asks_about():
+    params = DiffusionParams(constrained=True)
+    assert constraints(Sampling(logprob_token_ids=[3, 4]), params).allowed == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "seed", "key"),
+    [(1.0, None, None), (1.0, 5, 5), (0.0, None, GREEDY_SEED), (0.0, 5, 5), (1e-6, None, 0)],
+)
+def test_a_greedy_request_without_a_seed_has_a_constant_one(
+    temperature: float, seed: int | None, key: int | None
+):
+    assert noise_seed(Sampling(temperature=temperature, seed=seed)) == key
+    assert (constraints(Sampling(temperature=temperature), DiffusionParams()).temperature == 0) == (
+        temperature < 0.1
+    )

@@ -17,6 +17,12 @@ RECORDS = [
     records.Decision,
     records.Emission,
     records.RuleConstants,
+    records.BadWords,
+    records.Constraints,
+    records.Penalties,
+    records.Rewrite,
+    records.TokenScores,
+    records.Truncation,
 ]
 
 

@@ -84,9 +84,17 @@ class Live:
         self.requests: dict[int, Request] = {}
 
     def admit(
-        self, slot: int, name: str, start: int = 5, width: int = LENGTH, **options: int
+        self,
+        slot: int,
+        name: str,
+        start: int = 5,
+        width: int = LENGTH,
+        *,
+        seed: int | None = None,
+        max_steps: int | None = None,
     ) -> Request:
-        self.pool.admit(slot, **({"seed": SEED + slot} | options))
+        rule = replace(self.pool.constants, max_steps=max_steps or self.pool.constants.max_steps)
+        self.pool.admit(slot, seed=SEED + slot if seed is None else seed, constants=rule)
         self.recorder.begin(self.pool, slot, name)
         position = start + torch.arange(LENGTH)[None]
         self.pool.begin(torch.tensor([slot]), position)
@@ -121,8 +129,11 @@ class Live:
                     request.commits.append((request.start, tokens, taken[slot]))
                     request.start += request.width
 
-    def _head(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
+    def _head(
+        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: None = None
+    ) -> CanvasStats:
         """Surer with every step, with ties, zeros, and an argmax that settles."""
+        assert rewrite is None
         del temperature
         rows = len(hidden)
         sure = 0.3 ** noise.step.numpy()

@@ -22,13 +22,15 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
-from vllm_diffusion.params import admitted_params
+from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
 from vllm_diffusion.trace.record import Recorder, trace_folder
 
 if TYPE_CHECKING:
@@ -70,6 +72,12 @@ class CanvasModelState(ModelState):
             dtype=self.dtype,
             device=device,
         )
+        self.constraints = ConstraintTable(
+            canvas_length=self.pool.canvas_length,
+            vocab_size=self.pool.vocab_size,
+            device=device,
+        )
+        self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
         self._recorder = self._make_recorder()
         # What captured graphs read must stay at one address.
@@ -105,7 +113,14 @@ class CanvasModelState(ModelState):
             soft_embedding=self.model.soft_embedding,
             max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
         )
-        canvas_sampler = CanvasSampler(self.model, self.pool, head, sampler.req_states)
+        canvas_sampler = CanvasSampler(
+            self.model,
+            self.pool,
+            head,
+            sampler.req_states,
+            constraints=self.constraints,
+            logprobs=self.logprobs,
+        )
         if self._recorder is not None:
             canvas_sampler.observe = self._recorder.observe
         return canvas_sampler, None
@@ -126,19 +141,30 @@ class CanvasModelState(ModelState):
         """Give the request a slot; also called for requests that come back after preemption."""
         sampling = new_req_data.sampling_params
         self._slot_of[new_req_data.req_id] = req_index
+        params = admitted_params(sampling.extra_args)
         self.pool.admit(
             req_index,
-            seed=request_seed(sampling.seed, new_req_data.req_id),
-            max_steps=admitted_params(sampling.extra_args).max_steps,
+            seed=request_seed(noise_seed(sampling), new_req_data.req_id),
+            constants=requested_rule(params, self.pool.constants),
         )
+        asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
+        self.constraints.admit(req_index, asked, prompt_length=prompt_length)
+        self.logprobs.admit(req_index, sampling, params)
         if self._recorder is not None:
-            self._recorder.begin(self.pool, req_index, new_req_data.req_id)
+            self._recorder.begin(
+                self.pool,
+                req_index,
+                new_req_data.req_id,
+                constraints=asked,
+                prompt_length=prompt_length,
+            )
 
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.causal[slot].fill_(True)
+            self.logprobs.release(slot)
             if self._recorder is not None:
                 self._recorder.end(slot)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.constrain.table import ConstraintTable
+    from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
     from vllm_diffusion.step import Observer, Rule
@@ -48,11 +50,15 @@ class CanvasSampler:
         pool: CanvasPool,
         head: Head,
         req_states: RequestState,
+        constraints: ConstraintTable,
+        logprobs: CanvasLogprobs,
     ) -> None:
         self.model = model
         self.pool = pool
         self.head = head
         self.req_states = req_states
+        self.constraints = constraints
+        self.logprobs = logprobs
         self.rule: Rule | None = None
         self.observe: Observer | None = None
 
@@ -87,21 +93,40 @@ class CanvasSampler:
             self._run_widest_head(hidden)
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
         decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
+        scored = None
         if decoding.size:
             index = self._to_device(decoding)
             batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
-            emission = advance(
-                self.pool, batch, hidden[rows], self.head, rule=self.rule, observe=self.observe
+            slots = input_batch.idx_mapping_np[decoding].tolist()
+            rewrite = self.constraints.rewrite(
+                slots,
+                batch,
+                text=self._text(input_batch.num_computed_tokens_np[decoding]),
+                argmax=self.pool.argmax,
+                step=self.pool.step,
             )
+            canvases = hidden[rows]
+            emission = advance(
+                self.pool,
+                batch,
+                canvases,
+                self.head,
+                rewrite=rewrite,
+                rule=self.rule,
+                observe=self.observe,
+            )
+            running = input_batch.idx_mapping_np[:num_reqs]
+            scored = self.logprobs.committed(np.where(widths, running, -1).tolist())
+            self.logprobs.finished(slots, batch, canvases, pool=self.pool, head=self.head)
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()
         self._begin_after_prompt(input_batch, widths == 0)
-        slots = input_batch.idx_mapping
-        self.req_states.draft_tokens[slots, :length] = self.pool.tokens[slots]
+        all_slots = input_batch.idx_mapping
+        self.req_states.draft_tokens[all_slots, :length] = self.pool.tokens[all_slots]
         return SamplerOutput(
             sampled_token_ids=tokens,
-            logprobs_tensors=None,
+            logprobs_tensors=scored,
             num_nans=None,
             num_sampled=gained,
             num_rejected=rejected,
@@ -142,7 +167,20 @@ class CanvasSampler:
             index = self._to_device(done)
             start = self._to_device(input_batch.prefill_len_np[done])
             offset = torch.arange(self.pool.canvas_length, device=start.device)
-            self.pool.begin(input_batch.idx_mapping[index], start[:, None] + offset)
+            slots, position = input_batch.idx_mapping[index], start[:, None] + offset
+            self.pool.begin(slots, position)
+            owners = input_batch.idx_mapping_np[done].tolist()
+            self.pool.tokens[slots] = self.constraints.seeded(
+                owners, position, self.pool.tokens[slots]
+            )
+
+    def _text(self, computed: np.ndarray) -> Tensor:
+        """[S, N] prompt and committed tokens of every slot, N enough for the slots of the step.
+
+        Args:
+            computed: tokens that the requests of the step may have computed at most.
+        """
+        return self.req_states.all_token_ids.gpu[:, : max(1, int(computed.max()))]
 
     def _run_widest_head(self, hidden: Tensor) -> None:
         """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""

@@ -2,12 +2,16 @@
 
 The stock running loop clips a request's rows to what is left of the step's token budget. For a
 prompt that is chunked prefill; for a canvas it would change its width in the middle of its life.
-Here a canvas that does not fit waits a step. Everything else is vLLM's.
+Here a canvas that does not fit waits a step.
+
+The stock scheduler also takes it that a prompt's last step gives a token, with which the prompt's
+log-probabilities can leave, and ends the engine if it does not. A canvas gives its tokens many
+steps later; until then the log-probabilities wait here. Everything else is vLLM's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.diffusion_scheduler import (
     DiffusionAsyncScheduler,
@@ -19,16 +23,49 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 
+# Fields of vLLM's ModelRunnerOutput that hold something about prompts, by request id.
+_ABOUT_PROMPTS: Final = ("prompt_logprobs_dict", "prompt_token_id_logprobs_dict")
+
+
 class WholeCanvasMixin:
-    """Holds back, for one step, the canvases that would be cut."""
+    """Holds back, for one step, the canvases that would be cut; and what must leave with tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
         self._hold_cut_canvases()
         return super().schedule(throttle_prefills)  # type: ignore[misc]
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take in a step's result; what is known about a prompt leaves with its first tokens."""
+        for name in _ABOUT_PROMPTS:
+            self._send_with_tokens(name, model_runner_output)
+        return super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+
+    def _send_with_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
+        held = self._held[name]
+        held |= {req_id: each for req_id, each in getattr(output, name).items() if each is not None}
+        if not held:
+            return
+        leaving = {}
+        for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
+            if tokens and req_id in held:
+                leaving[req_id] = held.pop(req_id)
+        setattr(output, name, leaving)
+        for req_id in held.keys() - self.requests.keys():
+            del held[req_id]
 
     def _hold_cut_canvases(self: Any) -> None:
         # The running loop serves requests in this order and takes what fits, so walking the same

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import asdict
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
 from vllm_diffusion.config import rule_constants
@@ -62,7 +65,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         asked_seqs = scheduler.max_num_seqs
         super().verify_and_update_config(vllm_config)
         canvas = vllm_config.diffusion_config.canvas_length
-        # Requests are checked where only the model's config is at hand: one width for all.
+        # Requests are checked where only the model's config is at hand: one width and one rule for
+        # all. The rule as a dict, since a config is written as JSON.
         vllm_config.model_config.hf_config.canvas_length = canvas
 
         ledger.apply(SERVING_PATCHES)
@@ -70,6 +74,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         rule = served_rule(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
             logger.info("Every request is recorded in %s.", folder)
+        vllm_config.model_config.hf_config.denoising_rule = asdict(rule)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
@@ -109,8 +114,18 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             "logits_processors": model.logits_processors,
             "enable_prompt_embeds": model.enable_prompt_embeds,
         }
+        # vLLM loads these without being asked, and its own sampler alone would call them.
+        for plugin in entry_points(group=LOGITSPROCS_GROUP):
+            options[f"the installed logits processor {plugin.name!r} ({plugin.value})"] = True
         if asked := [name for name, value in options.items() if value]:
             raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
+        if model.logprobs_mode not in {"raw_logprobs", "raw_logits"}:
+            raise ConfigError(
+                f"logprobs_mode={model.logprobs_mode} is not supported for a diffusion model: a "
+                "canvas is committed by the model's own distribution at temperature 1, and what "
+                "the schedule and a request made of it changes with every step. Use raw_logprobs "
+                "or raw_logits."
+            )
 
     @staticmethod
     def _whole_canvases(scheduler: SchedulerConfig, canvas: int) -> None:

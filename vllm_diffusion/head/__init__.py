@@ -7,18 +7,57 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import CanvasStats, Noise
+    from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 
 class Head(Protocol):
     """Turns the final hidden states of R canvas rows into their statistics."""
 
-    def __call__(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
-        """Statistics of softmax(softcap(hidden @ E^T) / temperature).
+    def __call__(
+        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None = None
+    ) -> CanvasStats:
+        """Statistics of softmax(rewritten(softcap(hidden @ E^T)) / temperature).
 
         Args:
             hidden: [R, H] model dtype.
             temperature: [R] fp32, positive.
             noise: the key of every row's sample.
+            rewrite: what requests change, see ``constrain.rewrite``; every statistic is of the
+                changed distribution. Its temperature is already in ``temperature``.
+        """
+        ...
+
+    def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
+        """The best ids of every row after the rewrite, truncation left out.
+
+        Args:
+            hidden: [R, H] model dtype.
+            rewrite: of these rows.
+            count: ids a row.
+
+        Returns:
+            [R, min(count, vocab)] int64, best first, -1 where fewer ids may stand there.
+        """
+        ...
+
+    def scores(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        count: int,
+        ids: tuple[int, ...] | None = None,
+        among: bool = False,
+        raw_logits: bool = False,
+    ) -> TokenScores:
+        """What softmax(softcap(hidden @ E^T)) says of chosen tokens: temperature 1, no rewrite.
+
+        Args:
+            hidden: [R, H] model dtype.
+            tokens: [R] int64, the chosen ones.
+            count: the most likely ids that come beside each, -1 for the whole vocabulary.
+            ids: these ids instead, the same for every row.
+            among: of the distribution over ``ids`` alone; a rank counts them alone.
+            raw_logits: logits instead of log-probabilities.
         """
         ...

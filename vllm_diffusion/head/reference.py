@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
 from vllm_diffusion.head.sample import sample_rows
-from vllm_diffusion.records import CanvasStats, Noise
+from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,26 +31,85 @@ class ReferenceHead:
     max_rows: int
     """Rows whose [rows, V] fp32 tensors may exist at once."""
 
-    def __call__(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
+    def __call__(
+        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None = None
+    ) -> CanvasStats:
         """See ``Head``."""
         parts = [
-            self._rows(hidden[rows], temperature[rows], noise.rows(rows))
-            for start in range(0, hidden.shape[0], self.max_rows)
-            for rows in (slice(start, start + self.max_rows),)
+            self._rows(
+                hidden[rows],
+                temperature[rows],
+                noise.rows(rows),
+                None if rewrite is None else rewrite.rows(rows),
+            )
+            for rows in self._chunks(hidden)
         ]
         return parts[0] if len(parts) == 1 else CanvasStats.concatenate(parts)
 
-    def _rows(self, hidden: Tensor, temperature: Tensor, noise: Noise) -> CanvasStats:
-        scaled = self.logits(hidden) / temperature[:, None]
+    def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
+        """See ``Head``."""
+        parts = []
+        for rows in self._chunks(hidden):
+            logits = rewrite_logits(self.logits(hidden[rows]), rewrite.rows(rows))
+            best = logits.topk(min(count, logits.shape[-1]), dim=-1)
+            parts.append(best.indices.masked_fill(best.values == -torch.inf, -1))
+        return torch.cat(parts)
+
+    def scores(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        count: int,
+        ids: tuple[int, ...] | None = None,
+        among: bool = False,
+        raw_logits: bool = False,
+    ) -> TokenScores:
+        """See ``Head``."""
+        parts = []
+        for rows in self._chunks(hidden):
+            logits, chosen = self.logits(hidden[rows]), tokens[rows, None]
+            if ids is None:
+                beside = logits.topk(logits.shape[-1] if count < 0 else count, dim=-1).indices
+            else:
+                beside = torch.tensor(ids, device=logits.device).expand(len(logits), -1)
+            field = logits.gather(-1, beside) if among else logits
+            best = logits.gather(-1, chosen)
+            listed = torch.cat([chosen, beside], dim=-1)
+            values = logits.gather(-1, listed)
+            if not raw_logits:
+                values -= field.logsumexp(dim=-1, keepdim=True)
+            ranks = (field >= best).sum(dim=-1)
+            parts.append(TokenScores(ids=listed, values=values, ranks=ranks))
+        return TokenScores.concatenate(parts)
+
+    def _chunks(self, hidden: Tensor) -> list[slice]:
+        return [
+            slice(start, start + self.max_rows)
+            for start in range(0, hidden.shape[0], self.max_rows)
+        ]
+
+    def _rows(
+        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None
+    ) -> CanvasStats:
+        logits = self.logits(hidden)
+        if rewrite is not None:
+            logits = rewrite_logits(logits, rewrite)
+        scaled = logits / temperature[:, None]
+        if rewrite is not None:
+            scaled = truncate_logits(scaled, rewrite)
         log_prob = scaled.log_softmax(dim=-1)
         prob = log_prob.exp()
         # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
         lowest = torch.finfo(log_prob.dtype).min
         entropy = -(prob * log_prob.clamp(min=lowest)).sum(dim=-1)
         top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
+        argmax, sample = scaled.argmax(dim=-1), sample_rows(prob, noise)
+        if rewrite is not None and rewrite.greedy is not None:
+            sample = torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
         return CanvasStats(
-            argmax=scaled.argmax(dim=-1),
-            sample=sample_rows(prob, noise),
+            argmax=argmax,
+            sample=sample,
             entropy=entropy,
             top_prob=top[:, 0],
             margin=top[:, 0] - top[:, -1],

@@ -107,7 +107,10 @@ class Trace:
     vocab_size: int
     canvas_length: int  # L of the pool; a canvas may be narrower
     plugin_version: str  # that recorded it
-    steps: tuple[Step, ...]
+    prompt_length: int = 0  # tokens
+    seed_canvas: tuple[int, ...] = ()  # first input behind the prompt instead of noise; -1 is noise
+    guarded: bool = False  # bad words may have kept a canvas from finishing where the rule said so
+    steps: tuple[Step, ...] = ()
 
     @property
     def canvases(self) -> tuple[Canvas, ...]:
@@ -145,6 +148,9 @@ def to_bytes(trace: Trace) -> bytes:
         "rule": asdict(trace.rule),
         "vocab_size": trace.vocab_size,
         "canvas_length": trace.canvas_length,
+        "prompt_length": trace.prompt_length,
+        "seed_canvas": trace.seed_canvas,
+        "guarded": trace.guarded,
     }
     steps = trace.steps
     arrays: dict[str, NDArray[Any]] = {
@@ -243,5 +249,8 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
         vocab_size=header["vocab_size"],
         canvas_length=header["canvas_length"],
         plugin_version=header["plugin_version"],
+        prompt_length=header["prompt_length"],
+        seed_canvas=tuple(header["seed_canvas"]),
+        guarded=header["guarded"],
         steps=tuple(step(index) for index in range(count)),
     )

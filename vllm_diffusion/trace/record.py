@@ -19,7 +19,7 @@ import torch
 
 from vllm_diffusion import __version__
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.records import RuleConstants
+from vllm_diffusion.records import Constraints, RuleConstants
 from vllm_diffusion.trace.file import Step, Trace, checksum, to_bytes
 
 if TYPE_CHECKING:
@@ -80,8 +80,20 @@ class Recorder:
         self._folder = folder
         self._open: dict[int, _Recording] = {}
 
-    def begin(self, pool: CanvasPool, slot: int, request_id: str) -> None:
-        """A request was admitted to a slot of the pool; waits for the device."""
+    def begin(
+        self,
+        pool: CanvasPool,
+        slot: int,
+        request_id: str,
+        *,
+        constraints: Constraints | None = None,
+        prompt_length: int = 0,
+    ) -> None:
+        """A request was admitted to a slot of the pool; waits for the device.
+
+        Of its constraints only those are kept that a replay cannot see in the statistics.
+        """
+        asked = constraints or Constraints()
         low, high = pool.seed[slot].tolist()
         header = Trace(
             request_id=request_id,
@@ -92,12 +104,14 @@ class Recorder:
                 t_max=float(pool.t_max[slot]),
                 entropy_bound=float(pool.entropy_bound[slot]),
                 confidence_threshold=float(pool.confidence_threshold[slot]),
-                stability_threshold=pool.constants.stability_threshold,
+                stability_threshold=int(pool.stability[slot]),
             ),
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,
             plugin_version=__version__,
-            steps=(),
+            prompt_length=prompt_length,
+            seed_canvas=tuple(asked.seed_canvas),
+            guarded=bool(asked.bad_words),
         )
         self._open[slot] = _Recording(header)
 

@@ -7,13 +7,14 @@ that would have been committed with other tokens, the recording is of another te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.records import CanvasBatch, CanvasStats
 from vllm_diffusion.step import decide
 from vllm_diffusion.trace.file import checksum
@@ -114,20 +115,29 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
     )
     pool.admit(0, seed=trace.seed)
     return Replay(
-        canvases=tuple(_replay_canvas(pool, canvas, rule or decide) for canvas in trace.canvases)
+        canvases=tuple(
+            _replay_canvas(pool, trace, canvas, rule or decide) for canvas in trace.canvases
+        )
     )
 
 
-def _replay_canvas(pool: CanvasPool, canvas: Canvas, rule: Rule) -> ReplayedCanvas:
+def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -> ReplayedCanvas:
     width = canvas.width
     batch = _batch(pool, canvas)
     pool.begin(batch.slots, batch.position)
+    if trace.seed_canvas:
+        given = torch.tensor([trace.seed_canvas], device=pool.device)
+        seed = by_position(given, batch.slots.new_tensor([trace.prompt_length]), batch.position)
+        pool.tokens[batch.slots] = torch.where(seed >= 0, seed, pool.tokens[batch.slots])
     accepted, next_tokens = [], []
     diverged, on_trajectory, tokens = None, True, None
     for step in canvas.steps:
         on_trajectory &= _input_crc(pool, width) == step.input_crc
         stats = _stats(pool, step)
         decision = rule(pool, batch, stats)
+        if trace.guarded and not step.finished:
+            # The canvas held a bad word, which the statistics do not tell.
+            decision = replace(decision, finished=torch.zeros_like(decision.finished))
         pool.apply(batch, stats, decision)
         accepted.append(decision.accept[0, :width].numpy(force=True))
         next_tokens.append(decision.next_tokens[0, :width].int().numpy(force=True))

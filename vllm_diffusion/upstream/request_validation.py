@@ -16,7 +16,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.params import parse_params
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -27,6 +26,10 @@ def check_requests_ourselves() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
+    # Here, since the table of patches is read where neither vLLM nor torch is wanted.
+    from vllm_diffusion.params import parse_params
+    from vllm_diffusion.records import RuleConstants
+
     original = SamplingParams._validate_diffusion
 
     @functools.wraps(original)
@@ -34,7 +37,12 @@ def check_requests_ourselves() -> None:
         if not model_config.is_diffusion:
             return
         try:
-            parse_params(self, canvas_length=model_config.hf_config.canvas_length)
+            parse_params(
+                self,
+                canvas_length=model_config.hf_config.canvas_length,
+                vocab_size=model_config.get_vocab_size(),
+                rule=RuleConstants(**model_config.hf_config.denoising_rule),
+            )
         except ParamsError as error:
             raise VLLMValidationError(str(error)) from error
 

@@ -111,3 +111,27 @@ def test_padding_has_no_say(width: int, rest: float) -> None:
             outcome.append(bool(verdict))
             history = argmax[:, None]
         assert outcome == narrow
+
+
+@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+def test_a_request_may_ask_for_fewer_steps_of_stability_than_are_remembered(stability: int) -> None:
+    # The argmax of three steps ago differs, then it held; a step that was never taken is -1.
+    argmax = torch.tensor([[5, 6]])
+    for remembered, held in ([[4, 6], [5, 6], [5, 6]], 2), ([[-1, -1], [-1, -1], [5, 6]], 1):
+        history = torch.tensor([remembered])
+        verdict = stable_and_confident(
+            argmax,
+            history,
+            torch.zeros(1, 2),
+            torch.tensor([0.1]),
+            torch.ones(1, 2, dtype=torch.bool),
+            torch.tensor([stability]),
+        )
+        alone = stable_and_confident(
+            argmax,
+            history[:, 3 - stability :],
+            torch.zeros(1, 2),
+            torch.tensor([0.1]),
+            torch.ones(1, 2, dtype=torch.bool),
+        )
+        assert bool(verdict) == bool(alone) == (stability <= held)

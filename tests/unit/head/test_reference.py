@@ -159,3 +159,39 @@ def test_entropy_is_as_exact_as_the_published_one(temperature: float) -> None:
     truth = torch.distributions.Categorical(logits=scaled.double()).entropy()
     published = torch.distributions.Categorical(logits=scaled).entropy()
     assert_near(stats.entropy, truth, 2 * float((published.double() - truth).abs().max()) + 1e-7)
+
+
+def test_scores_are_of_temperature_1_and_rank_as_vllm_does() -> None:
+    hidden, embedding, _, _ = make_inputs(1)
+    logits = SOFTCAP * torch.tanh(hidden.double() @ embedding.double().T / SOFTCAP)
+    truth = logits.log_softmax(-1)
+    tokens = torch.arange(ROWS) * 7
+    for max_rows in (4, 1000):
+        scores = make_head(embedding, max_rows).scores(hidden, tokens, count=5)
+        assert scores.ids[:, 0].tolist() == tokens.tolist()
+        assert torch.equal(scores.ids[:, 1:], truth.topk(5).indices)
+        assert_near(scores.values, truth.gather(1, scores.ids), 2e-5)
+        above = (truth >= truth.gather(1, tokens[:, None])).sum(1)
+        assert scores.ranks.tolist() == above.tolist()
+    alone = make_head(embedding).scores(hidden, tokens, count=0)
+    assert alone.ids.shape == alone.values.shape == (ROWS, 1)
+    every = make_head(embedding).scores(hidden, tokens, count=-1)
+    assert every.ids.shape == (ROWS, 1 + VOCAB)
+
+
+def test_scores_of_chosen_ids() -> None:
+    hidden, embedding, _, _ = make_inputs(2)
+    logits = SOFTCAP * torch.tanh(hidden.double() @ embedding.double().T / SOFTCAP)
+    ids = (3, 600, 40)
+    tokens = torch.tensor(ids)[torch.arange(ROWS) % 3]
+    beside = make_head(embedding).scores(hidden, tokens, count=3, ids=ids)
+    assert beside.ids[:, 1:].tolist() == [list(ids)] * ROWS
+    assert_near(beside.values[:, 1:], logits.log_softmax(-1)[:, ids], 2e-5)
+    among = make_head(embedding).scores(hidden, tokens, count=3, ids=ids, among=True)
+    truth = logits[:, ids].log_softmax(-1)
+    assert_near(among.values[:, 1:], truth, 2e-5)
+    chosen = truth.gather(1, (torch.arange(ROWS) % 3)[:, None])
+    assert_near(among.values[:, :1], chosen, 2e-5)
+    assert among.ranks.tolist() == (truth >= chosen).sum(1).tolist()
+    raw = make_head(embedding).scores(hidden, tokens, count=3, ids=ids, raw_logits=True)
+    assert_near(raw.values[:, 1:], logits[:, ids], 3e-4)

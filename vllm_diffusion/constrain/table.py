@@ -1,0 +1,217 @@
+"""ConstraintTable: the wishes of the request in every slot, and a batch's ``Rewrite`` from them.
+
+The table lives on the host. What the slots of a batch ask for once and for all is stacked into
+tensors when the batch is first seen and kept while its slots stay the same; what depends on the
+text, the position or the last step is computed on the device in every step. A batch in which nobody
+asks for anything costs one look at a dictionary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from vllm_diffusion.constrain.penalties import text_penalties
+from vllm_diffusion.constrain.pins import by_position
+from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
+from vllm_diffusion.records import BadWords, Constraints, Rewrite, Truncation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from vllm_diffusion.records import CanvasBatch
+
+_NOTHING: Final = Constraints()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stacked:
+    """What the canvases of a batch ask for, whatever the step."""
+
+    constant: Rewrite  # the parts that no step changes
+    prompt_length: Tensor  # [B] int64
+    early: tuple[Tensor, Tensor] | None  # [B, N] int64 ids, [B, N] int64 first position allowed
+    pins: Tensor | None  # [B, L] int64, by position of the output; -1 where free
+    penalties: tuple[Tensor, Tensor, Tensor] | None  # repetition, frequency, presence: [B] fp32
+    words: tuple[Tensor, Tensor] | None  # ``BadWords`` without the text
+
+
+class ConstraintTable:
+    """Constraints by slot; ``admit`` overwrites whatever the slot's last owner asked for."""
+
+    def __init__(self, *, canvas_length: int, vocab_size: int, device: torch.device) -> None:
+        self.canvas_length = canvas_length
+        self.vocab_size = vocab_size
+        self.device = device
+        self._owners: dict[int, tuple[Constraints, int]] = {}
+        self._seen: tuple[tuple[int, ...], _Stacked] | None = None
+
+    def admit(self, slot: int, constraints: Constraints, *, prompt_length: int) -> None:
+        """Give the slot's canvases to a request."""
+        self._seen = None
+        self._owners.pop(slot, None)
+        if constraints != _NOTHING:
+            self._owners[slot] = constraints, prompt_length
+
+    def rewrite(
+        self,
+        slots: Sequence[int],
+        batch: CanvasBatch,
+        *,
+        text: Tensor,
+        argmax: Tensor,
+        step: Tensor,
+    ) -> Rewrite | None:
+        """What the requests of a batch change, or None where nobody asks for anything.
+
+        Args:
+            slots: the B slots of the batch, on the host.
+            batch: the same batch on the device.
+            text: [S, N] int, prompt and committed tokens of every slot, N at least the longest.
+            argmax: [S, L] int64, of every slot's last step.
+            step: [S] int64, steps taken on every slot's canvas.
+        """
+        if self._owners.keys().isdisjoint(slots):
+            return None
+        stacked = self._stack(tuple(slots))
+        num, length = batch.position.shape
+        start = batch.position[:, 0]
+        rewrite = stacked.constant
+        if stacked.penalties is not None:
+            repetition, frequency, presence = stacked.penalties
+            rewrite = replace(
+                rewrite,
+                penalties=text_penalties(
+                    text[batch.slots].long(),
+                    start,
+                    stacked.prompt_length,
+                    repetition=repetition,
+                    frequency=frequency,
+                    presence=presence,
+                ),
+            )
+        forbidden = []
+        if stacked.early is not None:
+            ids, until = stacked.early
+            offset = batch.position - stacked.prompt_length[:, None]
+            forbidden.append(torch.where(offset[..., None] < until[:, None], ids[:, None], -1))
+        if stacked.words is not None:
+            rest, last = stacked.words
+            before = output_before(
+                text[batch.slots].long(), start, stacked.prompt_length, rest.shape[2]
+            )
+            words = BadWords(rest=rest, last=last, before=before)
+            known = step[batch.slots][:, None] > 0
+            guess = torch.where(known, argmax[batch.slots], UNKNOWN)
+            forbidden.append(forbidden_ids(words, guess))
+            rewrite = replace(rewrite, words=words)
+        if forbidden:
+            flat = torch.cat(forbidden, dim=-1).reshape(num * length, -1)
+            rewrite = replace(rewrite, forbidden=flat)
+        if stacked.pins is not None:
+            pinned = by_position(stacked.pins, stacked.prompt_length, batch.position)
+            rewrite = replace(rewrite, pinned=pinned.flatten())
+        return rewrite
+
+    def seeded(self, slots: Sequence[int], position: Tensor, tokens: Tensor) -> Tensor:
+        """The first input of canvases: the noise in ``tokens``, or the request's seed canvas.
+
+        Args:
+            slots: B slots, on the host.
+            position: [B, L] int64, absolute.
+            tokens: [B, L] int64, the initial noise.
+
+        Returns:
+            [B, L] int64.
+        """
+        owners = [self._owners.get(slot, (_NOTHING, 0)) for slot in slots]
+        if not any(mine.seed_canvas for mine, _ in owners):
+            return tokens
+        seeds = self._lists([mine.seed_canvas for mine, _ in owners])
+        prompt_length = self._tensor([length for _, length in owners])
+        seed = by_position(seeds, prompt_length, position)
+        return torch.where(seed >= 0, seed, tokens)
+
+    def _stack(self, slots: tuple[int, ...]) -> _Stacked:
+        if self._seen is None or self._seen[0] != slots:
+            self._seen = slots, self._stacked([self._owners.get(s, (_NOTHING, 0)) for s in slots])
+        return self._seen[1]
+
+    def _stacked(self, owners: Sequence[tuple[Constraints, int]]) -> _Stacked:
+        asked = [mine for mine, _ in owners]
+        early = [mine.early for mine in asked]
+        pins = [_pinned_tokens(mine) for mine in asked]
+        penalties = [(mine.repetition, mine.frequency, mine.presence) for mine in asked]
+        words = tuple(mine.bad_words for mine in asked)
+        repetition, frequency, presence = (list(each) for each in zip(*penalties, strict=True))
+        return _Stacked(
+            constant=self._constant(asked),
+            prompt_length=self._tensor([length for _, length in owners]),
+            early=(
+                self._lists([[token for token, _ in each] for each in early]),
+                self._lists([[until for _, until in each] for each in early]),
+            )
+            if any(early)
+            else None,
+            pins=self._lists(pins) if any(pins) else None,
+            penalties=(
+                self._tensor(repetition, torch.float32),
+                self._tensor(frequency, torch.float32),
+                self._tensor(presence, torch.float32),
+            )
+            if any(each != (1, 0, 0) for each in penalties)
+            else None,
+            words=word_table(words, self.device) if any(words) else None,
+        )
+
+    def _constant(self, asked: Sequence[Constraints]) -> Rewrite:
+        rows = torch.arange(len(asked), device=self.device).repeat_interleave(self.canvas_length)
+        rewrite = Rewrite(canvas=rows)
+        temperatures = [mine.temperature for mine in asked]
+        if any(each != 1 for each in temperatures):
+            # Greedy statistics stay at the schedule's own temperature: towards 0 every entropy
+            # would be 0 and the first step would accept pure noise's argmax everywhere.
+            factor = self._tensor([each or 1.0 for each in temperatures], torch.float32)
+            rewrite = replace(rewrite, temperature=factor)
+        if not all(temperatures):
+            greedy = self._tensor([each == 0 for each in temperatures], torch.bool)
+            rewrite = replace(rewrite, greedy=greedy)
+        if any(mine.allowed for mine in asked):
+            rewrite = replace(rewrite, allowed=self._lists([mine.allowed for mine in asked]))
+        if any(mine.bias for mine in asked):
+            ids = self._lists([[token for token, _ in mine.bias] for mine in asked], 0)
+            bias = [torch.tensor([value for _, value in mine.bias]) for mine in asked]
+            added = torch.nn.utils.rnn.pad_sequence(bias, batch_first=True).to(self.device)
+            rewrite = replace(rewrite, bias=(ids, added.to(torch.float32)))
+        cuts = [(mine.min_p, mine.top_k or self.vocab_size, mine.top_p) for mine in asked]
+        if any(each != (0, self.vocab_size, 1) for each in cuts):
+            min_p, top_k, top_p = (list(each) for each in zip(*cuts, strict=True))
+            truncation = Truncation(
+                min_p=self._tensor(min_p, torch.float32),
+                top_k=self._tensor(top_k),
+                top_p=self._tensor(top_p, torch.float32),
+                sorts=any(k < self.vocab_size or p < 1 for _, k, p in cuts),
+            )
+            rewrite = replace(rewrite, truncation=truncation)
+        return rewrite
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def _lists(self, lists: Sequence[Sequence[int]], pad: int = -1) -> Tensor:
+        """[B, N] int64, padded on the right to the longest, at least one wide."""
+        width = max(1, *(len(each) for each in lists))
+        padded = [[*each, *[pad] * (width - len(each))] for each in lists]
+        return torch.tensor(padded, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _pinned_tokens(asked: Constraints) -> list[int]:
+    """The seed canvas's token at pinned positions, -1 elsewhere; empty without pins."""
+    if not asked.pinned:
+        return []
+    held = set(asked.pinned)
+    return [token if at in held else -1 for at, token in enumerate(asked.seed_canvas)]

@@ -1,0 +1,127 @@
+"""Log-probabilities of committed tokens: taken where a canvas finishes, sent with its commit.
+
+The argmax of a canvas's last step is what is committed, so its log-probabilities are those of that
+step's logits. vLLM wants them with the tokens, which leave one forward later, so they wait here by
+slot. Nothing is computed for batches in which nobody asks; one that asks waits for the device once
+a step, to learn which canvases have finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from vllm.v1.outputs import LogprobsTensors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.head import Head
+    from vllm_diffusion.params import DiffusionParams
+    from vllm_diffusion.records import CanvasBatch, TokenScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a request wants to know about every token."""
+
+    count: int  # the most likely ids; -1 for the whole vocabulary
+    ids: tuple[int, ...] | None  # these ids instead
+    among: bool  # of the distribution over ``ids`` alone
+
+
+class CanvasLogprobs:
+    """The requests that ask for log-probabilities, and those that wait for their tokens.
+
+    Args:
+        raw_logits: hand out logits instead, vLLM's ``logprobs_mode`` "raw_logits".
+    """
+
+    def __init__(self, *, raw_logits: bool) -> None:
+        self.raw_logits = raw_logits
+        self._asked: dict[int, _Asked] = {}
+        self._waiting: dict[int, TokenScores] = {}
+
+    def admit(self, slot: int, sampling: Any, params: DiffusionParams) -> None:
+        """Give the slot to a request, whatever its last owner asked for or still waits for."""
+        self.release(slot)
+        if sampling.num_logprobs is not None:
+            ids = sampling.logprob_token_ids
+            self._asked[slot] = _Asked(
+                count=sampling.num_logprobs,
+                ids=tuple(ids) if ids else None,
+                among=params.constrained,
+            )
+
+    def release(self, slot: int) -> None:
+        """Finished, aborted or preempted: nothing of it may reach the slot's next owner."""
+        self._asked.pop(slot, None)
+        self._waiting.pop(slot, None)
+
+    def committed(self, slots: Sequence[int]) -> LogprobsTensors | None:
+        """What belongs to the tokens that leave in this step; call before ``finished``.
+
+        A canvas that has finished is committed the next time its slot runs, so every slot of the
+        step that waits emits now.
+
+        Args:
+            slots: of the requests of the step, in their order; -1 for one without canvas rows.
+        """
+        first, parts, start = [], [], 0
+        for slot in slots:
+            first.append(start)
+            if (scores := self._waiting.pop(slot, None)) is not None:
+                parts.append(scores)
+                start += scores.ids.shape[0]
+        if not parts:
+            return None
+        # Requests may ask for different counts; vLLM reads no more of a row than its request wants.
+        width = max(part.ids.shape[1] for part in parts)
+        return LogprobsTensors(
+            logprob_token_ids=torch.cat([_padded(part.ids, width, 0) for part in parts]),
+            logprobs=torch.cat([_padded(part.values, width, -torch.inf) for part in parts]),
+            selected_token_ranks=torch.cat([part.ranks for part in parts]),
+            cu_num_generated_tokens=first,
+        )
+
+    def finished(
+        self,
+        slots: Sequence[int],
+        batch: CanvasBatch,
+        hidden: Tensor,
+        *,
+        pool: CanvasPool,
+        head: Head,
+    ) -> None:
+        """Score the canvases that this step has finished; call after ``advance``.
+
+        Args:
+            slots: the B slots of the batch, on the host.
+            batch: the same batch on the device.
+            hidden: [B, L, H], the step's hidden rows.
+            pool: the canvases, one step on.
+            head: gives the scores.
+        """
+        if self._asked.keys().isdisjoint(slots):
+            return
+        # A canvas that has just committed denoises again, so a causal one has just finished.
+        done, widths = pool.causal[batch.slots].tolist(), batch.width.tolist()
+        for row, slot in enumerate(slots):
+            if done[row] and (asked := self._asked.get(slot)) is not None:
+                self._waiting[slot] = head.scores(
+                    hidden[row, : widths[row]],
+                    pool.argmax[slot, : widths[row]],
+                    count=asked.count,
+                    ids=asked.ids,
+                    among=asked.among,
+                    raw_logits=self.raw_logits,
+                )
+
+
+def _padded(values: Tensor, width: int, value: float) -> Tensor:
+    return functional.pad(values, (0, width - values.shape[1]), value=value)
