@@ -97,7 +97,8 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
     """Run a rule on a trace.
 
     For other constants of the rule: ``replay(dataclasses.replace(trace, rule=constants))``.
-    Temperatures came before the statistics and cannot be changed any more.
+    Temperatures came before the statistics and cannot be changed any more. A canvas of a guarded
+    trace never stops before the recording.
 
     Args:
         trace: the recording.
