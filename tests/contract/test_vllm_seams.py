@@ -55,6 +55,10 @@ OVERRIDES = [
 
 # Called by us: these parameters must exist.
 CALLS = {
+    **{
+        f"vllm.sampling_params.SamplingParams._validate_{what}": {"model_config"}
+        for what in ("logprobs", "logit_bias", "stop_token_ids", "allowed_token_ids")
+    },
     "vllm.v1.worker.gpu.attn_utils.build_attn_metadata": {
         "attn_groups",
         "num_reqs",

@@ -57,6 +57,15 @@ def stock_check_refuses_seed() -> bool:
     return "self.seed is not None" in inspect.getsource(original)
 
 
+def _check_now(sampling_params: Any, model_config: Any) -> None:
+    """Our check, and vLLM's checks of what only a server knows: vocabulary and limits."""
+    sampling_params._validate_diffusion(model_config)
+    sampling_params._validate_logprobs(model_config)
+    sampling_params._validate_logit_bias(model_config)
+    sampling_params._validate_stop_token_ids(model_config)
+    sampling_params._validate_allowed_token_ids(model_config)
+
+
 def check_before_streaming() -> None:
     """Make `AsyncLLM.generate` check a request when called, not when first iterated."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -67,7 +76,7 @@ def check_before_streaming() -> None:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        sampling_params._validate_diffusion(self.model_config)
+        _check_now(sampling_params, self.model_config)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate
@@ -83,7 +92,7 @@ def check_before_streaming_responses() -> None:
     def _generate_with_builtin_tools(
         self: Any, *args: Any, sampling_params: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        sampling_params._validate_diffusion(self.model_config)
+        _check_now(sampling_params, self.model_config)
         return original(self, *args, sampling_params=sampling_params, **kwargs)
 
     OpenAIServingResponses._generate_with_builtin_tools = _generate_with_builtin_tools
