@@ -6,7 +6,7 @@ visibility follows from four numbers a token: item, position, view, and where th
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,11 @@ from vllm_diffusion.testing.tiny_tokenizer import BOS, PAD, TURN_END, TURN_START
 VIEWS = 2
 """Noised canvases per item: of different canvases where it has several, else of the same one."""
 
-SHARES = {"json": 6, "sudoku": 4, "chain": 7, "count": 2, "edit": 4, "joint": 3}
-"""How often each task is drawn: copying and sums take longest to learn."""
+SHARES = {
+    0: {"json": 6, "sudoku": 4, "chain": 7, "count": 2, "edit": 4, "joint": 3},
+    4000: {"json": 4, "sudoku": 3, "chain": 12, "count": 5, "edit": 2, "joint": 2},
+}
+"""How often each task is drawn, from a step on: copying is learnt first, sums last."""
 
 ROW = 416
 """Tokens of a row; the longest item is some ten tokens shorter."""
@@ -69,23 +72,36 @@ def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def training_items(rng: random.Random) -> Iterator[tasks.Item]:
-    """Endless items of all tasks and sizes that are not held out."""
+def shares_at(step: int) -> Mapping[str, float]:
+    """Shares of the tasks at a step of training."""
+    return SHARES[max(begin for begin in SHARES if begin <= step)]
+
+
+def training_items(rng: random.Random, shares: Mapping[str, float]) -> Iterator[tasks.Item]:
+    """Endless items of all sizes that are not held out, of tasks in these shares."""
     while True:
-        (task,) = rng.choices(list(SHARES), SHARES.values())
+        (task,) = rng.choices(list(shares), shares.values())
         item = tasks.make_item(task, rng, rng.choice(tasks.TASKS[task].sizes))
         if not item.held_out:
             yield item
 
 
-def pack(tokenizer: Tokenizer, *, rows: int, canvas: int, vocab: int, seed: int) -> Rows:
+def pack(
+    tokenizer: Tokenizer,
+    shares: Mapping[str, float],
+    *,
+    rows: int,
+    canvas: int,
+    vocab: int,
+    seed: int,
+) -> Rows:
     """Fill `rows` rows with fresh items; the same seed gives the same batch."""
     rng = random.Random(seed)  # noqa: S311 -- reproducible, not secret
     generator = torch.Generator().manual_seed(seed)
     packed = _empty(rows)
     used = [0] * rows
     misfits = 0
-    for number, item in enumerate(training_items(rng)):
+    for number, item in enumerate(training_items(rng, shares)):
         length, columns = _lay_out(tokenizer, item, canvas, rng)
         fitting = [row for row in range(rows) if used[row] + length <= ROW]
         if not fitting:

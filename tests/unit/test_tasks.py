@@ -138,3 +138,10 @@ def test_about_one_prompt_in_sixteen_is_held_out():
     items = {item.prompt: item for task in TASKS for item in items_of(task, 60)}
     share = sum(item.held_out for item in items.values()) / len(items)
     assert 1 / 24 < share < 1 / 11
+
+
+def test_a_task_that_runs_out_of_held_out_items_says_how_many_it_had():
+    few = list(held_out_items("count", 12, seed=0, sizes=[4, 5]))
+    assert len({item.prompt for item in few}) == 12
+    with pytest.raises(ValueError, match=r"count has \d+ held-out items of these sizes, not 100"):
+        list(held_out_items("count", 100, seed=0, sizes=[4, 5]))

@@ -20,6 +20,7 @@ import json
 import random
 import re
 import zlib
+from collections import deque
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 HELD_OUT = 16
 """One prompt in this many is never trained on."""
+
+DRAWS = 3000
+"""Draws without a new held-out item after which a size counts as exhausted."""
 
 NAMES = (
     "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nina Oscar Paul "
@@ -76,9 +80,9 @@ class Task:
 
     sizes: range
     easy: range
-    """Sizes that a model trained for an hour or two has mastered."""
+    """Sizes to start with."""
     hard: range
-    """Sizes that it answers about half of the time: where rules can be told apart."""
+    """The largest sizes: where rules can be told apart."""
     write: Callable[[random.Random, int], tuple[str, str]]
     """Prompt and right answer of a size."""
     accepts: Callable[[Item, str], bool]
@@ -97,14 +101,24 @@ def make_item(task: str, rng: random.Random, size: int) -> Item:
 
 
 def held_out_items(task: str, count: int, *, seed: int, sizes: Sequence[int]) -> Iterator[Item]:
-    """Different items that training never saw, sizes in turn; the same for the same seed."""
+    """Different items that training never saw, sizes in turn; the same for the same seed.
+
+    A size that has no more is left out; ValueError where none is left.
+    """
     rng = random.Random(f"{task}:{seed}")  # noqa: S311 -- reproducible, not secret
     seen: set[str] = set()
+    turn = deque(sizes)
     while len(seen) < count:
-        item = make_item(task, rng, sizes[len(seen) % len(sizes)])
-        if item.held_out and item.prompt not in seen:
-            seen.add(item.prompt)
-            yield item
+        if not turn:
+            raise ValueError(f"{task} has {len(seen)} held-out items of these sizes, not {count}.")
+        drawn = (make_item(task, rng, turn[0]) for _ in range(DRAWS))
+        item = next((item for item in drawn if item.held_out and item.prompt not in seen), None)
+        if item is None:
+            turn.popleft()
+            continue
+        turn.rotate(-1)
+        seen.add(item.prompt)
+        yield item
 
 
 def solved(item: Item, text: str) -> bool:
@@ -255,10 +269,10 @@ def _count(rng: random.Random, size: int) -> tuple[str, str]:
 
 
 TASKS: dict[str, Task] = {
-    "json": Task(range(1, 5), range(1, 3), range(3, 5), _json, _same_json),
-    "sudoku": Task(range(4, 11), range(4, 8), range(9, 11), _sudoku, _equal),
+    "json": Task(range(1, 5), range(1, 3), range(4, 5), _json, _same_json),
+    "sudoku": Task(range(4, 11), range(4, 8), range(10, 11), _sudoku, _equal),
     "chain": Task(range(4, 41), range(4, 11), range(24, 41), _chain, _equal),
     "joint": Task(range(2, 13), range(2, 7), range(10, 13), _joint, _one_colour),
-    "edit": Task(range(1, 4), range(1, 2), range(2, 4), _edit, _equal),
+    "edit": Task(range(1, 4), range(1, 2), range(3, 4), _edit, _equal),
     "count": Task(range(4, 81), range(4, 21), range(60, 81), _count, _equal),
 }

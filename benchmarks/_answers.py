@@ -1,0 +1,210 @@
+"""Answers of ours, native vLLM and Transformers to the same items, with the forwards they took.
+
+A forward is one pass of one request's rows after its prompt: denoising a canvas or committing it.
+Requests that share a batch count as if each had run alone. Called in a process of its own.
+"""
+# ruff: noqa: ANN401 - wraps functions of vLLM and Transformers, which are not type-checked
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_diffusion.testing.tasks import Item
+
+CONCURRENCY = 16
+SPARE = 1
+"""Canvases that an answer may be too long by before it is cut."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What an engine wrote for an item, and at which cost."""
+
+    text: str
+    tokens: list[int]
+    """Up to the end of the turn, which is not among them."""
+    finished: bool
+    """Whether the turn was ended, not cut."""
+    steps: list[int]
+    """Denoising forwards of every canvas."""
+    commits: int
+    """Forwards that only write a canvas into the cache."""
+
+
+@dataclass(slots=True)
+class Forwards:
+    """Counts the forwards of one request."""
+
+    steps: list[int] = field(default_factory=list)
+    commits: int = 0
+    begin: bool = True
+
+    def denoise(self) -> None:
+        """One step of a canvas, of a new one after a commit."""
+        if self.begin:
+            self.steps.append(0)
+        self.begin = False
+        self.steps[-1] += 1
+
+    def commit(self) -> None:
+        """The canvas is written; denoising goes on with another."""
+        self.commits += 1
+        self.begin = True
+
+
+def budget(item: Item, tokenizer: Any, canvas: int) -> int:
+    """New tokens granted to an item: its answer in whole canvases, and one canvas to spare."""
+    needed = len(tokenizer.encode(item.answer, add_special_tokens=False)) + 1
+    return (-(-needed // canvas) + SPARE) * canvas
+
+
+def ask_ours(checkpoint: str, items: Sequence[Item], seed: int, rule: Any = None) -> list[Answer]:
+    """Answers of stock vLLM with this plugin, under another rule if one is given."""
+    from vllm_diffusion.engine.sampler import CanvasSampler
+
+    counted: dict[int, Forwards] = defaultdict(Forwards)
+
+    def observe(pool: Any, batch: Any, stats: Any, decision: Any) -> None:
+        del stats, decision
+        for slot in batch.slots.tolist():
+            low, high = pool.seed[slot].tolist()
+            forwards = counted[low + (high << 32)]
+            if pool.causal[slot]:
+                forwards.commit()
+            else:
+                forwards.denoise()
+
+    llm = start_vllm(checkpoint)
+    sampler = sampler_of(llm)
+    assert isinstance(sampler, CanvasSampler)
+    sampler.rule, sampler.observe = rule, observe
+    seeds = [seed * 1_000_003 + number for number in range(len(items))]
+    outputs = generate(llm, items, seeds)
+    return [finish(output, counted[key]) for output, key in zip(outputs, seeds, strict=True)]
+
+
+def ask_native(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer]:
+    """Answers of vLLM's own DiffusionGemma, which draws from torch's global generator."""
+    counted: dict[str, Forwards] = defaultdict(Forwards)
+    llm = start_vllm(checkpoint)
+    sampler = sampler_of(llm)
+    inner = type(sampler).__call__
+
+    def call(sampler: Any, logits: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.num_draft_tokens:
+            for row, slot in enumerate(batch.idx_mapping_np[: batch.num_reqs]):
+                if batch.cu_num_logits_np[row + 1] == batch.cu_num_logits_np[row]:
+                    continue  # prompt rows
+                forwards = counted[batch.req_ids[row]]
+                if sampler.diffusion_states.is_encoder_phase[slot]:
+                    forwards.commit()
+                else:
+                    forwards.denoise()
+        return inner(sampler, logits, batch, *args, **kwargs)
+
+    type(sampler).__call__ = call
+    torch.manual_seed(seed)
+    outputs = generate(llm, items, [None] * len(items))
+    return [
+        finish(
+            output,
+            next(f for name, f in counted.items() if name.split("-")[0] == output.request_id),
+        )
+        for output in outputs
+    ]
+
+
+def ask_transformers(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer]:
+    """Answers of Transformers' own `generate`, one item after the other."""
+    from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    forwards = Forwards()
+    model.model.decoder.register_forward_hook(lambda *_: forwards.denoise())
+    model.model.encoder.register_forward_hook(lambda *_: forwards.commit())
+    answers = []
+    for number, item in enumerate(items):
+        prompt = tokenizer.apply_chat_template(
+            chat(item), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+        forwards.steps, forwards.commits = [], -1  # the first call is the prompt's
+        torch.manual_seed(seed * 1_000_003 + number)
+        output = model.generate(
+            prompt, max_new_tokens=budget(item, tokenizer, model.config.canvas_length)
+        )
+        ids = output.sequences[0, prompt.shape[1] :].tolist()
+        end = ids.index(token_id(TURN_END)) if token_id(TURN_END) in ids else None
+        answers.append(
+            Answer(
+                text=tokenizer.decode(ids[:end], skip_special_tokens=True),
+                tokens=ids[:end],
+                finished=end is not None,
+                steps=forwards.steps,
+                commits=forwards.commits,
+            )
+        )
+    return answers
+
+
+def start_vllm(checkpoint: str) -> Any:
+    """An engine in this process, the same for ours and native."""
+    from vllm import LLM
+
+    return LLM(
+        checkpoint,
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=CONCURRENCY,
+        kv_cache_memory_bytes=256 << 20,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        limit_mm_per_prompt={"image": 0, "video": 0},
+    )
+
+
+def sampler_of(llm: Any) -> Any:
+    """The sampler of an engine that runs in this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.sampler
+
+
+def generate(llm: Any, items: Sequence[Item], seeds: Sequence[int | None]) -> list[Any]:
+    """All items through LLM.chat, in order."""
+    from vllm import SamplingParams
+
+    tokenizer = llm.get_tokenizer()
+    canvas = llm.llm_engine.model_config.hf_config.canvas_length
+    sampling = [
+        SamplingParams(max_tokens=budget(item, tokenizer, canvas), seed=seed)
+        for item, seed in zip(items, seeds, strict=True)
+    ]
+    return list(llm.chat([chat(item) for item in items], sampling, use_tqdm=False))
+
+
+def chat(item: Item) -> list[dict[str, str]]:
+    """The item as a conversation."""
+    return [{"role": "user", "content": item.prompt}]
+
+
+def finish(output: Any, forwards: Forwards) -> Answer:
+    """Put a vLLM output and its forwards together."""
+    made = output.outputs[0]
+    ended = made.finish_reason == "stop"
+    tokens = list(made.token_ids)
+    return Answer(
+        text=made.text,
+        tokens=tokens[:-1] if ended else tokens,
+        finished=ended,
+        steps=forwards.steps,
+        commits=forwards.commits,
+    )

@@ -1,0 +1,247 @@
+"""Quality against forwards: the instrument that every decoding rule is judged with.
+
+    python benchmarks/quality.py [--preset NAME ...] [--engine NAME ...] [--task NAME ...]
+        [--sizes easy|hard|all] [--n N] [--seed N] [--checkpoint DIR] [--plot FILE] [--json FILE]
+
+Every arm (an engine, or a preset of ours) answers the same held-out items of the same tasks, with
+the same seeds as far as its engine takes any. The first arm is what the others are compared with,
+item by item: `diff` is the difference in points of exact match with its standard error.
+
+    ours:PRESET    this plugin; `reference` is the published rule; cut-2, cut-4, freeze-0.6 and
+                   no-renoise are known to be bad and must be seen to be
+    native         vLLM's own DiffusionGemma on our CPU stand-ins for its Triton kernels
+    transformers   DiffusionGemmaForBlockDiffusion.generate, one item after the other
+
+TPF_all counts emitted tokens before the end of the turn, without padding, over every forward after
+the prompt's: denoising and committing. TPF_denoise leaves the commits out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, quantiles, stdev
+from typing import TYPE_CHECKING, Any
+
+import _report
+from _answers import Answer, ask_native, ask_ours, ask_transformers
+from _bad_rules import BAD_RULES
+from _native_host import use_stand_ins
+
+from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
+PRESETS = ("reference", *BAD_RULES)
+ENGINES = ("ours", "native", "transformers")
+NGRAM = 8
+"""Tokens in a row that count as a loop when they come again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What one arm made of one item."""
+
+    right: bool
+    finished: bool
+    empty: bool
+    repeated: float
+    """Share of n-grams that the answer had before."""
+    tokens: int
+    denoise: int
+    commits: int
+    steps: list[int]
+
+
+def main() -> None:
+    """Ask every arm, and print them side by side."""
+    parser = _report.parser(__doc__)
+    parser.add_argument("--preset", action="append", choices=PRESETS, help="of ours; repeatable")
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="repeatable")
+    parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
+    parser.add_argument("--sizes", choices=("easy", "hard", "all"), default="all")
+    parser.add_argument("--n", type=int, default=100, help="items of each task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--plot", type=Path, help="PNG: quality against tokens per forward")
+    parser.add_argument("--worker", help="internal: answer with one arm here")
+    parser.add_argument("--folder", type=Path, help="internal")
+    options = parser.parse_args()
+    if options.worker:
+        answer_here(options.worker, options.folder, options.checkpoint, options.seed)
+        return
+    presets = options.preset or ["reference"]
+    engines = options.engine or (["ours"] if options.preset else list(ENGINES))
+    arms = [f"ours:{preset}" for preset in presets if "ours" in engines]
+    arms += [engine for engine in engines if engine != "ours"]
+    items = [
+        item
+        for task in options.task or TASKS
+        for item in held_out_items(
+            task,
+            20 if options.quick else options.n,
+            seed=options.seed,
+            sizes=sizes_of(task, options.sizes),
+        )
+    ]
+    results = {arm: measure(arm, items, options) for arm in arms}
+    report(results, items, options)
+
+
+def sizes_of(task: str, which: str) -> Sequence[int]:
+    """Sizes of a task that training covered, all of them or one end."""
+    made = TASKS[task]
+    return {"easy": made.easy, "hard": made.hard, "all": made.sizes}[which]
+
+
+def measure(arm: str, items: Sequence[Item], options: Any) -> list[Judged]:  # noqa: ANN401 - argparse
+    """Let a process of its own answer, and judge what it wrote."""
+    native = arm == "native"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_DIFFUSION": "0" if native else "1",
+        **({"VLLM_USE_V2_MODEL_RUNNER": "1"} if native else {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "items.json").write_text(json.dumps([asdict(item) for item in items]))
+        command = [sys.executable, __file__, "--worker", arm, "--folder", folder]
+        command += ["--checkpoint", str(options.checkpoint), "--seed", str(options.seed)]
+        result = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
+        if result.returncode:
+            sys.exit(f"{arm} failed with status {result.returncode}")
+        answers = json.loads((Path(folder) / "answers.json").read_text())
+    return [judge(item, Answer(**answer)) for item, answer in zip(items, answers, strict=True)]
+
+
+def answer_here(arm: str, folder: Path, checkpoint: Path, seed: int) -> None:
+    """Answer the items of a folder with one arm, into the same folder."""
+    items = [Item(**item) for item in json.loads((folder / "items.json").read_text())]
+    engine, _, preset = arm.partition(":")
+    if engine == "native":
+        use_stand_ins()
+        answers = ask_native(str(checkpoint), items, seed)
+    elif engine == "transformers":
+        answers = ask_transformers(str(checkpoint), items, seed)
+    else:
+        rule = BAD_RULES[preset]() if preset in BAD_RULES else None
+        answers = ask_ours(str(checkpoint), items, seed, rule)
+    (folder / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
+
+
+def judge(item: Item, answer: Answer) -> Judged:
+    """Score an answer; one that was cut is wrong even if it starts right."""
+    grams = [tuple(answer.tokens[i : i + NGRAM]) for i in range(len(answer.tokens) - NGRAM + 1)]
+    return Judged(
+        right=answer.finished and solved(item, answer.text),
+        finished=answer.finished,
+        empty=not answer.text.strip(),
+        repeated=1 - len(set(grams)) / len(grams) if grams else 0.0,
+        tokens=len(answer.tokens),
+        denoise=sum(answer.steps),
+        commits=answer.commits,
+        steps=answer.steps,
+    )
+
+
+def report(results: dict[str, list[Judged]], items: Sequence[Item], options: Any) -> None:  # noqa: ANN401 - argparse
+    """Print one row per task and arm, and one over all tasks."""
+    rows = []
+    flat: dict[str, _report.Value] = {"items": len(items)}
+    tasks = list(dict.fromkeys(item.task for item in items))
+    baseline = next(iter(results))
+    for task in [*tasks, "all"] if len(tasks) > 1 else tasks:
+        chosen = [n for n, item in enumerate(items) if task in {item.task, "all"}]
+        first = [results[baseline][n] for n in chosen]
+        for arm, judged in results.items():
+            own = [judged[n] for n in chosen]
+            row = summary(own)
+            difference, error = paired(own, first)
+            shown = "" if arm == baseline else f"{difference:+.1f} +- {error:.1f}"
+            rows.append(
+                {
+                    "task": task,
+                    "arm": arm,
+                    "exact %": row["exact"],
+                    "diff": shown,
+                    **{name: value for name, value in row.items() if name != "exact"},
+                }
+            )
+            flat.update({f"{arm}.{task}.{name}": value for name, value in row.items()})
+            flat[f"{arm}.{task}.diff"], flat[f"{arm}.{task}.diff_error"] = difference, error
+    _report.print_table(rows)
+    if options.plot:
+        plot({arm: summary(judged) for arm, judged in results.items()}, options.plot)
+    last = {arm: summary(judged) for arm, judged in results.items()}
+    _report.finish(
+        flat,
+        "; ".join(
+            f"{arm} {row['exact']:.1f} % at {row['TPF_all']:.2f}" for arm, row in last.items()
+        ),
+        options.json,
+    )
+
+
+def summary(judged: Sequence[Judged]) -> dict[str, float]:
+    """Scores of one arm on some items; shares in percent, TPF as a ratio of sums."""
+    steps = [count for one in judged for count in one.steps] or [0]
+    tokens = sum(one.tokens for one in judged)
+    denoise = max(sum(one.denoise for one in judged), 1)
+    return {
+        "exact": 100 * fmean(one.right for one in judged),
+        "finished": 100 * fmean(one.finished for one in judged),
+        "looped": 100 * fmean(one.repeated for one in judged),
+        "empty": 100 * fmean(one.empty for one in judged),
+        "steps": fmean(steps),
+        "p50": percentile(steps, 50),
+        "p90": percentile(steps, 90),
+        "TPF_all": tokens / (denoise + sum(one.commits for one in judged)),
+        "TPF_denoise": tokens / denoise,
+    }
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Percentile of at least one value."""
+    return (
+        quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+    )
+
+
+def paired(one: Sequence[Judged], other: Sequence[Judged]) -> tuple[float, float]:
+    """Mean difference of exact match over the same items, and its standard error, in points."""
+    differences = [100.0 * (a.right - b.right) for a, b in zip(one, other, strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return fmean(differences), error
+
+
+def plot(arms: dict[str, dict[str, float]], file: Path) -> None:
+    """Draw quality against tokens per forward, one point an arm."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install 'vllm-diffusion[benchmark]'")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for arm, row in arms.items():
+        axes.plot(row["TPF_all"], row["exact"], "o")
+        axes.annotate(
+            arm, (row["TPF_all"], row["exact"]), xytext=(5, 5), textcoords="offset points"
+        )
+    axes.set(xlabel="tokens per forward, all forwards after the prompt", ylabel="exact match, %")
+    axes.margins(0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The instrument sees what it must: rules that are known to lose quality are seen to lose it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "quality.py"
+ITEMS = 60
+TASKS = ("json", "sudoku")
+
+
+def quality(tmp_path, *arguments):
+    run = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments, "--json", str(tmp_path / "out.json")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads((tmp_path / "out.json").read_text()), run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_known_bad_rules_lose_significantly_on_hard_items(tmp_path):
+    presets = ("reference", "cut-2", "freeze-0.6", "no-renoise")
+    arguments = [word for preset in presets for word in ("--preset", preset)]
+    arguments += [word for task in TASKS for word in ("--task", task)]
+    arguments += ["--sizes", "hard", "--n", str(ITEMS), "--plot", str(tmp_path / "plot.png")]
+    found, table = quality(tmp_path, *arguments)
+    assert 50 <= found["ours:reference.all.exact"] <= 90, table
+    for preset in presets[1:]:
+        loss, error = (-found[f"ours:{preset}.all.diff"], found[f"ours:{preset}.all.diff_error"])
+        assert loss > 2 * error > 0, table
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_ours_native_and_transformers_answer_equally_well(tmp_path):
+    found, table = quality(tmp_path, "--task", "json", "--task", "sudoku", "--n", str(ITEMS))
+    for engine in ("native", "transformers"):
+        difference, error = (found[f"{engine}.all.{name}"] for name in ("diff", "diff_error"))
+        assert abs(difference) <= 3 * error, table
+    assert found["ours:reference.all.exact"] > 85, table
+    assert found["ours:reference.all.finished"] == 100, table
