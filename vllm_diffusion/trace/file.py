@@ -1,7 +1,7 @@
 """What a trace holds, and the file it is kept in.
 
 The file is an npz: a header in JSON, one array a field. It is deflated because argmax and sample
-hardly change from step to step: safetensors, which does not compress, takes about twice the space.
+hardly change from step to step; safetensors does not compress.
 Positions of all steps stand behind each other (P = sum of the widths of N steps), accepted as bits.
 """
 
