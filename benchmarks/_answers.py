@@ -16,7 +16,7 @@ import torch
 from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm_diffusion.testing.tasks import Item
 
@@ -67,8 +67,21 @@ def budget(item: Item, tokenizer: Any, canvas: int) -> int:
     return (-(-needed // canvas) + SPARE) * canvas
 
 
-def ask_ours(checkpoint: str, items: Sequence[Item], seed: int, rule: Any = None) -> list[Answer]:
-    """Answers of stock vLLM with this plugin, under another rule if one is given."""
+def ask_ours(
+    checkpoint: str,
+    items: Sequence[Item],
+    seed: int,
+    rule: Any,
+    options: Mapping[str, Any],
+) -> list[Answer]:
+    """Answers of stock vLLM with this plugin, under another rule if one is given.
+
+    Args:
+        checkpoint, items: what answers what.
+        seed: of all items together.
+        rule: instead of `step.decide`, None for that.
+        options: the diffusion options of every request.
+    """
     from vllm_diffusion.engine.sampler import CanvasSampler
 
     counted: dict[int, Forwards] = defaultdict(Forwards)
@@ -88,7 +101,7 @@ def ask_ours(checkpoint: str, items: Sequence[Item], seed: int, rule: Any = None
     assert isinstance(sampler, CanvasSampler)
     sampler.rule, sampler.observe = rule, observe
     seeds = [seed * 1_000_003 + number for number in range(len(items))]
-    outputs = generate(llm, items, seeds)
+    outputs = generate(llm, items, seeds, options)
     return [finish(output, counted[key]) for output, key in zip(outputs, seeds, strict=True)]
 
 
@@ -113,7 +126,7 @@ def ask_native(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer
 
     type(sampler).__call__ = call
     torch.manual_seed(seed)
-    outputs = generate(llm, items, [None] * len(items))
+    outputs = generate(llm, items, [None] * len(items), {})
     return [
         finish(
             output,
@@ -178,14 +191,18 @@ def sampler_of(llm: Any) -> Any:
     return executor.driver_worker.worker.model_runner.sampler
 
 
-def generate(llm: Any, items: Sequence[Item], seeds: Sequence[int | None]) -> list[Any]:
+def generate(
+    llm: Any, items: Sequence[Item], seeds: Sequence[int | None], options: Mapping[str, Any]
+) -> list[Any]:
     """All items through LLM.chat, in order."""
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
     canvas = llm.llm_engine.model_config.hf_config.canvas_length
     sampling = [
-        SamplingParams(max_tokens=budget(item, tokenizer, canvas), seed=seed)
+        SamplingParams(
+            max_tokens=budget(item, tokenizer, canvas), seed=seed, extra_args=dict(options)
+        )
         for item, seed in zip(items, seeds, strict=True)
     ]
     return list(llm.chat([chat(item) for item in items], sampling, use_tqdm=False))

@@ -7,8 +7,9 @@ Every arm (an engine, or a preset of ours) answers the same held-out items of th
 the same seeds as far as its engine takes any. The first arm is what the others are compared with,
 item by item: `diff` is the difference in points of exact match with its standard error.
 
-    ours:PRESET    this plugin; `reference` is the published rule; cut-2, cut-4, freeze-0.6 and
-                   no-renoise are known to be bad and must be seen to be
+    ours:PRESET    this plugin under a preset of `vllm_diffusion/denoise/presets.py`, or under the
+                   published rule with other constants, `entropy_bound=0.3,t_min=0.2`; cut-2,
+                   cut-4, freeze-0.6 and no-renoise are known to be bad and must be seen to be
     native         vLLM's own DiffusionGemma on our CPU stand-ins for its Triton kernels
     transformers   DiffusionGemmaForBlockDiffusion.generate, one item after the other
 
@@ -18,6 +19,7 @@ the prompt's: denoising and committing. TPF_denoise leaves the commits out.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -34,13 +36,14 @@ from _answers import Answer, ask_native, ask_ours, ask_transformers
 from _bad_rules import BAD_RULES
 from _native_host import use_stand_ins
 
+from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
-PRESETS = ("reference", *BAD_RULES)
+NAMES = (*PRESETS, *BAD_RULES)
 ENGINES = ("ours", "native", "transformers")
 NGRAM = 8
 """Tokens in a row that count as a loop when they come again."""
@@ -64,7 +67,13 @@ class Judged:
 def main() -> None:
     """Ask every arm, and print them side by side."""
     parser = _report.parser(__doc__)
-    parser.add_argument("--preset", action="append", choices=PRESETS, help="of ours; repeatable")
+    parser.add_argument(
+        "--preset",
+        action="append",
+        type=known_preset,
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}, or constants as name=value,...; of ours; repeatable",
+    )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="repeatable")
     parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
     parser.add_argument("--sizes", choices=("easy", "hard", "all"), default="all")
@@ -94,6 +103,23 @@ def main() -> None:
     ]
     results = {arm: measure(arm, items, options) for arm in arms}
     report(results, items, options)
+
+
+def known_preset(text: str) -> str:
+    """The text, if it is the name of a preset or a list of constants."""
+    if text not in NAMES and "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}, nor constants")
+    return text
+
+
+def options_of(preset: str) -> dict[str, Any]:
+    """What a request asks for to be denoised under a preset."""
+    if preset in BAD_RULES:
+        return {}
+    if preset in PRESETS:
+        return {"diffusion_preset": preset}
+    named = (constant.partition("=") for constant in preset.split(","))
+    return {f"diffusion_{name}": json.loads(value) for name, _, value in named}
 
 
 def sizes_of(task: str, which: str) -> Sequence[int]:
@@ -135,7 +161,7 @@ def answer_here(arm: str, folder: Path, checkpoint: Path, seed: int) -> None:
         answers = ask_transformers(str(checkpoint), items, seed)
     else:
         rule = BAD_RULES[preset]() if preset in BAD_RULES else None
-        answers = ask_ours(str(checkpoint), items, seed, rule)
+        answers = ask_ours(str(checkpoint), items, seed, rule, options_of(preset))
     (folder / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class CanvasPool:
     """Per-slot tensors, allocated once.
 
-    Attributes (S slots, L canvas length, K stability threshold, H hidden size):
+    Attributes (S slots, L canvas length, K steps remembered, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
         argmax: [S, L] int64, the model's best guess after the last step; what is committed.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
@@ -44,6 +44,7 @@ class CanvasPool:
         hidden_size: int,
         vocab_size: int,
         constants: RuleConstants,
+        remembered: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -61,7 +62,8 @@ class CanvasPool:
 
         self.tokens = integers(canvas_length)
         self.argmax = integers(canvas_length)
-        self.history = integers(constants.stability_threshold, canvas_length)
+        steps = constants.stability_threshold if remembered is None else remembered
+        self.history = integers(steps, canvas_length)
         self.soft_embedding = torch.zeros(
             num_slots, canvas_length, hidden_size, dtype=dtype, device=device
         )
@@ -84,8 +86,8 @@ class CanvasPool:
         Args:
             slot: which row.
             seed: key of the request's noise, 64 bits.
-            constants: the rule this request asked for, its stability at most the pool's; None for
-                the pool's own.
+            constants: the rule this request asked for, its stability at most what is remembered;
+                None for the pool's own.
         """
         rule = constants or self.constants
         low, high = split_seed(seed)
@@ -154,7 +156,7 @@ class CanvasPool:
 
     def _remember(self, slots: Tensor, argmax: Tensor, committing: Tensor) -> None:
         """Shift the history of the denoising slots by one step, forget that of the committing."""
-        if self.constants.stability_threshold == 0:
+        if self.history.shape[1] == 0:
             return
         shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)
         self.history[slots] = torch.where(committing[:, None, None], -1, shifted)

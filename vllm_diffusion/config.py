@@ -1,47 +1,159 @@
-"""What the engine takes from a checkpoint: the constants of its decoding rule.
+"""What the engine serves: the constants of its decoding rule, and where each comes from.
 
-A constant that belongs to a checkpoint is read from its ``generation_config.json``, never guessed:
-engines that shipped built-in values for the same model disagree with each other. A missing or wrong
-one is refused at start, all problems in one message.
+Of two places that name a constant the upper one wins:
+
+    option of the request          params.requested_rule
+    preset of the request          params.requested_rule; stands in for the preset below
+    additional_config              {"diffusion": {"t_max": 0.9}}, our options for every request
+    preset of additional_config    {"diffusion": {"preset": "fast"}}
+    diffusion_config               {"max_denoising_steps": 24}, vLLM's own
+    override_generation_config     {"t_max": 0.9}, vLLM's own
+    generation_config.json         of the checkpoint
+
+The last three are the published rule, ``reference``: vLLM's options say what the model is, ours
+what a request is given. A constant that nobody names is missing, never guessed: engines that
+shipped built-in values for the same model disagree with each other. What is missing or wrong is
+refused at start, all problems in one message.
 """
 
 from __future__ import annotations
 
-from math import isfinite
+import reprlib
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.records import RuleConstants
+from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
+from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.params import LARGEST, MAX_STEPS, malformed
+from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
+_CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
 
-def rule_constants(generation: Mapping[str, Any], *, source: str) -> RuleConstants:
-    """The decoding rule's constants from a generation config.
+# Constants that a generation config calls otherwise, or holds elsewhere.
+_IN_GENERATION: Final = {
+    "max_steps": "max_denoising_steps",
+    "entropy_bound": "sampler_config.entropy_bound",
+}
+
+
+def served_rules(
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str,
+    override: Mapping[str, Any] | None = None,
+    max_denoising_steps: int | None = None,
+    additional: object = None,
+) -> tuple[ServedRules, dict[str, str]]:
+    """The rules that requests may be denoised by, and who changed the default one.
 
     Args:
-        generation: the keys of ``generation_config.json``, overrides already merged in.
+        checkpoint: the keys of ``generation_config.json``.
         source: where they came from, for the error message.
+        override: vLLM's ``override_generation_config``.
+        max_denoising_steps: of vLLM's ``diffusion_config``.
+        additional: ``additional_config["diffusion"]``, whatever the user wrote there.
+
+    Returns:
+        The rules, and of every constant of the default one that is not the checkpoint's the option
+        it comes from.
 
     Raises:
-        CheckpointError: constants missing or out of range, or a sampler we do not know; the message
-            lists every problem and the way out.
+        CheckpointError: constants missing or out of range, or a sampler we do not know.
+        ConfigError: options of ours that are unknown, malformed or contradict each other. Either
+            message lists every problem and the way out.
     """
+    generation, origins, wrong = _generation(checkpoint, override or {}, max_denoising_steps)
+    published, missing = _published(generation)
+    preset, options, malformed_options = _options(additional)
+    wrong += malformed_options
+    rules = ServedRules(
+        default=replace(published, **{**PRESETS[preset], **options}),
+        presets={
+            name: replace(published, **{**options, **constants})
+            for name, constants in PRESETS.items()
+        }
+        | {REFERENCE: published},
+    )
+    if not missing:
+        every = (rules.default, *rules.presets.values())
+        wrong += dict.fromkeys(problem for rule in every for problem in _incoherent(rule))
+    messages = []
+    if missing:
+        messages.append(
+            f"{source} does not give the constants of the decoding rule: {'; '.join(missing)}. "
+            "Serve the checkpoint with its own generation_config.json (--generation-config auto), "
+            "or pass the values with --override-generation-config."
+        )
+    if wrong:
+        messages.append(f"The engine's options cannot be served: {'; '.join(wrong)}.")
+    if messages:
+        raise (CheckpointError if missing else ConfigError)(" ".join(messages))
+    origins |= dict.fromkeys(PRESETS[preset], f"preset {preset}")
+    origins |= dict.fromkeys(options, "additional_config")
+    return rules, origins
+
+
+def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
+    """A rule in one line, with the option that each changed constant comes from."""
+    return ", ".join(
+        f"{name}={value}" + (f" ({origins[name]})" if name in origins else "")
+        for name, value in asdict(rule).items()
+    )
+
+
+def _generation(
+    checkpoint: Mapping[str, Any], override: Mapping[str, Any], max_denoising_steps: int | None
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The generation config with vLLM's options laid over it, who changed what, what is wrong."""
+    generation = {**checkpoint, **override}
+    problems = [
+        f"override_generation_config names {name}, which a generation config calls {theirs}"
+        for name, theirs in _IN_GENERATION.items()
+        if name in override
+    ]
+    asked, own = override.get("sampler_config"), checkpoint.get("sampler_config")
+    if isinstance(asked, dict):
+        if isinstance(own, dict):
+            generation["sampler_config"] = {**own, **asked}
+        if unknown := asked.keys() - {"_cls_name", "entropy_bound"}:
+            problems.append(
+                f"override_generation_config: sampler_config has no {', '.join(sorted(unknown))}; "
+                "accepted: entropy_bound"
+            )
+    flat = {**override, **({f"sampler_config.{key}": 0 for key in asked} if asked else {})}
+    origins = {
+        name: "override_generation_config"
+        for name in _CONSTANTS
+        if _IN_GENERATION.get(name, name) in flat
+    }
+    if max_denoising_steps is not None:
+        generation["max_denoising_steps"] = max_denoising_steps
+        origins["max_steps"] = "diffusion_config"
+    return generation, origins, problems
+
+
+def _published(generation: Mapping[str, Any]) -> tuple[RuleConstants, list[str]]:
+    """The constants of a generation config, and what is missing or wrong with them."""
     problems: list[str] = []
 
     def number(values: Mapping[str, Any], key: str, *, integral: bool, minimum: float) -> float:
         value = values.get(key)
         kind = "an integer" if integral else "a finite number"
+        limit = MAX_STEPS if integral else LARGEST
         accepted = (int,) if integral else (int, float)
         if value is None:
             problems.append(f"{key} is missing")
-        elif isinstance(value, bool) or not isinstance(value, accepted) or not isfinite(value):
+        elif isinstance(value, bool) or not isinstance(value, accepted):
             problems.append(f"{key} must be {kind}, got {value!r}")
-        elif value < minimum:
+        elif not value >= minimum:  # NaN is not either
             problems.append(f"{key} must be at least {minimum}, got {value!r}")
+        elif value > limit:
+            problems.append(f"{key} must be {kind} of at most {limit:g}, got {value!r}")
         else:
             return value
         return minimum
@@ -66,14 +178,34 @@ def rule_constants(generation: Mapping[str, Any], *, source: str) -> RuleConstan
             number(generation, "stability_threshold", integral=True, minimum=0)
         ),
     )
-    if not problems and constants.t_max < constants.t_min:
-        problems.append(f"t_max ({constants.t_max}) must not be below t_min ({constants.t_min})")
-    elif not problems and constants.t_max == 0:
-        problems.append("t_max must be above 0: logits are divided by the temperature, got 0")
-    if problems:
-        raise CheckpointError(
-            f"{source} does not give the constants of the decoding rule: {'; '.join(problems)}. "
-            "Serve the checkpoint with its own generation_config.json (--generation-config auto), "
-            "or pass the values with --override-generation-config."
-        )
-    return constants
+    return constants, problems or _incoherent(constants)
+
+
+def _incoherent(rule: RuleConstants) -> list[str]:
+    """Why the temperatures of a rule make no ramp, if they make none."""
+    if rule.t_max < rule.t_min:
+        return [f"t_max ({rule.t_max}) must not be below t_min ({rule.t_min})"]
+    if rule.t_max == 0:
+        return ["t_max must be above 0: logits are divided by the temperature, got 0"]
+    return []
+
+
+def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
+    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong with them."""
+    if additional is None:
+        return REFERENCE, {}, []
+    where = 'additional_config["diffusion"]'
+    if not isinstance(additional, dict):
+        return REFERENCE, {}, [f"{where} must be an object, got {reprlib.repr(additional)}"]
+    problems, options = [], {}
+    for name, value in additional.items():
+        if name == "canvas_length":
+            problems.append(f"{where} names canvas_length, which --diffusion-config sets")
+        elif name not in {"preset", *_CONSTANTS}:
+            accepted = ", ".join(("preset", *_CONSTANTS))
+            problems.append(f"{where} has no {name!r}; accepted: {accepted}")
+        elif expected := malformed(name, value):
+            problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")
+        else:
+            options[name] = value
+    return options.pop("preset", REFERENCE), options, problems

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.records import Constraints, RuleConstants
+from vllm_diffusion.records import Constraints, RuleConstants, ServedRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,8 +23,11 @@ PREFIX: Final = "diffusion_"
 """Every option of ours in ``extra_args`` / ``vllm_xargs`` starts with this."""
 
 MAX_STEPS: Final = 1024
-"""Most denoising steps a request may ask for; published rules take 48, and nobody may hold a slot
-for ever."""
+"""Most denoising steps a canvas may take, or be stable over; published rules take 48, and nobody
+may hold a slot for ever."""
+
+LARGEST: Final = 1e6
+"""No temperature and no number of nats means anything above; far above, fp32 ends."""
 
 GREEDY_SEED: Final = 0
 """The noise key of a request of temperature 0 that names no seed: its answer is always the same."""
@@ -35,6 +39,8 @@ _GREEDY_BELOW: Final = 1e-5  # vLLM's own border between sampling and greedy
 class DiffusionParams:
     """The diffusion options of a request; None leaves the served value."""
 
+    preset: str | None = None
+    """A rule by its name; the options beside it change it further."""
     max_steps: int | None = None
     """Denoising steps a canvas may take; the temperature ramp follows it."""
     canvas_length: int | None = None
@@ -82,7 +88,7 @@ _NUMBERS: Final = {
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained")
 _OPTIONS: Final = {
-    f"{PREFIX}{field}": field for field in (*_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES)
+    f"{PREFIX}{field}": field for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES)
 }
 
 
@@ -91,7 +97,7 @@ def parse_params(
     *,
     canvas_length: int | None = None,
     vocab_size: int | None = None,
-    rule: RuleConstants | None = None,
+    rules: ServedRules | None = None,
 ) -> DiffusionParams:
     """The diffusion options of a request, or one error listing everything that is wrong with it.
 
@@ -99,7 +105,7 @@ def parse_params(
         sampling: vLLM's ``SamplingParams``.
         canvas_length: the served canvas, None where it is not known yet.
         vocab_size: number of token ids, None where it is not known.
-        rule: the served rule, None where it is not known.
+        rules: the served rules, None where they are not known.
 
     Raises:
         ParamsError: unsupported sampling parameters, wishes that exclude each other, unknown or
@@ -119,7 +125,7 @@ def parse_params(
     fields, wrong = _options(sampling.extra_args or {})
     params = DiffusionParams(**fields)
     problems += wrong
-    problems += _against_served(params, canvas_length, vocab_size, rule)
+    problems += _against_served(params, canvas_length, vocab_size, rules)
     problems += _contradictions(sampling, params)
     if problems:
         raise ParamsError("; ".join(problems))
@@ -135,14 +141,15 @@ def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
     return DiffusionParams(**_options(extra_args or {})[0])
 
 
-def requested_rule(params: DiffusionParams, served: RuleConstants) -> RuleConstants:
-    """The rule a request is denoised by: what it names, and the served values for the rest."""
+def requested_rule(params: DiffusionParams, served: ServedRules) -> RuleConstants:
+    """The rule a request is denoised by: what it names, then its preset, then the served values."""
     named = {
         name: value
         for name in RuleConstants.__dataclass_fields__
         if (value := getattr(params, name)) is not None
     }
-    return replace(served, **named)
+    base = served.default if params.preset is None else served.presets[params.preset]
+    return replace(base, **named)
 
 
 def is_greedy(sampling: Any) -> bool:  # noqa: ANN401
@@ -201,7 +208,7 @@ def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         field = _OPTIONS.get(name)
         if field is None:
             problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
-        elif wrong := _malformed(field, value):
+        elif wrong := malformed(field, value):
             problems.append(f"{name} must be {wrong}, got {reprlib.repr(value)}")
         elif field in _LISTS:
             fields[field] = tuple(value)
@@ -210,16 +217,15 @@ def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return fields, problems
 
 
-def _malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever a client sent
+def malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever a client sent
     """What the value of an option must be, if it is something else."""
+    if field == "preset":
+        known = isinstance(value, str) and value in PRESETS
+        return None if known else f"one of {', '.join(PRESETS)}"
     if field in _COUNTS:
         return _no_count(field, value)
     if field in _NUMBERS:
-        positive = _NUMBERS[field]
-        number = _is_integer(value) or isinstance(value, float)
-        if number and isfinite(value) and (value > 0 if positive else value >= 0):
-            return None
-        return f"a finite number {'above' if positive else 'of at least'} 0"
+        return _no_number(field, value)
     if field in _LISTS:
         integers = isinstance(value, list | tuple) and all(_is_integer(v) for v in value)
         if integers and min(value, default=0) >= 0 and (value or field != "seed_canvas"):
@@ -233,7 +239,17 @@ def _no_count(field: str, value: Any) -> str | None:  # noqa: ANN401
     least = _COUNTS[field]
     if not _is_integer(value) or value < least:
         return "a positive integer" if least else "an integer of at least 0"
-    return f"at most {MAX_STEPS}" if field == "max_steps" and value > MAX_STEPS else None
+    return f"at most {MAX_STEPS}" if field != "canvas_length" and value > MAX_STEPS else None
+
+
+def _no_number(field: str, value: Any) -> str | None:  # noqa: ANN401
+    positive = _NUMBERS[field]
+    number = _is_integer(value) or isinstance(value, float)
+    if number and value > LARGEST:
+        return f"a finite number of at most {LARGEST:g}"
+    if number and (value > 0 if positive else value >= 0):
+        return None
+    return f"a finite number {'above' if positive else 'of at least'} 0"
 
 
 def _is_integer(value: Any) -> bool:  # noqa: ANN401 - whatever a client sent
@@ -244,7 +260,7 @@ def _against_served(
     params: DiffusionParams,
     canvas_length: int | None,
     vocab_size: int | None,
-    rule: RuleConstants | None,
+    rules: ServedRules | None,
 ) -> list[str]:
     """What the engine, as it is served, cannot give."""
     problems = []
@@ -269,20 +285,19 @@ def _against_served(
             f"diffusion_pinned positions must lie inside the canvas of {len(params.seed_canvas)}, "
             f"got {max(params.pinned)}"
         )
-    if rule is None:
+    if rules is None:
         return problems
     held = params.stability_threshold
-    if held is not None and held > rule.stability_threshold:
+    if held is not None and held > rules.longest_stability:
         problems.append(
             f"diffusion_stability_threshold must be at most the served "
-            f"{rule.stability_threshold}, got {held}"
+            f"{rules.longest_stability}, got {held}"
         )
-    t_min = rule.t_min if params.t_min is None else params.t_min
-    t_max = rule.t_max if params.t_max is None else params.t_max
-    if t_max < t_min:
+    rule, served = requested_rule(params, rules), rules.default
+    if rule.t_max < rule.t_min:
         problems.append(
-            f"diffusion_t_max ({t_max}) must not be below diffusion_t_min ({t_min}); "
-            f"served are {rule.t_min} to {rule.t_max}"
+            f"diffusion_t_max ({rule.t_max}) must not be below diffusion_t_min ({rule.t_min}); "
+            f"served are {served.t_min} to {served.t_max}"
         )
     return problems
 

@@ -9,12 +9,12 @@ canvas -> engine    Emission       what the engine may count as generated
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -209,3 +209,23 @@ class RuleConstants:
     entropy_bound: float  # nats
     confidence_threshold: float  # nats
     stability_threshold: int  # steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedRules:
+    """The rules that the requests of an engine may be denoised by (host side)."""
+
+    default: RuleConstants  # where a request names no preset
+    presets: dict[str, RuleConstants]  # by the preset that a request names
+
+    @property
+    def longest_stability(self) -> int:
+        """Steps that the engine must remember so that every one of the rules can be followed."""
+        rules = (self.default, *self.presets.values())
+        return max(rule.stability_threshold for rule in rules)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ServedRules:
+        """The rules that ``dataclasses.asdict`` was asked about."""
+        presets = {name: RuleConstants(**rule) for name, rule in values["presets"].items()}
+        return ServedRules(default=RuleConstants(**values["default"]), presets=presets)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_diffusion.denoise.presets import PRESETS
+
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "quality.py"
 ITEMS = 60
 TASKS = ("json", "sudoku")
@@ -37,6 +39,19 @@ def test_known_bad_rules_lose_significantly_on_hard_items(tmp_path):
         loss, error = (-found[f"ours:{preset}.all.diff"], found[f"ours:{preset}.all.diff_error"])
         assert loss > 2 * error > 0, table
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_presets_trade_forwards_for_care(tmp_path):
+    arguments = [word for preset in PRESETS for word in ("--preset", preset)]
+    arguments += [word for task in TASKS for word in ("--task", task)]
+    found, table = quality(tmp_path, *arguments, "--sizes", "hard", "--n", str(ITEMS))
+    speed = {preset: found[f"ours:{preset}.all.TPF_all"] for preset in PRESETS}
+    assert speed["careful"] < speed["reference"] < speed["fast"], table
+    for preset in PRESETS:
+        loss, error = (-found[f"ours:{preset}.all.diff"], found[f"ours:{preset}.all.diff_error"])
+        assert loss <= 3 * error, table
 
 
 @pytest.mark.slow

@@ -250,7 +250,8 @@ def test_an_image_is_seen_over_http_and_offline_alike(client: OpenAI, engine: Ca
 
 def test_diffusion_options_reach_the_worker(client: OpenAI, server: Server):
     before = server.metrics()
-    chat(client, max_tokens=64, extra_body={"vllm_xargs": {"diffusion_max_steps": 3}})
+    xargs = {"diffusion_preset": "careful", "diffusion_max_steps": 3}
+    chat(client, max_tokens=64, extra_body={"vllm_xargs": xargs})
     after = server.metrics()
     moved = {
         name: after[name] - before[name] for name in after if name.startswith("vllm:diffusion_num_")
@@ -316,6 +317,7 @@ CHAT = {"model": "tiny", "messages": MESSAGES}
         ("chat/completions", {"vllm_xargs": {"diffusion_max_steps": "8"}}, "got '8'"),
         ("chat/completions", {"vllm_xargs": {"diffusion_max_steps": {"a": 1}}}, "vllm_xargs"),
         ("chat/completions", {"vllm_xargs": [1]}, "vllm_xargs"),
+        ("chat/completions", {"vllm_xargs": {"diffusion_preset": "quick"}}, "one of reference, "),
         (
             "chat/completions",
             {"messages": with_picture("data:image/png;base64,AAAA")},

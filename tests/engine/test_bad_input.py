@@ -92,7 +92,7 @@ def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
         "response_format",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
-        "accepted: diffusion_max_steps, diffusion_canvas_length",
+        "accepted: diffusion_preset, diffusion_max_steps, ",
         "must not be below diffusion_t_min (9.0)",
     ):
         assert problem in message

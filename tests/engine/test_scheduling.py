@@ -6,12 +6,11 @@ from inside a running engine.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import pytest
+from helpers.engines import engine_config
 from helpers.scheduling import (
     BLOCK,
     STOP,
@@ -25,16 +24,13 @@ from helpers.scheduling import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_diffusion.engine import serving
 from vllm_diffusion.engine.scheduler import (
     AsyncCanvasScheduler,
     CanvasScheduler,
     WholeCanvasMixin,
-    canvas_scheduler,
 )
 
 if TYPE_CHECKING:
@@ -62,17 +58,6 @@ def config(tiny_checkpoint: Path) -> VllmConfig:
     return engine_config(tiny_checkpoint)
 
 
-def engine_config(checkpoint: Path, **options: Any) -> VllmConfig:
-    """What `LLM` or `vllm serve` would hand to the engine."""
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "enforce_eager": True,
-        "limit_mm_per_prompt": {"image": 0, "video": 0},
-    }
-    return EngineArgs(str(checkpoint), **(defaults | options)).create_engine_config()
-
-
 def widths_of(worker: CountingWorker, request: str) -> list[int]:
     """The width of each of the request's canvases, checked to be one width each, end to end."""
     canvases = [canvas for canvas in worker.canvases if canvas.request == request]
@@ -81,91 +66,6 @@ def widths_of(worker: CountingWorker, request: str) -> list[int]:
     for canvas in canvases:
         assert len(set(canvas.widths)) == 1, f"cut in the middle of its life: {canvas}"
     return [canvas.widths[0] for canvas in canvases]
-
-
-# ---- configuration ----
-
-
-@pytest.fixture
-def warnings_of_serving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What `engine.serving` warns of, whatever levels and handlers vLLM gives its loggers."""
-    messages: list[str] = []
-    monkeypatch.setattr(serving.logger, "warning", lambda text, *of: messages.append(text % of))
-    return messages
-
-
-def test_a_budget_below_one_canvas_is_refused_with_the_way_out(tiny_checkpoint: Path):
-    with pytest.raises(ValueError, match="max_num_batched_tokens is 31") as caught:
-        engine_config(tiny_checkpoint, max_num_batched_tokens=31, max_num_seqs=1)
-    assert "at least one canvas of 32 tokens" in str(caught.value)
-    assert "raise it to 32 or more" in str(caught.value)
-
-
-def test_a_budget_of_one_canvas_is_served(tiny_checkpoint: Path):
-    config = engine_config(tiny_checkpoint, max_num_batched_tokens=32, max_num_seqs=1)
-    assert config.scheduler_config.max_num_batched_tokens == 32
-
-
-def test_a_step_limit_below_one_canvas_is_refused_too(tiny_checkpoint: Path):
-    # The scheduler obeys it instead of max_num_batched_tokens: no canvas would ever run.
-    with pytest.raises(ValueError, match="max_num_scheduled_tokens is 31"):
-        engine_config(tiny_checkpoint, max_num_batched_tokens=64, max_num_scheduled_tokens=31)
-
-
-def test_long_prefill_token_threshold_is_switched_off_with_a_warning(
-    tiny_checkpoint: Path, warnings_of_serving: list[str]
-):
-    config = engine_config(tiny_checkpoint, long_prefill_token_threshold=20)
-    assert config.scheduler_config.long_prefill_token_threshold == 0
-    (warning,) = warnings_of_serving
-    assert "long_prefill_token_threshold=20" in warning
-    assert "cut canvases" in warning
-
-
-def test_a_scheduler_named_by_the_user_stays_with_a_warning(
-    tiny_checkpoint: Path, warnings_of_serving: list[str]
-):
-    stock = "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler"
-    config = engine_config(tiny_checkpoint, scheduler_cls=stock)
-    assert config.scheduler_config.scheduler_cls == stock
-    (warning,) = warnings_of_serving
-    assert stock in warning
-    assert "WholeCanvasMixin" in warning
-
-
-def test_a_plain_configuration_warns_of_nothing(
-    tiny_checkpoint: Path, warnings_of_serving: list[str]
-):
-    config = engine_config(tiny_checkpoint)
-    assert config.scheduler_config.scheduler_cls == serving.SCHEDULER
-    assert not warnings_of_serving
-
-
-@pytest.mark.parametrize(
-    ("options", "served"),
-    [
-        ({"max_num_batched_tokens": 2048}, 64),
-        ({"max_num_batched_tokens": 100}, 3),
-        ({"max_num_batched_tokens": 2048, "max_num_seqs": 5}, 5),
-        ({"max_num_batched_tokens": 40, "max_num_seqs": 20}, 20),
-    ],
-)
-def test_requests_at_once_are_as_many_as_fit_a_step_unless_asked_for_less(
-    tiny_checkpoint: Path, options: dict[str, int], served: int
-):
-    config = engine_config(tiny_checkpoint, **options)
-    assert config.scheduler_config.max_num_seqs == served
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_scheduler_follows_async_scheduling(config: VllmConfig, asynchronous: bool):
-    changed = copy.copy(config)
-    changed.scheduler_config = copy.copy(config.scheduler_config)
-    changed.scheduler_config.async_scheduling = asynchronous
-    expected = AsyncCanvasScheduler if asynchronous else CanvasScheduler
-    with patch.object(expected, "__init__", return_value=None) as made:
-        assert type(canvas_scheduler(changed, log_stats=True)) is expected
-    made.assert_called_once_with(vllm_config=changed, log_stats=True)
 
 
 # ---- ends ----

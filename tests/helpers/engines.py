@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm import LLM
+    from vllm.config import VllmConfig
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -34,6 +35,19 @@ SERVER_OPTIONS = tuple(
     if name != "disable_log_stats"
 )
 """The same for `vllm serve`, whose counters are on anyway."""
+
+
+def engine_config(checkpoint: Path, **options: Any) -> VllmConfig:
+    """What `LLM` or `vllm serve` would hand to the engine, which is not started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "limit_mm_per_prompt": {"image": 0, "video": 0},
+    }
+    return EngineArgs(str(checkpoint), **(defaults | options)).create_engine_config()
 
 
 class EnginePool:

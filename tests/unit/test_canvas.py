@@ -27,13 +27,14 @@ CONSTANTS = RuleConstants(
 STATE = ("tokens", "argmax", "history", "soft_embedding", "step", "causal", "seed", "max_steps")
 
 
-def make_pool(constants: RuleConstants = CONSTANTS) -> CanvasPool:
+def make_pool(constants: RuleConstants = CONSTANTS, remembered: int | None = None) -> CanvasPool:
     return CanvasPool(
         num_slots=SLOTS,
         canvas_length=LENGTH,
         hidden_size=HIDDEN,
         vocab_size=VOCAB,
         constants=constants,
+        remembered=remembered,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -134,6 +135,14 @@ def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> No
         }
         assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
         assert int(pool.stability[0]) == rule.stability_threshold
+
+
+def test_a_pool_remembers_more_steps_than_its_own_rule_asks_for() -> None:
+    pool = make_pool(CONSTANTS, remembered=4)
+    assert pool.history.shape == (SLOTS, 4, LENGTH)
+    assert pool.stability.tolist() == [CONSTANTS.stability_threshold] * SLOTS
+    pool.admit(0, seed=1, constants=replace(CONSTANTS, stability_threshold=4))
+    assert int(pool.stability[0]) == 4
 
 
 def test_begin_draws_the_initial_canvas_of_the_slots_seed_and_position() -> None:

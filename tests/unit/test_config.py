@@ -1,15 +1,19 @@
-"""The decoding rule's constants: read from the checkpoint, never guessed, one error for all."""
+"""The decoding rule's constants: who wins, none of them guessed, one error for all."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from vllm_diffusion.config import SAMPLER_CLASS, rule_constants
-from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.records import RuleConstants
+from vllm_diffusion.config import SAMPLER_CLASS, describe, served_rules
+from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
+from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.params import DiffusionParams, requested_rule
+from vllm_diffusion.records import RuleConstants, ServedRules
 
 RELEASED: dict[str, Any] = {
     "max_denoising_steps": 48,
@@ -21,6 +25,15 @@ RELEASED: dict[str, Any] = {
     "eos_token_id": [1, 106],
 }
 
+PUBLISHED = RuleConstants(
+    max_steps=48,
+    t_min=0.4,
+    t_max=0.8,
+    entropy_bound=0.1,
+    confidence_threshold=0.005,
+    stability_threshold=1,
+)
+
 
 def changed(**values: object) -> dict[str, Any]:
     """The released constants with some replaced; None leaves one out."""
@@ -30,23 +43,30 @@ def changed(**values: object) -> dict[str, Any]:
 
 def message_of(generation: dict[str, Any]) -> str:
     with pytest.raises(CheckpointError) as caught:
-        rule_constants(generation, source="generation config of /models/tiny")
+        served_rules(generation, source="generation config of /models/tiny")
+    return str(caught.value)
+
+
+def rules_of(generation: dict[str, Any] = RELEASED, **options: Any) -> ServedRules:
+    return served_rules(generation, source="x", **options)[0]
+
+
+def refusal_of(**options: Any) -> str:
+    """What is said of options on top of the released checkpoint."""
+    with pytest.raises(ConfigError) as caught:
+        served_rules(RELEASED, source="x", **options)
     return str(caught.value)
 
 
 def test_the_released_constants_are_read_as_they_stand():
-    assert rule_constants(RELEASED, source="x") == RuleConstants(
-        max_steps=48,
-        t_min=0.4,
-        t_max=0.8,
-        entropy_bound=0.1,
-        confidence_threshold=0.005,
-        stability_threshold=1,
-    )
+    rules, origins = served_rules(RELEASED, source="x")
+    assert rules.default == PUBLISHED
+    assert rules.presets[REFERENCE] == PUBLISHED
+    assert origins == {}
 
 
 def test_an_integer_serves_as_a_number():
-    assert rule_constants(changed(t_min=0, t_max=1), source="x").t_max == 1
+    assert rules_of(changed(t_min=0, t_max=1)).default.t_max == 1
 
 
 @pytest.mark.parametrize(
@@ -105,6 +125,8 @@ def test_an_unknown_sampler_class_is_refused_with_what_was_found(sampler: object
         ("t_max", [0.8], "t_max must be a finite number, got [0.8]"),
         ("stability_threshold", -1, "stability_threshold must be at least 0, got -1"),
         ("stability_threshold", 0.5, "stability_threshold must be an integer, got 0.5"),
+        ("t_max", 10**400, "t_max must be a finite number of at most 1e+06, got 1000"),
+        ("max_denoising_steps", 2**63, "max_denoising_steps must be an integer of at most 1024"),
         ("confidence_threshold", -1, "confidence_threshold must be at least 0.0, got -1"),
     ],
 )
@@ -127,3 +149,181 @@ def test_temperatures_in_the_wrong_order_are_refused():
 def test_a_temperature_of_zero_everywhere_is_refused():
     # Every logit is divided by it.
     assert "t_max must be" in message_of(changed(t_min=0.0, t_max=0.0))
+
+
+# ---- precedence ----
+
+# Every place that can name the step limit, the weakest first, with the value that it names.
+PLACES = {
+    "generation_config.json": 48,
+    "override_generation_config": 47,
+    "diffusion_config": 46,
+    "preset of additional_config": 45,
+    "additional_config": 44,
+    "preset of the request": 43,
+    "option of the request": 42,
+}
+OPTIONAL = list(PLACES)[1:]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        [OPTIONAL[at] for at in chosen]
+        for size in range(len(OPTIONAL) + 1)
+        for chosen in itertools.combinations(range(len(OPTIONAL)), size)
+    ],
+    ids=lambda named: "+".join(named) or "nothing",
+)
+def test_of_all_that_name_a_constant_the_strongest_wins(
+    named: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(PRESETS, "served", {"max_steps": PLACES["preset of additional_config"]})
+    monkeypatch.setitem(PRESETS, "asked", {"max_steps": PLACES["preset of the request"]})
+    additional = {}
+    if "preset of additional_config" in named:
+        additional["preset"] = "served"
+    if "additional_config" in named:
+        additional["max_steps"] = PLACES["additional_config"]
+    override = {"max_denoising_steps": PLACES["override_generation_config"]}
+    limit = PLACES["diffusion_config"]
+    rules, origins = served_rules(
+        RELEASED,
+        source="x",
+        override=override if "override_generation_config" in named else {},
+        max_denoising_steps=limit if "diffusion_config" in named else None,
+        additional=additional or None,
+    )
+    asked = DiffusionParams(
+        preset="asked" if "preset of the request" in named else None,
+        max_steps=PLACES["option of the request"] if "option of the request" in named else None,
+    )
+    winner = max(("generation_config.json", *named), key=list(PLACES).index)
+    assert requested_rule(asked, rules) == replace(PUBLISHED, max_steps=PLACES[winner])
+    # The log names who changed the default rule, whatever a request asks for.
+    *_, last = (None, *(place for place in named if "request" not in place))
+    last = "preset served" if last == "preset of additional_config" else last
+    assert origins == ({"max_steps": last} if last else {})
+
+
+def test_the_preset_of_a_request_stands_in_for_the_engines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(PRESETS, "served", {"t_max": 0.7, "max_steps": 9})
+    monkeypatch.setitem(PRESETS, "asked", {"max_steps": 5})
+    rules = rules_of(additional={"preset": "served", "entropy_bound": 0.2})
+    assert rules.default == replace(PUBLISHED, t_max=0.7, max_steps=9, entropy_bound=0.2)
+    # Nothing of the engine's preset is left; what the engine names itself is.
+    asked = requested_rule(DiffusionParams(preset="asked"), rules)
+    assert asked == replace(PUBLISHED, max_steps=5, entropy_bound=0.2)
+
+
+def test_reference_is_the_published_rule_whatever_the_engine_gives_by_default():
+    rules = rules_of(
+        override={"t_max": 0.9},
+        max_denoising_steps=24,
+        additional={"preset": "fast", "t_max": 0.7, "stability_threshold": 3},
+    )
+    published = replace(PUBLISHED, t_max=0.9, max_steps=24)
+    assert requested_rule(DiffusionParams(preset=REFERENCE), rules) == published
+    assert rules.default != published
+    again = rules_of(additional={"preset": REFERENCE})
+    assert again.default == PUBLISHED
+
+
+def test_an_overridden_sampler_keeps_what_it_does_not_name():
+    override = {"sampler_config": {"entropy_bound": 0.3}}
+    rules, origins = served_rules(RELEASED, source="x", override=override)
+    assert rules.default == replace(PUBLISHED, entropy_bound=0.3)
+    assert origins == {"entropy_bound": "override_generation_config"}
+
+
+def test_overrides_that_are_no_constants_change_nothing():
+    override = {"temperature": 0.3, "max_new_tokens": None}
+    assert served_rules(RELEASED, source="x", override=override) == (rules_of(), {})
+
+
+def test_overrides_make_up_for_what_a_checkpoint_lacks():
+    override = {"t_min": 0.4, "sampler_config": RELEASED["sampler_config"]}
+    bare = changed(t_min=None, sampler_config=None, max_denoising_steps=None)
+    assert rules_of(bare, override=override, max_denoising_steps=48).default == PUBLISHED
+
+
+def test_the_engine_remembers_enough_for_every_rule_that_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert rules_of().longest_stability == 1
+    assert rules_of(additional={"stability_threshold": 4}).longest_stability == 4
+    # The checkpoint's own number stays in reach.
+    assert rules_of(additional={"stability_threshold": 0}).longest_stability == 1
+    monkeypatch.setitem(PRESETS, "patient", {"stability_threshold": 3})
+    assert rules_of().longest_stability == 3
+
+
+def test_a_rule_is_described_with_the_origin_of_what_was_changed():
+    rules, origins = served_rules(
+        RELEASED,
+        source="x",
+        max_denoising_steps=24,
+        override={"t_max": 0.9},
+        additional={"stability_threshold": 2},
+    )
+    assert describe(rules.default, origins) == (
+        "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_generation_config), "
+        "entropy_bound=0.1, confidence_threshold=0.005, stability_threshold=2 (additional_config)"
+    )
+
+
+# ---- options that cannot be served ----
+
+
+@pytest.mark.parametrize(
+    ("additional", "problem"),
+    [
+        ("fast", "additional_config[\"diffusion\"] must be an object, got 'fast'"),
+        ({"preset": "quick"}, f"preset must be one of {', '.join(PRESETS)}, got 'quick'"),
+        ({"preset": None}, f"preset must be one of {', '.join(PRESETS)}, got None"),
+        ({"preset": ["fast"]}, "got ['fast']"),
+        ({"steps": 3}, "has no 'steps'; accepted: preset, max_steps, t_min, t_max"),
+        ({"canvas_length": 32}, "names canvas_length, which --diffusion-config sets"),
+        ({"max_steps": 0}, "max_steps must be a positive integer, got 0"),
+        ({"stability_threshold": 2**40}, "stability_threshold must be at most 1024"),
+        ({"max_steps": True}, "max_steps must be a positive integer, got True"),
+        ({"entropy_bound": "0.1"}, "entropy_bound must be a finite number of at least 0"),
+        ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
+        ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
+    ],
+)
+def test_engine_options_that_make_no_sense(additional: object, problem: str):
+    assert problem in refusal_of(additional=additional)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ({"max_steps": 3}, "names max_steps, which a generation config calls max_denoising_steps"),
+        ({"entropy_bound": 3}, "a generation config calls sampler_config.entropy_bound"),
+        ({"sampler_config": {"bound": 1}}, "sampler_config has no bound; accepted: entropy_bound"),
+    ],
+)
+def test_overrides_that_would_do_nothing(override: dict[str, Any], problem: str):
+    assert problem in refusal_of(override=override)
+
+
+def test_one_message_names_what_is_wrong_in_every_place():
+    with pytest.raises(CheckpointError) as caught:
+        served_rules(
+            changed(t_min=None),
+            source="generation config of /models/tiny",
+            override={"t_max": "hot", "max_steps": 3},
+            max_denoising_steps=0,
+            additional={"preset": "quick", "max_step": 3, "entropy_bound": -1},
+        )
+    for problem in (
+        "t_min is missing",
+        "t_max must be a finite number, got 'hot'",
+        "max_denoising_steps must be at least 1, got 0",
+        "names max_steps",
+        "preset must be one of",
+        "has no 'max_step'",
+        "entropy_bound must be a finite number of at least 0, got -1",
+    ):
+        assert problem in str(caught.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.params import (
     GREEDY_SEED,
@@ -19,7 +20,7 @@ from vllm_diffusion.params import (
     parse_params,
     requested_rule,
 )
-from vllm_diffusion.records import Constraints, RuleConstants
+from vllm_diffusion.records import Constraints, RuleConstants, ServedRules
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ RULE = RuleConstants(
     stability_threshold=2,
 )
 
+FAST = replace(RULE, entropy_bound=0.5, t_max=0.6)
+RULES = ServedRules(default=RULE, presets={"reference": RULE, "fast": FAST})
+
 OPTIONS = (
+    "diffusion_preset, "
     "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained"
@@ -73,7 +78,7 @@ OPTIONS = (
 
 def message_of(sampling: Sampling, canvas_length: int | None = 32) -> str:
     with pytest.raises(ParamsError) as caught:
-        parse_params(sampling, canvas_length=canvas_length, vocab_size=100, rule=RULE)
+        parse_params(sampling, canvas_length=canvas_length, vocab_size=100, rules=RULES)
     return str(caught.value)
 
 
@@ -83,6 +88,7 @@ def test_a_default_request_leaves_every_option_to_the_engine():
 
 def test_options_become_fields():
     extra = {
+        "diffusion_preset": "fast",
         "diffusion_max_steps": 7,
         "diffusion_canvas_length": 3,
         "diffusion_t_min": 0,
@@ -95,9 +101,10 @@ def test_options_become_fields():
         "diffusion_read_only": 1,
         "diffusion_constrained": False,
     }
-    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rule=RULE)
+    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rules=RULES)
     assert parsed == admitted_params(extra)
     assert parsed == DiffusionParams(
+        preset="fast",
         max_steps=7,
         canvas_length=3,
         t_min=0,
@@ -204,6 +211,14 @@ def test_only_finite_numbers_are_thresholds(option: str, value: object):
     assert f"{option} must be a finite number" in message_of(Sampling(extra_args={option: value}))
 
 
+@pytest.mark.parametrize("value", [1e7, 10**30, 10**400, 3.5e38, float("inf")])
+def test_numbers_that_fp32_cannot_hold_are_no_thresholds(value: float):
+    # They would end the engine: a tensor cannot be filled with them.
+    message = message_of(Sampling(extra_args={"diffusion_entropy_bound": value}))
+    assert "diffusion_entropy_bound must be a finite number of at most 1e+06" in message
+    parse_params(Sampling(extra_args={"diffusion_entropy_bound": 1e6}))
+
+
 def test_a_ramp_that_ends_at_zero_may_not_begin_there():
     message = message_of(Sampling(extra_args={"diffusion_t_max": 0.0}))
     assert "diffusion_t_max must be a finite number above 0, got 0.0" in message
@@ -215,6 +230,10 @@ def test_a_ramp_that_ends_at_zero_may_not_begin_there():
         ({"diffusion_stability_threshold": 3}, "at most the served 2, got 3"),
         ({"diffusion_stability_threshold": -1}, "an integer of at least 0, got -1"),
         ({"diffusion_t_min": 0.9}, "diffusion_t_max (0.8) must not be below diffusion_t_min (0.9)"),
+        ({"diffusion_preset": "fast", "diffusion_t_min": 0.7}, "diffusion_t_max (0.6) must not be"),
+        ({"diffusion_preset": "quick"}, f"one of {', '.join(PRESETS)}, got 'quick'"),
+        ({"diffusion_preset": 1}, "got 1"),
+        ({"diffusion_preset": ["fast"]}, "got ['fast']"),
         ({"diffusion_t_max": 0.3}, "diffusion_t_max (0.3) must not be below diffusion_t_min (0.4)"),
         ({"diffusion_seed_canvas": [1] * 31}, "exactly 32 ids, got 31"),
         ({"diffusion_seed_canvas": [1], "diffusion_canvas_length": 2}, "exactly 2 ids, got 1"),
@@ -247,7 +266,7 @@ def test_a_read_is_one_canvas_long_whatever_max_tokens_says():
         "diffusion_pinned": [31],
         "diffusion_read_only": True,
     }
-    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rule=RULE)
+    parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rules=RULES)
     assert parsed.pinned == (31,)
 
 
@@ -268,11 +287,11 @@ def test_wishes_that_exclude_each_other():
 
 
 def test_the_requested_rule_is_the_served_one_but_for_what_is_named():
-    assert requested_rule(DiffusionParams(), RULE) == RULE
+    assert requested_rule(DiffusionParams(), RULES) == RULE
     named = DiffusionParams(max_steps=3, t_min=0.0, stability_threshold=0)
-    assert requested_rule(named, RULE) == replace(
-        RULE, max_steps=3, t_min=0.0, stability_threshold=0
-    )
+    changes = {"max_steps": 3, "t_min": 0.0, "stability_threshold": 0}
+    assert requested_rule(named, RULES) == replace(RULE, **changes)
+    assert requested_rule(replace(named, preset="fast"), RULES) == replace(FAST, **changes)
 
 
 def test_a_default_request_changes_nothing_in_its_distribution():

@@ -17,6 +17,7 @@ RECORDS = [
     records.Decision,
     records.Emission,
     records.RuleConstants,
+    records.ServedRules,
     records.BadWords,
     records.Constraints,
     records.Penalties,

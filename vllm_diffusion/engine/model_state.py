@@ -28,9 +28,9 @@ from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
-from vllm_diffusion.engine.serving import served_rule
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
+from vllm_diffusion.records import ServedRules
 from vllm_diffusion.trace.record import Recorder, trace_folder
 
 if TYPE_CHECKING:
@@ -63,12 +63,14 @@ class CanvasModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         text_config = self.model_config.hf_text_config
+        self.rules = ServedRules.from_dict(self.model_config.hf_config.denoising_rules)
         self.pool = CanvasPool(
             num_slots=self.max_num_reqs,
             canvas_length=vllm_config.diffusion_config.canvas_length,
             hidden_size=text_config.hidden_size,
             vocab_size=self.model_config.get_vocab_size(),
-            constants=served_rule(vllm_config),
+            constants=self.rules.default,
+            remembered=self.rules.longest_stability,
             dtype=self.dtype,
             device=device,
         )
@@ -145,7 +147,7 @@ class CanvasModelState(ModelState):
         self.pool.admit(
             req_index,
             seed=request_seed(noise_seed(sampling), new_req_data.req_id),
-            constants=requested_rule(params, self.pool.constants),
+            constants=requested_rule(params, self.rules),
         )
         asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)

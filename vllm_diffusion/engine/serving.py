@@ -17,7 +17,7 @@ from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusi
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
-from vllm_diffusion.config import rule_constants
+from vllm_diffusion.config import describe, served_rules
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
@@ -26,27 +26,24 @@ from vllm_diffusion.upstream.patches import SERVING_PATCHES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_diffusion.records import RuleConstants
+    from vllm_diffusion.records import ServedRules
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_diffusion.engine.scheduler.canvas_scheduler"
 
 
-def served_rule(vllm_config: VllmConfig) -> RuleConstants:
-    """The decoding rule of this engine: --diffusion-config, then overrides, then the checkpoint.
-
-    Raises:
-        CheckpointError: the constants are missing or make no sense.
-    """
-    model_config = vllm_config.model_config
-    generation = dict(model_config.try_get_generation_config())
-    generation.update(model_config.override_generation_config)
-    diffusion = vllm_config.diffusion_config
-    if diffusion is not None and diffusion.max_denoising_steps is not None:
-        generation["max_denoising_steps"] = diffusion.max_denoising_steps
-    source = f"generation config {model_config.generation_config!r} of {model_config.model}"
-    return rule_constants(generation, source=source)
+def rules_of(vllm_config: VllmConfig) -> tuple[ServedRules, dict[str, str]]:
+    """The decoding rules of this engine and who changed them, see ``config.served_rules``."""
+    model_config, additional = vllm_config.model_config, vllm_config.additional_config
+    return served_rules(
+        model_config.try_get_generation_config(),
+        source=f"generation config {model_config.generation_config!r} of {model_config.model}",
+        override=model_config.override_generation_config,
+        max_denoising_steps=vllm_config.diffusion_config.max_denoising_steps,
+        # Another platform may put an object of its own there.
+        additional=additional.get("diffusion") if isinstance(additional, dict) else None,
+    )
 
 
 class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
@@ -57,24 +54,28 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         """Set or refuse what a canvas cannot be served with.
 
         Raises:
-            ConfigError: a setting that would change or break the output, or a folder for traces
-                that cannot be written to.
+            ConfigError: a setting that would change or break the output, options of ours that make
+                no sense, or a folder for traces that cannot be written to.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
         scheduler = vllm_config.scheduler_config
         asked_seqs = scheduler.max_num_seqs
         super().verify_and_update_config(vllm_config)
-        canvas = vllm_config.diffusion_config.canvas_length
-        # Requests are checked where only the model's config is at hand: one width and one rule for
-        # all. The rule as a dict, since a config is written as JSON.
+        diffusion = vllm_config.diffusion_config
+        if diffusion.canvas_length is None:
+            # vLLM takes the checkpoint's width only where there is no --diffusion-config at all.
+            diffusion.canvas_length = vllm_config.model_config.hf_config.canvas_length
+        canvas = diffusion.canvas_length
+        # Requests are checked where only the model's config is at hand: one width and the rules
+        # for all. Rules as a dict, since a config is written as JSON.
         vllm_config.model_config.hf_config.canvas_length = canvas
 
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
-        rule = served_rule(vllm_config)
+        rules, origins = rules_of(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
             logger.info("Every request is recorded in %s.", folder)
-        vllm_config.model_config.hf_config.denoising_rule = asdict(rule)
+        vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
@@ -96,12 +97,12 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             # An image attends to itself in both directions, so all of it must run in one step.
             scheduler.disable_chunked_mm_input = True
         logger.info(
-            "vllm-diffusion %s serves %s: canvas of %d, %s, patches %s; "
+            "vllm-diffusion %s serves %s: canvas of %d, %s; patches %s; "
             "VLLM_DIFFUSION=0 turns it off",
             __version__,
             vllm_config.model_config.architecture,
             canvas,
-            rule,
+            describe(rules.default, origins),
             ", ".join(ledger.active()),
         )
 

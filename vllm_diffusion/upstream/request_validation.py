@@ -28,7 +28,7 @@ def check_requests_ourselves() -> None:
 
     # Here, since the table of patches is read where neither vLLM nor torch is wanted.
     from vllm_diffusion.params import parse_params
-    from vllm_diffusion.records import RuleConstants
+    from vllm_diffusion.records import ServedRules
 
     original = SamplingParams._validate_diffusion
 
@@ -41,7 +41,7 @@ def check_requests_ourselves() -> None:
                 self,
                 canvas_length=model_config.hf_config.canvas_length,
                 vocab_size=model_config.get_vocab_size(),
-                rule=RuleConstants(**model_config.hf_config.denoising_rule),
+                rules=ServedRules.from_dict(model_config.hf_config.denoising_rules),
             )
         except ParamsError as error:
             raise VLLMValidationError(str(error)) from error

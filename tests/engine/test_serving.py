@@ -1,0 +1,238 @@
+"""What serving asks of vLLM's configuration and makes of a user's options; no engine runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import pytest
+from helpers.engines import engine_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.engine import serving
+from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
+from vllm_diffusion.records import RuleConstants, ServedRules
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path) -> VllmConfig:
+    return engine_config(tiny_checkpoint)
+
+
+# ---- scheduling ----
+
+
+@pytest.fixture
+def warnings_of_serving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `engine.serving` warns of, whatever levels and handlers vLLM gives its loggers."""
+    messages: list[str] = []
+    monkeypatch.setattr(serving.logger, "warning", lambda text, *of: messages.append(text % of))
+    return messages
+
+
+def test_a_budget_below_one_canvas_is_refused_with_the_way_out(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 31") as caught:
+        engine_config(tiny_checkpoint, max_num_batched_tokens=31, max_num_seqs=1)
+    assert "at least one canvas of 32 tokens" in str(caught.value)
+    assert "raise it to 32 or more" in str(caught.value)
+
+
+def test_a_budget_of_one_canvas_is_served(tiny_checkpoint: Path):
+    config = engine_config(tiny_checkpoint, max_num_batched_tokens=32, max_num_seqs=1)
+    assert config.scheduler_config.max_num_batched_tokens == 32
+
+
+def test_a_step_limit_below_one_canvas_is_refused_too(tiny_checkpoint: Path):
+    # The scheduler obeys it instead of max_num_batched_tokens: no canvas would ever run.
+    with pytest.raises(ValueError, match="max_num_scheduled_tokens is 31"):
+        engine_config(tiny_checkpoint, max_num_batched_tokens=64, max_num_scheduled_tokens=31)
+
+
+def test_long_prefill_token_threshold_is_switched_off_with_a_warning(
+    tiny_checkpoint: Path, warnings_of_serving: list[str]
+):
+    config = engine_config(tiny_checkpoint, long_prefill_token_threshold=20)
+    assert config.scheduler_config.long_prefill_token_threshold == 0
+    (warning,) = warnings_of_serving
+    assert "long_prefill_token_threshold=20" in warning
+    assert "cut canvases" in warning
+
+
+def test_a_scheduler_named_by_the_user_stays_with_a_warning(
+    tiny_checkpoint: Path, warnings_of_serving: list[str]
+):
+    stock = "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler"
+    config = engine_config(tiny_checkpoint, scheduler_cls=stock)
+    assert config.scheduler_config.scheduler_cls == stock
+    (warning,) = warnings_of_serving
+    assert stock in warning
+    assert "WholeCanvasMixin" in warning
+
+
+def test_a_plain_configuration_warns_of_nothing(
+    tiny_checkpoint: Path, warnings_of_serving: list[str]
+):
+    config = engine_config(tiny_checkpoint)
+    assert config.scheduler_config.scheduler_cls == serving.SCHEDULER
+    assert not warnings_of_serving
+
+
+@pytest.mark.parametrize(
+    ("options", "served"),
+    [
+        ({"max_num_batched_tokens": 2048}, 64),
+        ({"max_num_batched_tokens": 100}, 3),
+        ({"max_num_batched_tokens": 2048, "max_num_seqs": 5}, 5),
+        ({"max_num_batched_tokens": 40, "max_num_seqs": 20}, 20),
+    ],
+)
+def test_requests_at_once_are_as_many_as_fit_a_step_unless_asked_for_less(
+    tiny_checkpoint: Path, options: dict[str, int], served: int
+):
+    config = engine_config(tiny_checkpoint, **options)
+    assert config.scheduler_config.max_num_seqs == served
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_scheduler_follows_async_scheduling(config: VllmConfig, asynchronous: bool):
+    changed = copy.copy(config)
+    changed.scheduler_config = copy.copy(config.scheduler_config)
+    changed.scheduler_config.async_scheduling = asynchronous
+    expected = AsyncCanvasScheduler if asynchronous else CanvasScheduler
+    with patch.object(expected, "__init__", return_value=None) as made:
+        assert type(canvas_scheduler(changed, log_stats=True)) is expected
+    made.assert_called_once_with(vllm_config=changed, log_stats=True)
+
+
+# ---- options of the rule ----
+
+
+@pytest.fixture
+def said_by_serving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of `engine.serving` about what is served."""
+    messages: list[str] = []
+    monkeypatch.setattr(serving.logger, "info", lambda text, *of: messages.append(text % of))
+    return messages
+
+
+def parsed(*arguments: str) -> VllmConfig:
+    """The configuration of `vllm serve` with these arguments."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    common = ("--max-model-len", "512", "--enforce-eager")
+    return EngineArgs.from_cli_args(parser.parse_args([*arguments, *common])).create_engine_config()
+
+
+def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
+    tiny_checkpoint: Path, said_by_serving: list[str]
+):
+    config = parsed(
+        "--model",
+        str(tiny_checkpoint),
+        "--additional-config",
+        '{"diffusion": {"preset": "fast", "stability_threshold": 2}, "of_another_plugin": 1}',
+        "--diffusion-config",
+        '{"max_denoising_steps": 24}',
+        "--override-generation-config",
+        '{"t_max": 0.9, "sampler_config": {"entropy_bound": 0.7}}',
+    )
+    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    published = RuleConstants(
+        max_steps=24,
+        t_min=0.4,
+        t_max=0.9,
+        entropy_bound=0.7,
+        confidence_threshold=0.005,
+        stability_threshold=1,
+    )
+    assert rules.presets["reference"] == published
+    assert rules.default == replace(published, **PRESETS["fast"], stability_threshold=2)
+    (line,) = said_by_serving
+    assert "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_gen" in line
+    assert f"entropy_bound={rules.default.entropy_bound} (preset fast)" in line
+    assert "stability_threshold=2 (additional_config)" in line
+
+
+def test_a_plain_configuration_serves_the_checkpoints_rule(
+    config: VllmConfig, tiny_checkpoint: Path, said_by_serving: list[str]
+):
+    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    assert rules.default == rules.presets["reference"]
+    engine_config(tiny_checkpoint)
+    (line,) = said_by_serving
+    assert "t_max=0.8, entropy_bound=0.1, confidence_threshold=0.005" in line
+    assert "_config)" not in line
+
+
+def test_a_diffusion_config_may_leave_the_width_to_the_checkpoint(tiny_checkpoint: Path):
+    config = engine_config(tiny_checkpoint, diffusion_config={"max_denoising_steps": 24})
+    assert config.diffusion_config.canvas_length == 32
+    assert config.num_speculative_tokens == 32
+    assert config.model_config.hf_config.canvas_length == 32
+
+
+def test_options_that_make_no_sense_are_refused_in_one_message(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="options cannot be served") as caught:
+        engine_config(
+            tiny_checkpoint,
+            additional_config={"diffusion": {"preset": "quick", "steps": 4, "t_min": 0.95}},
+            override_generation_config={"max_steps": 4},
+        )
+    for problem in ("got 'quick'", "has no 'steps'", "t_max (0.8) must not be below", "max_steps"):
+        assert problem in str(caught.value)
+
+
+def test_a_step_limit_of_zero_is_refused(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="max_denoising_steps must be at least 1, got 0"):
+        engine_config(tiny_checkpoint, diffusion_config={"max_denoising_steps": 0})
+
+
+# ---- sampling parameters that an author recommends ----
+
+
+@pytest.fixture(scope="module")
+def recommending(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose generation config names sampling parameters too."""
+    copied = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("author") / "checkpoint")
+    file = copied / "generation_config.json"
+    wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "do_sample": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | wanted))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0.5, 0.9, 7)),
+        ({"override_generation_config": {"temperature": 0.2}}, (0.2, 0.9, 7)),
+        ({"generation_config": "vllm"}, (1.0, 1.0, 0)),
+    ],
+    ids=["auto", "overridden", "vllm"],
+)
+def test_an_authors_sampling_parameters_are_a_chats_defaults(
+    recommending: Path, options: dict[str, Any], expected: tuple[float, float, int]
+):
+    config = engine_config(recommending, **options).model_config
+    # The rule's constants are the checkpoint's whatever the defaults of sampling are.
+    assert config.hf_config.denoising_rules["default"]["t_max"] == 0.8
+    defaults = config.get_diff_sampling_param()
+    assert "max_tokens" not in defaults, "the checkpoint's 256 would cut every answer"
+    plain = ChatCompletionRequest(messages=[{"role": "user", "content": "hello"}])
+    sampling = plain.to_sampling_params(64, defaults)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == expected
+    asked = ChatCompletionRequest(messages=plain.messages, temperature=0.9, top_p=1, top_k=0)
+    sampling = asked.to_sampling_params(64, defaults)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 1.0, 0)

@@ -1,0 +1,24 @@
+"""Presets: rules with a name, as data.
+
+A preset sets the constants that it names and leaves the others to what it is laid over, see
+``config``. To add one, add a row, judge it on hard items and keep it only if it pays there:
+
+    benchmarks/quality.py --preset reference --preset NAME --sizes hard
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REFERENCE: Final = "reference"
+"""The constants as published, all of them; what a request gets where nobody asks for another."""
+
+PRESETS: Final[dict[str, Mapping[str, Any]]] = {
+    REFERENCE: {},
+    "fast": {"confidence_threshold": 0.02},
+    "careful": {"entropy_bound": 0.03},
+}
+"""Name -> fields of ``RuleConstants`` and their values."""
