@@ -32,7 +32,7 @@ def main() -> None:
     show("sudoku", ask(llm, "sudoku 0431/0024/0243/4002", diffusion_template=row))
 
     # What follows is given; the answer is what belongs before it.
-    before = ask(llm, person, max_tokens=8, diffusion_suffix=',"city":"Madrid","job":"clerk"}]')
+    before = ask(llm, person, max_tokens=9, diffusion_suffix=',"city":"Madrid","job":"clerk"}]')
     show("suffix", before)
 
     # A draft, three tenths of it noise.
