@@ -15,7 +15,14 @@ import torch
 
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.denoise.rng import split_seed
-from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission, RuleConstants
+from vllm_diffusion.records import (
+    CanvasBatch,
+    CanvasStats,
+    Commit,
+    Decision,
+    Emission,
+    RuleConstants,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +33,13 @@ class CanvasPool:
 
     Attributes (S slots, L canvas length, K steps remembered, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
-        argmax: [S, L] int64, the model's best guess after the last step; what is committed.
+        argmax: [S, L] int64, the model's best guess after the last step.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
-        step: [S] int64, denoising steps taken on the current canvas.
+        step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
+        first_step: [S] int64, where it began: above 0 if it began from a draft.
+        count: [S] int64, tokens a finished canvas commits; rows: [S, L] int64, the row that each of
+            them comes from. Both are read between its last step and its commit alone.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
         seed: [S, 2] int64, words of the request seed.
         max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
@@ -68,6 +78,9 @@ class CanvasPool:
             num_slots, canvas_length, hidden_size, dtype=dtype, device=device
         )
         self.step = integers()
+        self.first_step = integers()
+        self.count = integers()
+        self.rows = integers(canvas_length)
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.seed = integers(2)
         self.max_steps = integers()
@@ -100,6 +113,7 @@ class CanvasPool:
         self.entropy_bound[slot].fill_(rule.entropy_bound)
         self.confidence_threshold[slot].fill_(rule.confidence_threshold)
         self.step[slot].fill_(0)
+        self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)
 
     def begin(self, slots: Tensor, position: Tensor) -> None:
@@ -113,14 +127,30 @@ class CanvasPool:
         self.history[slots] = -1
         self.soft_embedding[slots] = 0
         self.step[slots] = 0
+        self.first_step[slots] = 0
         self.causal[slots] = False
+
+    def begin_from(self, slots: Tensor, begun: Tensor, tokens: Tensor, step: Tensor) -> None:
+        """Let canvases that have just begun start from given tokens and within their schedule.
+
+        Args:
+            slots: [B] int64.
+            begun: [B] bool, those that have just begun; nothing else changes.
+            tokens: [B, L] int64, -1 keeps the noise.
+            step: [B] int64, below ``max_steps``.
+        """
+        given = begun[:, None] & (tokens >= 0)
+        self.tokens[slots] = torch.where(given, tokens, self.tokens[slots])
+        self.step[slots] = torch.where(begun, step, self.step[slots])
+        self.first_step[slots] = torch.where(begun, step, self.first_step[slots])
 
     def apply(self, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
         """Move every canvas of the batch one step on.
 
-        A denoising slot takes the decision and, when finished, turns causal with its argmax as the
-        next input. A committing slot emits that argmax and begins the next canvas behind it. Both
-        are computed for every row and selected, so the host never waits.
+        A denoising slot takes the decision and, when finished, turns causal with what it commits
+        as the next input: its argmax, or what the decision says. A committing slot emits that and
+        begins the next canvas behind it. Both are computed for every row and selected, so the host
+        never waits.
         """
         slots = batch.slots
         committing = self.causal[slots]
@@ -128,19 +158,21 @@ class CanvasPool:
         finished = decision.finished & ~committing
 
         emission = Emission(
-            tokens=self.argmax[slots],
-            count=torch.where(committing, batch.width, 0),
-            steps=torch.where(committing, self.step[slots], 0),
+            tokens=self.tokens[slots],
+            count=torch.where(committing, self.count[slots], 0),
+            steps=torch.where(committing, self.step[slots] - self.first_step[slots], 0),
         )
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
         tokens = decision.next_tokens
         # Most steps commit nothing. Only where state lives on the host is it free to look.
         if committing.device.type != "cpu" or committing.any():
-            behind = batch.position + batch.width[:, None]
+            behind = batch.position + emission.count[:, None]
             next_canvas = initial_canvas(self.seed[slots], behind, self.vocab_size)
             tokens = torch.where(row_committing, next_canvas, tokens)
-        self.tokens[slots] = torch.where(finished[:, None], argmax, tokens)
+        commit = decision.commit or self._whole(batch, argmax)
+        self.tokens[slots] = torch.where(finished[:, None], commit.tokens, tokens)
+        self.count[slots], self.rows[slots] = commit.count, commit.rows
         self.argmax[slots] = argmax
         self._remember(slots, argmax, committing)
 
@@ -151,8 +183,13 @@ class CanvasPool:
             goes_on[:, None, None], stats.soft_embedding, 0
         ).to(self.soft_embedding.dtype)
         self.step[slots] = torch.where(committing, 0, self.step[slots] + 1)
+        self.first_step[slots] = torch.where(committing, 0, self.first_step[slots])
         self.causal[slots] = finished
         return emission
+
+    def _whole(self, batch: CanvasBatch, argmax: Tensor) -> Commit:
+        rows = torch.arange(self.canvas_length, device=argmax.device)
+        return Commit(tokens=argmax, rows=rows.expand_as(argmax), count=batch.width)
 
     def _remember(self, slots: Tensor, argmax: Tensor, committing: Tensor) -> None:
         """Shift the history of the denoising slots by one step, forget that of the committing."""

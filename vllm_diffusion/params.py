@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion import fill
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.records import Constraints, RuleConstants, ServedRules
+from vllm_diffusion.records import Constraints, Holes, RuleConstants, ServedRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +64,12 @@ class DiffusionParams:
     """One canvas is the whole answer. vLLM itself then caps max_tokens and ignores EOS."""
     constrained: bool = False
     """Only ``logprob_token_ids`` may be said."""
+    text: fill.CanvasText | None = None
+    """Text on the canvas, until it is rows: seed canvas, pins and ``holes``."""
+    holes: Holes | None = None
+    """Of a text with holes."""
+    noise_level: float | None = None
+    """Share of noise in the draft or seed canvas; None: the seed canvas as it is."""
 
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
@@ -88,7 +95,8 @@ _NUMBERS: Final = {
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained")
 _OPTIONS: Final = {
-    f"{PREFIX}{field}": field for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES)
+    f"{PREFIX}{field}": field
+    for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES, *fill.OPTIONS)
 }
 
 
@@ -138,7 +146,12 @@ def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
     For the worker, where an exception would end the engine, and where vLLM's own warm-up requests
     arrive with whatever they like.
     """
-    return DiffusionParams(**_options(extra_args or {})[0])
+    extra = extra_args or {}
+    params = DiffusionParams(**_options(extra)[0])
+    if (packed := extra.get(fill.ROWS)) is None:
+        return params
+    rows = fill.Rows.unpacked(packed)
+    return replace(params, seed_canvas=rows.seed_canvas, pinned=rows.pinned, holes=rows.holes)
 
 
 def requested_rule(params: DiffusionParams, served: ServedRules) -> RuleConstants:
@@ -195,12 +208,14 @@ def constraints(
         bad_words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
         seed_canvas=params.seed_canvas,
         pinned=params.pinned,
+        holes=params.holes,
     )
 
 
 def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options among ``extra`` as fields of DiffusionParams, and what is wrong with them."""
     fields: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     problems = []
     for name, value in extra.items():
         if not name.startswith(PREFIX):
@@ -210,10 +225,14 @@ def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"unknown option {name!r}; accepted: {', '.join(_OPTIONS)}")
         elif wrong := malformed(field, value):
             problems.append(f"{name} must be {wrong}, got {reprlib.repr(value)}")
+        elif field in fill.TEXTS:
+            texts[field] = tuple(value) if field == "template" else value
         elif field in _LISTS:
             fields[field] = tuple(value)
         else:
             fields[field] = bool(value) if field in _SWITCHES else value
+    if texts:
+        fields["text"] = fill.CanvasText(**texts)
     return fields, problems
 
 
@@ -224,13 +243,14 @@ def malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever 
         return None if known else f"one of {', '.join(PRESETS)}"
     if field in _COUNTS:
         return _no_count(field, value)
+    if field in fill.OPTIONS:
+        return fill.malformed(field, value)
     if field in _NUMBERS:
         return _no_number(field, value)
     if field in _LISTS:
         integers = isinstance(value, list | tuple) and all(_is_integer(v) for v in value)
-        if integers and min(value, default=0) >= 0 and (value or field != "seed_canvas"):
-            return None
-        return "a list of integers of at least 0"
+        fine = integers and min(value, default=0) >= 0 and (value or field != "seed_canvas")
+        return None if fine else "a list of integers of at least 0"
     # Over HTTP a boolean arrives as 0 or 1.
     return None if isinstance(value, int) and value in {0, 1} else "a boolean (or 0/1)"
 
@@ -307,7 +327,13 @@ def _contradictions(
     params: DiffusionParams,
 ) -> list[str]:
     """Wishes of one request that cannot all come true."""
-    problems = []
+    problems = fill.contradictions(
+        sampling,
+        params.text or fill.CanvasText(),
+        seed_canvas=params.seed_canvas,
+        noise_level=params.noise_level,
+        read_only=params.read_only,
+    )
     bias = sampling.logit_bias or {}
     if wild := {token: value for token, value in bias.items() if not isfinite(value)}:
         problems.append(f"logit_bias must be finite, got {reprlib.repr(wild)}")

@@ -74,6 +74,16 @@ class BadWords:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slack:
+    """Which rows of a batch's finished canvases its output takes, see ``constrain.slack``."""
+
+    shown: Tensor  # [B, L] bool, the output may take it; others are context
+    hole: Tensor  # [B, L] bool, shown and free: its token may be slack
+    pad: Tensor  # [B] int64, the id that is slack in a hole; -1 where none is
+    end: Tensor  # [B] int64, stands behind an output with slack in it; -1 for nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
     """What the requests of a batch change in the logits of R canvas rows.
 
@@ -92,6 +102,7 @@ class Rewrite:
     pinned: Tensor | None = None  # [R] int64, the only id that may stand there; -1 where free
     truncation: Truncation | None = None
     words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
+    slack: Slack | None = None  # for the end of a canvas
 
     def rows(self, index: slice) -> Rewrite:
         """The rewrite of some of the rows; what is told by canvas stays whole."""
@@ -160,21 +171,40 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What canvases that finish commit, if that is not simply all of their argmax."""
+
+    tokens: Tensor  # [B, L] int64, the input of the commit forward
+    rows: Tensor  # [B, L] int64, the row of the canvas that each of the tokens comes from
+    count: Tensor  # [B] int64, how many of them are committed: at least 1, at most the width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What one step makes of a batch of canvases."""
 
     accept: Tensor  # [B, L] bool
     next_tokens: Tensor  # [B, L] int64, input of the next denoising step
     finished: Tensor  # [B] bool
+    commit: Commit | None = None  # of the canvases that finish; None: their argmax, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emission:
     """What a batch of canvases gives the engine after a step."""
 
-    tokens: Tensor  # [B, L] int64, the committed canvas where count > 0
-    count: Tensor  # [B] int64, committed tokens: 0 or the canvas width
+    tokens: Tensor  # [B, L] int64, what is committed in the first ``count`` places
+    count: Tensor  # [B] int64, committed tokens, at most the canvas width; 0 where none
     steps: Tensor  # [B] int64, denoising steps the committed canvas took, 0 where count is 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holes:
+    """A request whose one canvas is a text with holes: what of it is the answer (host side)."""
+
+    shown: int  # rows the answer may take; those behind are context
+    pad: int  # id that fills what a hole has too much; -1 for none
+    end: int  # id that ends an answer which does not take all shown rows; -1 for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +225,10 @@ class Constraints:
     presence: float = 0.0
     early: tuple[tuple[int, int], ...] = ()  # (id, position before which it must not stand)
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of every word
-    seed_canvas: tuple[int, ...] = ()  # input of the first step of the first canvas
+    seed_canvas: tuple[int, ...] = ()  # first input of the canvas at these positions; -1 is noise
     pinned: tuple[int, ...] = ()  # positions that hold the seed canvas's token
+    holes: Holes | None = None  # the pinned positions are a text with holes
+    first_step: int | None = None  # the seed canvas is a draft: its canvases' first step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@
             |  accept          the surest positions keep their sample ...
             |  renoise         ... the others become uniform noise
             |  stop            argmax unchanged and entropy low, or out of steps
+            |                  (what a text with holes has too much is taken out of its canvas)
             v
       Decision ---- observe    whoever wants to watch, see ``trace``
             |  canvas          the pool moves on: next input, history, self-conditioning, phase
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound
 from vllm_diffusion.denoise.renoise import uniform_tokens
@@ -88,6 +90,9 @@ def advance(
     rows = hidden.reshape(num * length, -1)
     stats = head(rows, temperature.repeat_interleave(length), noise, rewrite).reshape(num, length)
     decision = (rule or decide)(pool, batch, stats)
+    if rewrite is not None and rewrite.slack is not None:
+        commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
+        decision = replace(decision, commit=commit)
     if rewrite is not None and rewrite.words is not None:
         stats, decision = without_bad_words(
             pool, batch, stats, decision, rows=rows, head=head, rewrite=rewrite
@@ -138,18 +143,26 @@ def without_bad_words(
         head: asked for other tokens where a canvas ends at its step limit.
         rewrite: of the batch, with words.
     """
-    words = rewrite.words
+    words, commit, slack = rewrite.words, decision.commit, rewrite.slack
     assert words is not None
-    found = (word_ends(words, stats.argmax) & batch.valid).any(dim=1)
+    said, count = (stats.argmax, batch.width) if commit is None else (commit.tokens, commit.count)
+    place = torch.arange(said.shape[1], device=said.device)
+    found = (word_ends(words, said) & (place < count[:, None])).any(dim=1)
     out_of_steps = pool.step[batch.slots] + 1 >= pool.max_steps[batch.slots]
     decision = replace(decision, finished=decision.finished & ~found | out_of_steps)
     broken = (found & out_of_steps & ~pool.causal[batch.slots]).nonzero()[:, 0].tolist()
     if not broken:
         return stats, decision
     length = batch.position.shape[1]
-    argmax = stats.argmax.clone()
+    said = said.clone()
     for canvas in broken:
         here = slice(canvas * length, (canvas + 1) * length)
-        candidates = head.candidates(rows[here], rewrite.rows(here), words.last.shape[1] + 1)
-        argmax[canvas] = repaired(of_canvas(words, canvas), argmax[[canvas]], candidates[None])[0]
-    return replace(stats, argmax=argmax), decision
+        candidates = head.candidates(rows[here], rewrite.rows(here), words.last.shape[1] + 2)
+        if commit is not None and slack is not None:
+            # Slack in place of a word's end would bring its neighbours together.
+            candidates = candidates.masked_fill(candidates == slack.pad[canvas], -1)
+            candidates = candidates[commit.rows[canvas]]
+        said[canvas] = repaired(of_canvas(words, canvas), said[[canvas]], candidates[None])[0]
+    if commit is None:
+        return replace(stats, argmax=said), decision
+    return stats, replace(decision, commit=replace(commit, tokens=said))

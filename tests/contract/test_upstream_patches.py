@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import json
@@ -13,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_diffusion.upstream import cpu_host, cpu_kernels, ledger, torch_companions, versions
+from vllm_diffusion.upstream import (
+    canvas_text,
+    cpu_host,
+    cpu_kernels,
+    ledger,
+    torch_companions,
+    versions,
+)
 from vllm_diffusion.upstream.patches import (
     EARLY_PATCHES,
     PATCHES,
@@ -34,6 +42,16 @@ PARAMETERS = {
     "vllm.platforms.cpu.CpuPlatform.register_triton_kernel_overrides": [],
     "vllm.triton_utils.dispatcher.register_kernels": ["overrides"],
     "vllm.utils.math_utils.next_power_of_2": ["n"],
+    "vllm.renderers.online_renderer.OnlineRenderer.render_completion": [
+        "self",
+        "request",
+        "skip_mm_cache",
+    ],
+    "vllm.sampling_params.SamplingParams.update_from_generation_config": [
+        "self",
+        "generation_config",
+        "eos_token_id",
+    ],
 }
 """Every function of vLLM that is replaced, wrapped or called from here, and what it takes."""
 
@@ -129,6 +147,58 @@ def test_the_methods_checked_before_streaming_take_what_the_check_reads():
     assert "sampling_params" in inspect.signature(resolve(responses)).parameters
     module = inspect.getsource(importlib.import_module(responses.rsplit(".", 2)[0]))
     assert "sampling_params=sampling_params," in module
+
+
+def test_an_input_processor_has_what_text_on_a_canvas_is_written_with():
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    source = inspect.getsource(InputProcessor)
+    for name in ("self.model_config", "self.renderer", "self.generation_config_fields"):
+        assert f"{name} = " in source
+    assert isinstance(InputProcessor.tokenizer, property)
+    made = EngineCoreRequest.__struct_fields__
+    assert {"sampling_params", "prompt_token_ids"} <= set(made)
+    # Bound when an engine starts, so the patch must be in place before.
+    assert "make_async(\n            self.process_inputs," in source
+    engine = inspect.getsource(resolve("vllm.v1.engine.async_llm.AsyncLLM"))
+    assert "self.input_processor = " in engine
+
+
+def suffixed(monkeypatch, *, is_diffusion, **fields):
+    """What becomes of a request with a suffix, by the patched method on a renderer of no format."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    async def preprocess_completion(request, **_):
+        return request
+
+    original = inspect.unwrap(OnlineRenderer.render_completion)
+    monkeypatch.setattr(OnlineRenderer, "render_completion", original)
+    canvas_text.take_suffix()
+    renderer = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(is_diffusion=is_diffusion),
+        renderer=types.SimpleNamespace(render_completion_suffix=lambda *_: None),
+        create_error_response=lambda message, **_: message,
+        preprocess_completion=preprocess_completion,
+    )
+    request = CompletionRequest(prompt="a", **fields)
+    return asyncio.run(OnlineRenderer.render_completion(renderer, request))
+
+
+def test_a_suffix_becomes_an_option_of_a_diffusion_model(monkeypatch):
+    taken = suffixed(monkeypatch, is_diffusion=True, suffix="b", vllm_xargs={"other": 1})
+    assert taken.suffix is None
+    assert taken.vllm_xargs == {"other": 1, canvas_text.SUFFIX: "b"}
+    empty = suffixed(monkeypatch, is_diffusion=True, suffix="", echo=True)
+    assert (empty.suffix, empty.vllm_xargs) == (None, None)
+    refused = suffixed(monkeypatch, is_diffusion=True, suffix="b", echo=True)
+    assert refused == "suffix excludes echo"
+
+
+def test_another_model_keeps_its_answer_to_a_suffix(monkeypatch):
+    refused = suffixed(monkeypatch, is_diffusion=False, suffix="b")
+    assert "only supported for models with FIM" in refused
 
 
 def test_choice_of_runner_is_a_property_that_reads_has_triton():

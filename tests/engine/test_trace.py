@@ -255,6 +255,27 @@ def test_a_rule_set_on_the_running_engine_is_what_is_recorded(
     assert not replay(trace).reproduced
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"diffusion_template": ["the sea", 7, "1 2", 9]},
+        {"diffusion_draft": "the sea is a hill of rain " * 3, "diffusion_noise_level": 0.4},
+    ],
+    ids=["template", "draft"],
+)
+def test_text_on_a_canvas_replays(
+    recording: tuple[LLM, Path], llm: LLM, options: dict[str, Any]
+) -> None:
+    _, folder = recording
+    name = f"text{len(options)}"
+    sampling = {"extra_args": options, "ignore_eos": "diffusion_draft" in options}
+    submit(llm, name, make_prompt(30, 4), 4, logit_bias={0: 9.0}, **sampling)
+    finish(llm)
+    (trace,) = traces(folder, name)
+    assert trace.canvases[0].commit is not None
+    assert replay(trace).reproduced
+
+
 def test_of_several_ranks_the_first_records(
     recording: tuple[LLM, Path], llm: LLM, monkeypatch: pytest.MonkeyPatch
 ):

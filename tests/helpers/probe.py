@@ -33,7 +33,7 @@ class ProbedStep:
     """One pass of a canvas through ``advance``. L is the canvas's width."""
 
     start: int  # absolute position of the first row
-    step: int  # denoising steps taken before this one
+    step: int  # of the schedule
     canvas: Tensor  # [L] int64, input of the forward
     logits: Tensor  # [L, V] fp32
     argmax: Tensor  # [L] int64
@@ -167,7 +167,8 @@ class Probe:
                 pool.step[batch.slots].tolist(),
                 pool.causal[batch.slots].tolist(),
             )
-            self._keep_contexts(pool, batch, before[1], before[2])
+            taken = (pool.step - pool.first_step)[batch.slots].tolist()
+            self._keep_contexts(pool, batch, taken, before[2])
             emission = inner(pool, batch, hidden, head, **hooks)
             stats, decision = self._decided.pop()
             assert self._batch is not None
@@ -179,7 +180,7 @@ class Probe:
                 if before[2][row]:
                     run.commits.append((start, emission.tokens[row, :width].tolist()))
                     continue
-                if before[1][row] == 0:
+                if taken[row] == 0:
                     run.attempts.append([])
                 run.attempts[-1].append(
                     ProbedStep(

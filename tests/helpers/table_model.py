@@ -259,7 +259,11 @@ class Engine:
             valid=torch.arange(LENGTH) < width[:, None],
         )
         rewrite = self.table.rewrite(
-            slots, batch, text=self.text, argmax=self.pool.argmax, step=self.pool.step
+            slots,
+            batch,
+            text=self.text,
+            argmax=self.pool.argmax,
+            step=self.pool.step - self.pool.first_step,
         )
         emission = advance(self.pool, batch, hidden, self.head, rewrite=rewrite)
         for row, slot in enumerate(slots):

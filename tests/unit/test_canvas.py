@@ -11,7 +11,14 @@ from torch import Tensor
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.denoise.rng import split_seed
-from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, RuleConstants
+from vllm_diffusion.records import (
+    CanvasBatch,
+    CanvasStats,
+    Commit,
+    Decision,
+    Emission,
+    RuleConstants,
+)
 
 SLOTS, LENGTH, HIDDEN, VOCAB = 5, 8, 4, 101
 
@@ -24,7 +31,17 @@ CONSTANTS = RuleConstants(
     stability_threshold=2,
 )
 
-STATE = ("tokens", "argmax", "history", "soft_embedding", "step", "causal", "seed", "max_steps")
+STATE = (
+    "tokens",
+    "argmax",
+    "history",
+    "soft_embedding",
+    "step",
+    "first_step",
+    "causal",
+    "seed",
+    "max_steps",
+)
 
 
 def make_pool(constants: RuleConstants = CONSTANTS, remembered: int | None = None) -> CanvasPool:
@@ -305,3 +322,70 @@ def test_soft_embeddings_are_kept_in_the_models_dtype() -> None:
     batch = make_batch([0], [0])
     pool.apply(batch, make_stats(batch, 3), make_decision(batch, 4, False))
     assert pool.soft_embedding.dtype == torch.bfloat16
+
+
+def finish_and_commit(pool: CanvasPool, commit: Commit) -> tuple[CanvasBatch, Emission]:
+    """One step of slots 0 and 1, which finish; then the forward that commits them."""
+    batch = make_batch([0, 1], [0, 10])
+    decision = replace(make_decision(batch, 77, True, True), commit=commit)
+    pool.apply(batch, make_stats(batch, 30), decision)
+    return batch, pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False, False))
+
+
+def test_a_decision_may_commit_a_part_and_the_next_canvas_begins_behind_it() -> None:
+    pool = begun_pool(0, 1)
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
+    commit = Commit(tokens=tokens, rows=tokens % LENGTH, count=torch.tensor([3, LENGTH]))
+    batch, emission = finish_and_commit(pool, commit)
+    assert emission.count.tolist() == [3, LENGTH]
+    assert torch.equal(emission.tokens, tokens)
+    behind = positions(3, 10 + LENGTH)
+    assert torch.equal(pool.tokens[[0, 1]], initial_canvas(pool.seed[[0, 1]], behind, VOCAB))
+    assert bool((pool.argmax[0] == 30).all()), "the guess is the model's, not what was committed"
+    # Nothing of it is left for the canvas that follows.
+    again = make_batch([0, 1], [3, 10 + LENGTH])
+    pool.apply(again, make_stats(batch, 40), make_decision(batch, 0, True, True))
+    emission = pool.apply(again, make_stats(batch, 99), make_decision(batch, 0, False, False))
+    assert emission.count.tolist() == [LENGTH, LENGTH]
+    assert pool.rows[0].tolist() == list(range(LENGTH))
+
+
+def test_what_is_committed_is_the_input_of_the_commit_forward() -> None:
+    pool = begun_pool(0, 1)
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
+    batch = make_batch([0, 1], [0, 10])
+    commit = Commit(tokens=tokens, rows=tokens % LENGTH, count=torch.tensor([3, LENGTH]))
+    decision = replace(make_decision(batch, 77, True, False), commit=commit)
+    pool.apply(batch, make_stats(batch, 30), decision)
+    assert torch.equal(pool.tokens[0], tokens[0])
+    assert bool((pool.tokens[1] == 77).all()), "a canvas that goes on takes no notice"
+
+
+def test_a_canvas_may_begin_from_a_draft_within_its_schedule() -> None:
+    pool = begun_pool(0, 1, 2)
+    noise = pool.tokens.clone()
+    slots, draft = torch.tensor([1, 2]), torch.tensor([[5, -1] * 4, [6] * LENGTH])
+    before = snapshot(pool, 2)
+    pool.begin_from(slots, torch.tensor([True, False]), draft, torch.tensor([4, 5]))
+    assert_unchanged(pool, 2, before)
+    assert pool.tokens[1].tolist() == torch.where(draft[0] >= 0, draft[0], noise[1]).tolist()
+    assert (int(pool.step[1]), int(pool.first_step[1])) == (4, 4)
+    # Steps are counted from there, and the next canvas begins at the first again.
+    batch = make_batch([1], [10])
+    pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True))
+    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False))
+    assert int(emission.steps[0]) == 1
+    assert (int(pool.step[1]), int(pool.first_step[1])) == (0, 0)
+
+
+@pytest.mark.parametrize("leave", ["admit", "begin"])
+def test_a_slot_forgets_the_draft_of_its_last_owner(leave: str) -> None:
+    pool = begun_pool(0)
+    slot = torch.tensor([0])
+    given = torch.full((1, LENGTH), 5)
+    pool.begin_from(slot, torch.tensor([True]), given, torch.tensor([4]))
+    if leave == "admit":
+        pool.admit(0, seed=1)
+    else:
+        pool.begin(slot, positions(0))
+    assert (int(pool.step[0]), int(pool.first_step[0])) == (0, 0)

@@ -34,6 +34,7 @@ class Sampling:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
+    ignore_eos: bool = False
     stop_token_ids: list[int] | None = field(default_factory=list)
     all_stop_token_ids: set[int] = field(default_factory=set)
     eos_token_id: int | None = None
@@ -72,7 +73,8 @@ OPTIONS = (
     "diffusion_preset, "
     "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
-    "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained"
+    "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
+    "diffusion_template, diffusion_suffix, diffusion_draft, diffusion_noise_level"
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
-from vllm_diffusion.records import BadWords, Constraints, Rewrite, Truncation
+from vllm_diffusion.records import BadWords, Constraints, Holes, Rewrite, Slack, Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import CanvasBatch
 
 _NOTHING: Final = Constraints()
+_ALL_SHOWN: Final = Holes(shown=1 << 32, pad=-1, end=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class _Stacked:
     pins: Tensor | None  # [B, L] int64, by position of the output; -1 where free
     penalties: tuple[Tensor, Tensor, Tensor] | None  # repetition, frequency, presence: [B] fp32
     words: tuple[Tensor, Tensor] | None  # ``BadWords`` without the text
+    holes: tuple[Tensor, Tensor, Tensor] | None  # ``Holes``: shown, pad, end: [B] int64
 
 
 class ConstraintTable:
@@ -115,26 +117,39 @@ class ConstraintTable:
         if stacked.pins is not None:
             pinned = by_position(stacked.pins, stacked.prompt_length, batch.position)
             rewrite = replace(rewrite, pinned=pinned.flatten())
+            if stacked.holes is not None:
+                most, pad, end = stacked.holes
+                shown = batch.position < (stacked.prompt_length + most)[:, None]
+                slack = Slack(shown=shown, hole=shown & (pinned < 0), pad=pad, end=end)
+                rewrite = replace(rewrite, slack=slack)
         return rewrite
 
-    def seeded(self, slots: Sequence[int], position: Tensor, tokens: Tensor) -> Tensor:
-        """The first input of canvases: the noise in ``tokens``, or the request's seed canvas.
+    def first_input(self, slots: Sequence[int], position: Tensor) -> tuple[Tensor, Tensor] | None:
+        """How canvases that begin differ from noise at the first step; None if none does.
 
         Args:
             slots: B slots, on the host.
             position: [B, L] int64, absolute.
-            tokens: [B, L] int64, the initial noise.
 
         Returns:
-            [B, L] int64.
+            Their tokens, [B, L] int64, -1 where noise stays; the step they begin at, [B] int64.
         """
         owners = [self._owners.get(slot, (_NOTHING, 0)) for slot in slots]
         if not any(mine.seed_canvas for mine, _ in owners):
-            return tokens
-        seeds = self._lists([mine.seed_canvas for mine, _ in owners])
+            return None
         prompt_length = self._tensor([length for _, length in owners])
-        seed = by_position(seeds, prompt_length, position)
-        return torch.where(seed >= 0, seed, tokens)
+        seeds = self._lists([mine.seed_canvas for mine, _ in owners])
+        step = self._tensor([mine.first_step or 0 for mine, _ in owners])
+        behind = self._tensor([length + len(mine.seed_canvas) for mine, length in owners])
+        return (
+            by_position(seeds, prompt_length, position),
+            torch.where(position[:, 0] < behind, step, 0),
+        )
+
+    def has_draft(self, slots: Sequence[int]) -> bool:
+        """Whether the seed canvas of some slot may reach canvases behind the first one."""
+        owners = (self._owners[slot][0] for slot in slots if slot in self._owners)
+        return any(mine.first_step is not None for mine in owners)
 
     def _stack(self, slots: tuple[int, ...]) -> _Stacked:
         if self._seen is None or self._seen[0] != slots:
@@ -166,6 +181,17 @@ class ConstraintTable:
             if any(each != (1, 0, 0) for each in penalties)
             else None,
             words=word_table(words, self.device) if any(words) else None,
+            holes=self._holes(asked),
+        )
+
+    def _holes(self, asked: Sequence[Constraints]) -> tuple[Tensor, Tensor, Tensor] | None:
+        if all(mine.holes is None for mine in asked):
+            return None
+        holes = [mine.holes or _ALL_SHOWN for mine in asked]
+        return (
+            self._tensor([each.shown for each in holes]),
+            self._tensor([each.pad for each in holes]),
+            self._tensor([each.end for each in holes]),
         )
 
     def _constant(self, asked: Sequence[Constraints]) -> Rewrite:

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     INITIAL_CANVAS = 0
     SAMPLE = 1
     RENOISE = 2
+    DRAFT = 3
 
 
 def request_seed(seed: int | None, request_id: str) -> int:

@@ -1,9 +1,9 @@
 """Log-probabilities of committed tokens: taken where a canvas finishes, sent with its commit.
 
-The argmax of a canvas's last step is what is committed, so its log-probabilities are those of that
-step's logits. vLLM wants them with the tokens, which leave one forward later, so they wait here by
-slot. Nothing is computed for batches in which nobody asks; one that asks waits for the device once
-a step, to learn which canvases have finished.
+What is committed is the argmax of a canvas's last step, or what is left of it, so its
+log-probabilities are those of that step's logits. vLLM wants them with the tokens, which leave one
+forward later, so they wait here by slot. Nothing is computed for batches in which nobody asks; one
+that asks waits for the device once a step, to learn which canvases have finished.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class CanvasLogprobs:
         if self._asked.keys().isdisjoint(slots):
             return
         # A canvas that has just committed denoises again, so a causal one has just finished.
-        done, widths = pool.causal[batch.slots].tolist(), batch.width.tolist()
+        done, counts = pool.causal[batch.slots].tolist(), pool.count[batch.slots].tolist()
         for row, slot in enumerate(slots):
             if done[row] and (asked := self._asked.get(slot)) is not None:
                 self._waiting[slot] = head.scores(
-                    hidden[row, : widths[row]],
-                    pool.argmax[slot, : widths[row]],
+                    hidden[row, pool.rows[slot, : counts[row]]],
+                    pool.tokens[slot, : counts[row]],
                     count=asked.count,
                     ids=asked.ids,
                     among=asked.among,

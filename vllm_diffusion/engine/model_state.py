@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.constrain.table import ConstraintTable
+from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
@@ -144,12 +145,14 @@ class CanvasModelState(ModelState):
         sampling = new_req_data.sampling_params
         self._slot_of[new_req_data.req_id] = req_index
         params = admitted_params(sampling.extra_args)
-        self.pool.admit(
-            req_index,
-            seed=request_seed(noise_seed(sampling), new_req_data.req_id),
-            constants=requested_rule(params, self.rules),
-        )
+        seed = request_seed(noise_seed(sampling), new_req_data.req_id)
+        rule = requested_rule(params, self.rules)
+        self.pool.admit(req_index, seed=seed, constants=rule)
         asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
+        if params.noise_level is not None:
+            asked = begun_from_draft(
+                asked, level=params.noise_level, seed=seed, start=prompt_length, rule=rule
+            )
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)
         self.logprobs.admit(req_index, sampling, params)
         if self._recorder is not None:

@@ -5,7 +5,8 @@ accounts with: how many tokens a request gained, and how many of its rows do not
 
     prompt rows       gained 0, all count          -> the last chunk begins a canvas
     canvas rows       gained 0, none counts        -> the same positions run again next step
-    commit rows       gained width, all count      -> the next canvas begins behind them
+    commit rows       gained what is committed, which counts
+                                                   -> the next canvas begins behind it
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from vllm_diffusion.records import CanvasBatch, Noise
 from vllm_diffusion.step import advance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
+    from vllm_diffusion.records import Emission
     from vllm_diffusion.step import Observer, Rule
 
 
@@ -103,7 +107,7 @@ class CanvasSampler:
                 batch,
                 text=self._text(input_batch.num_computed_tokens_np[decoding]),
                 argmax=self.pool.argmax,
-                step=self.pool.step,
+                step=self.pool.step - self.pool.first_step,
             )
             canvases = hidden[rows]
             emission = advance(
@@ -118,6 +122,7 @@ class CanvasSampler:
             running = input_batch.idx_mapping_np[:num_reqs]
             scored = self.logprobs.committed(np.where(widths, running, -1).tolist())
             self.logprobs.finished(slots, batch, canvases, pool=self.pool, head=self.head)
+            self._begin_behind_commit(slots, batch, emission)
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()
@@ -170,9 +175,25 @@ class CanvasSampler:
             slots, position = input_batch.idx_mapping[index], start[:, None] + offset
             self.pool.begin(slots, position)
             owners = input_batch.idx_mapping_np[done].tolist()
-            self.pool.tokens[slots] = self.constraints.seeded(
-                owners, position, self.pool.tokens[slots]
-            )
+            self._begin_from(owners, slots, position, torch.ones_like(slots, dtype=torch.bool))
+
+    def _begin_behind_commit(
+        self, owners: Sequence[int], batch: CanvasBatch, emission: Emission
+    ) -> None:
+        """Give the canvases that begin behind a committed one their part of a long draft."""
+        # Most steps commit nothing. Only where state lives on the host is it free to look.
+        if emission.count.device.type == "cpu" and not emission.count.any():
+            return
+        if self.constraints.has_draft(owners):
+            behind = batch.position + emission.count[:, None]
+            self._begin_from(owners, batch.slots, behind, emission.count > 0)
+
+    def _begin_from(
+        self, owners: Sequence[int], slots: Tensor, position: Tensor, begun: Tensor
+    ) -> None:
+        first = self.constraints.first_input(owners, position)
+        if first is not None:
+            self.pool.begin_from(slots, begun, *first)
 
     def _text(self, computed: np.ndarray) -> Tensor:
         """[S, N] prompt and committed tokens of every slot, N enough for the slots of the step.

@@ -50,12 +50,13 @@ _OF_POSITIONS: Final = {
 class Step:
     """One forward of a canvas that is W positions wide.
 
-    A commit writes the KV of a finished canvas: its argmax is what was committed, and the other
-    values are 0, because commit rows have no distribution.
+    A commit writes the KV of a finished canvas: its argmax is the canvas's last (what is committed,
+    unless a text with holes had slack), and the other values are 0, because commit rows have no
+    distribution.
     """
 
     start: int  # absolute position of the first row
-    step: int  # denoising steps the canvas took before this forward
+    step: int  # where the canvas is in its schedule; one that began from a draft begins later
     committing: bool  # phase: commit, or denoise
     finished: bool  # the rule stops here: the canvas's next forward commits
     input_crc: int  # ``checksum`` of the input canvas
@@ -117,7 +118,7 @@ class Trace:
         """The steps by canvas."""
         grouped: list[list[Step]] = []
         for step in self.steps:
-            if step.step == 0:
+            if not grouped or grouped[-1][-1].committing:
                 grouped.append([])
             grouped[-1].append(step)
         return tuple(
@@ -224,9 +225,12 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
     if packed.shape != (-(-positions // 8),):
         raise ValueError(f"accepted has {packed.shape} bytes for {positions} positions")
     columns["accepted"] = np.unpackbits(packed, count=positions).astype(np.bool_)
-    begins = columns["step"] == 0
-    if not count or not begins[0] or (begins & columns["committing"]).any():
+    # A canvas begins where the recording does, or behind the commit of another.
+    commits, steps = columns["committing"], columns["step"]
+    if not count or commits[0] or (commits[1:] & commits[:-1]).any():
         raise ValueError("a canvas without a beginning")
+    if ((np.diff(steps) != 1) & ~commits[:-1]).any():
+        raise ValueError("a canvas with steps missing")
     if width.min() < 1 or width.max() > header["canvas_length"]:
         raise ValueError(f"widths {width.min()}..{width.max()} of {header['canvas_length']}")
 

@@ -130,6 +130,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
         given = torch.tensor([trace.seed_canvas], device=pool.device)
         seed = by_position(given, batch.slots.new_tensor([trace.prompt_length]), batch.position)
         pool.tokens[batch.slots] = torch.where(seed >= 0, seed, pool.tokens[batch.slots])
+    pool.step[batch.slots] = canvas.steps[0].step
     accepted, next_tokens = [], []
     diverged, on_trajectory, tokens = None, True, None
     for step in canvas.steps:

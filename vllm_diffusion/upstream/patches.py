@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from vllm_diffusion.upstream import (
+    canvas_text,
     cpu_host,
     cpu_kernels,
     request_validation,
@@ -153,6 +154,27 @@ SERVING_PATCHES: Final = (
         applies=_always,
         install=request_validation.check_before_streaming_responses,
         needed=request_validation.responses_are_checked_late,
+    ),
+    Patch(
+        name="canvas-text",
+        target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+        why="a template, suffix or draft is text in the request's options, and nothing of ours is "
+        "asked where the tokenizer could make ids of it.",
+        upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
+        remove_when="a model class can complete its own requests with the tokenizer",
+        applies=_always,
+        install=canvas_text.write_rows,
+        needed=canvas_text.requests_lack_a_hook,
+    ),
+    Patch(
+        name="completion-suffix",
+        target="vllm.renderers.online_renderer.OnlineRenderer.render_completion",
+        why="vLLM refuses a suffix unless the tokenizer has a format for it; a canvas holds it.",
+        upstream_reference="vllm/renderers/online_renderer.py: render_completion",
+        remove_when="a model class can say that it takes a suffix",
+        applies=_always,
+        install=canvas_text.take_suffix,
+        needed=canvas_text.suffix_is_refused,
     ),
 )
 """Installed by `engine.serving` in the process that is about to serve a diffusion model: what they

@@ -16,6 +16,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.upstream.canvas_text import check_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -57,13 +58,15 @@ def stock_check_refuses_seed() -> bool:
     return "self.seed is not None" in inspect.getsource(original)
 
 
-def _check_now(sampling_params: Any, model_config: Any) -> None:
-    """Our check, and vLLM's checks of what only a server knows: vocabulary and limits."""
+def _check_now(sampling_params: Any, prompt: Any, engine: Any) -> None:
+    """Our checks, and vLLM's checks of what only a server knows: vocabulary and limits."""
+    model_config = engine.model_config
     sampling_params._validate_diffusion(model_config)
     sampling_params._validate_logprobs(model_config)
     sampling_params._validate_logit_bias(model_config)
     sampling_params._validate_stop_token_ids(model_config)
     sampling_params._validate_allowed_token_ids(model_config)
+    check_text(engine.input_processor, sampling_params, prompt)
 
 
 def check_before_streaming() -> None:
@@ -76,7 +79,7 @@ def check_before_streaming() -> None:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        _check_now(sampling_params, self.model_config)
+        _check_now(sampling_params, prompt, self)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate
@@ -90,10 +93,12 @@ def check_before_streaming_responses() -> None:
 
     @functools.wraps(original)
     def _generate_with_builtin_tools(
-        self: Any, *args: Any, sampling_params: Any, **kwargs: Any
+        self: Any, *args: Any, engine_input: Any, sampling_params: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        _check_now(sampling_params, self.model_config)
-        return original(self, *args, sampling_params=sampling_params, **kwargs)
+        _check_now(sampling_params, engine_input, self.engine_client)
+        return original(
+            self, *args, engine_input=engine_input, sampling_params=sampling_params, **kwargs
+        )
 
     OpenAIServingResponses._generate_with_builtin_tools = _generate_with_builtin_tools
 

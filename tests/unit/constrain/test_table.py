@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_diffusion.constrain.table import ConstraintTable
-from vllm_diffusion.records import CanvasBatch, Constraints, Rewrite
+from vllm_diffusion.records import CanvasBatch, Constraints, Holes, Rewrite
 
 SLOTS, LENGTH, VOCAB = 4, 5, 50
 TEXT = torch.arange(SLOTS)[:, None] * 10 + torch.arange(30) % 4  # slot 2 holds 20 21 22 23 20 ...
@@ -84,6 +84,11 @@ def test_nobody_asks_for_anything() -> None:
         ({"bad_words": ((3,),)}, {"forbidden", "words"}),
         ({"seed_canvas": (1,) * LENGTH, "pinned": (0,)}, {"pinned"}),
         ({"seed_canvas": (1,) * LENGTH}, set()),
+        ({"seed_canvas": (1,) * LENGTH, "first_step": 3}, set()),
+        (
+            {"seed_canvas": (1,), "pinned": (0,), "holes": Holes(shown=1, pad=0, end=1)},
+            {"pinned", "slack"},
+        ),
     ],
 )
 def test_a_wish_becomes_its_part_and_nothing_else(wish: dict[str, Any], part: set[str]) -> None:
@@ -156,11 +161,50 @@ def test_pins_stand_at_their_positions_of_the_first_canvas_alone() -> None:
 def test_the_seed_canvas_is_the_first_input_of_the_first_canvas_alone() -> None:
     table = make_table()
     table.admit(2, Constraints(seed_canvas=(11, 12, 13)), prompt_length=PROMPT)
-    noise = torch.full((2, LENGTH), 40)
     first = make_batch(0, 2).position
-    assert table.seeded([0, 2], first, noise).tolist() == [[40] * 5, [11, 12, 13, 40, 40]]
-    assert table.seeded([0, 2], first + LENGTH, noise).tolist() == noise.tolist()
-    assert table.seeded([0, 1], first, noise) is noise
+    assert first_input(table, [0, 2], first) == ([[-1] * 5, [11, 12, 13, -1, -1]], [0, 0])
+    assert first_input(table, [0, 2], first + LENGTH) == ([[-1] * 5] * 2, [0, 0])
+    assert table.first_input([0, 1], first) is None
+    assert not table.has_draft([0, 1, 2])
+
+
+def test_a_draft_reaches_every_canvas_it_is_long_enough_for() -> None:
+    table = make_table()
+    draft = tuple(range(10, 10 + 2 * LENGTH))
+    table.admit(2, Constraints(seed_canvas=draft, first_step=7), prompt_length=PROMPT)
+    table.admit(3, Constraints(seed_canvas=draft, first_step=0), prompt_length=PROMPT)
+    assert table.has_draft([0, 2])
+    assert table.has_draft([3])
+    assert not table.has_draft([0, 1])
+    position = make_batch(2).position
+    for canvas in range(2):
+        part = list(draft[canvas * LENGTH : (canvas + 1) * LENGTH])
+        assert first_input(table, [2], position + canvas * LENGTH) == ([part], [7])
+    assert first_input(table, [2], position + 2 * LENGTH) == ([[-1] * LENGTH], [0])
+
+
+def first_input(
+    table: ConstraintTable, slots: list[int], position: torch.Tensor
+) -> tuple[list[list[int]], list[int]]:
+    given = table.first_input(slots, position)
+    assert given is not None
+    tokens, step = given
+    return tokens.tolist(), step.tolist()
+
+
+def test_holes_are_the_free_rows_that_are_shown() -> None:
+    table = make_table()
+    holes = Holes(shown=4, pad=0, end=9)
+    wishes = Constraints(seed_canvas=(11, -1, 13, -1, 15), pinned=(0, 2, 4), holes=holes)
+    table.admit(2, wishes, prompt_length=PROMPT)
+    slack = rewrite_of(table, 1, 2).slack
+    assert slack.shown.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert slack.hole[1].tolist() == [False, True, False, True, False]
+    assert slack.pad.tolist() == [-1, 0]
+    assert slack.end.tolist() == [-1, 9]
+    assert not rewrite_of(table, 2, start=PROMPT + LENGTH).slack.hole.any()
+    table.admit(2, Constraints(top_k=3), prompt_length=PROMPT)
+    assert rewrite_of(table, 1, 2).slack is None
 
 
 def test_penalties_are_of_the_slots_own_text_before_the_canvas() -> None:
@@ -199,6 +243,8 @@ def test_a_slot_inherits_nothing(heir: Constraints) -> None:
         bad_words=((1, 2),),
         seed_canvas=(1,) * LENGTH,
         pinned=(0,),
+        holes=Holes(shown=2, pad=0, end=1),
+        first_step=3,
     )
     table.admit(2, everything, prompt_length=PROMPT)
     assert rewrite_of(table, 2) is not None  # the batch has been seen
@@ -209,5 +255,5 @@ def test_a_slot_inherits_nothing(heir: Constraints) -> None:
         assert ours is None
     else:
         assert parts(ours) == parts(expected) == {"temperature"}
-    noise = torch.full((1, LENGTH), 40)
-    assert table.seeded([2], make_batch(2).position, noise) is noise
+    assert table.first_input([2], make_batch(2).position) is None
+    assert not table.has_draft([2])

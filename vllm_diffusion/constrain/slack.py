@@ -1,0 +1,42 @@
+"""A finished text with holes, without what its holes had too much.
+
+The budget of a hole is the most it may take, so a hole may hold the tokenizer's pad token where it
+has nothing to say. When the canvas finishes, such rows are dropped and the rest moves together,
+before the commit: no token, no log-probability, no KV of the answer knows of them.
+
+    rows      N a m e :   A n n _ _   C i t y : _ _ R o m e <eos> _ _ _      _ is pad
+    tokens    N a m e :   A n n   C i t y : R o m e <eos>
+
+What stands behind the shown rows (the suffix, pads) was context for the holes and is dropped too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.records import Commit, Slack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def without_slack(slack: Slack, argmax: Tensor, valid: Tensor) -> Commit:
+    """What the canvases of a batch commit, should they finish now.
+
+    Args:
+        slack: of B canvases; one whose rows are all shown and none a hole commits all of them.
+        argmax: [B, L] int64.
+        valid: [B, L] bool.
+    """
+    place = torch.arange(argmax.shape[1], device=argmax.device)
+    shown = slack.shown & valid
+    kept = shown & ~(slack.hole & (argmax == slack.pad[:, None]))
+    # Kept rows first, both parts in their order.
+    rows = torch.argsort(~kept, dim=1, stable=True)
+    count, most = kept.sum(dim=1), shown.sum(dim=1)
+    ends = (slack.end >= 0) & (count < most)
+    here = ends[:, None] & (place == count[:, None])
+    tokens = torch.where(here, slack.end[:, None], argmax.gather(1, rows))
+    return Commit(tokens=tokens, rows=rows, count=count + ends)
