@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.testing.server import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("serves_on")]
 
 CANVAS = 32
 SLOTS = 8
@@ -52,34 +52,6 @@ def raw(server: Server) -> Iterator[httpx.Client]:
     """HTTP without a client library's idea of what a request may be."""
     with httpx.Client(base_url=server.url, timeout=60) as raw:
         yield raw
-
-
-@pytest.fixture(autouse=True)
-def serves_on(server: Server, client: OpenAI) -> Iterator[None]:
-    """After every test nothing runs, no memory is held, and the server answers as before."""
-    before = text_of(chat(client, max_tokens=CANVAS))
-    yield
-    wait_until_idle(server)
-    assert text_of(chat(client, max_tokens=CANVAS)) == before
-
-
-def wait_until_idle(server: Server, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        metrics = server.metrics()
-        busy = {
-            name: metrics[name]
-            for name in (
-                "vllm:num_requests_running",
-                "vllm:num_requests_waiting",
-                "vllm:kv_cache_usage_perc",
-            )
-            if metrics[name]
-        }
-        if not busy:
-            return
-        assert time.monotonic() < deadline, f"never idle again: {busy}"
-        time.sleep(0.1)
 
 
 # ---- doors ----
