@@ -30,6 +30,8 @@ class CanvasPool:
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
         step: [S] int64, denoising steps taken on the current canvas.
+        reason: [S] int64, what the last step named as a ``StopReason``.
+        entropy: [S] fp32, nats, mean entropy of the canvas in the last step.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
         seed: [S, 2] int64, words of the request seed.
         max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
@@ -66,6 +68,8 @@ class CanvasPool:
             num_slots, canvas_length, hidden_size, dtype=dtype, device=device
         )
         self.step = integers()
+        self.reason = integers()
+        self.entropy = floats(0.0)
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.seed = integers(2)
         self.max_steps = integers()
@@ -129,6 +133,8 @@ class CanvasPool:
             tokens=self.argmax[slots],
             count=torch.where(committing, batch.width, 0),
             steps=torch.where(committing, self.step[slots], 0),
+            reason=self.reason[slots],
+            entropy=self.entropy[slots],
         )
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
@@ -148,6 +154,9 @@ class CanvasPool:
         self.soft_embedding[slots] = torch.where(
             goes_on[:, None, None], stats.soft_embedding, 0
         ).to(self.soft_embedding.dtype)
+        # What a committing slot holds here has just been emitted.
+        self.reason[slots] = decision.reason
+        self.entropy[slots] = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
         self.step[slots] = torch.where(committing, 0, self.step[slots] + 1)
         self.causal[slots] = finished
         return emission

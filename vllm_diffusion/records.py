@@ -9,6 +9,7 @@ canvas -> engine    Emission       what the engine may count as generated
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -159,6 +160,13 @@ class TokenScores:
         )
 
 
+class StopReason(IntEnum):
+    """Why a canvas was finished; a number, so that the device can hold it."""
+
+    SETTLED = 1  # the rule's own test: the argmax held and the canvas is certain
+    STEPS = 2  # out of steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What one step makes of a batch of canvases."""
@@ -166,6 +174,7 @@ class Decision:
     accept: Tensor  # [B, L] bool
     next_tokens: Tensor  # [B, L] int64, input of the next denoising step
     finished: Tensor  # [B] bool
+    reason: Tensor  # [B] int64, a StopReason where finished, anything elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +184,8 @@ class Emission:
     tokens: Tensor  # [B, L] int64, the committed canvas where count > 0
     count: Tensor  # [B] int64, committed tokens: 0 or the canvas width
     steps: Tensor  # [B] int64, denoising steps the committed canvas took, 0 where count is 0
+    reason: Tensor  # [B] int64, StopReason of the committed canvas, anything where count is 0
+    entropy: Tensor  # [B] fp32, nats, mean over its last step, anything where count is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from vllm_diffusion.records import (
     Emission,
     Noise,
     Rewrite,
+    StopReason,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         accept=accept,
         next_tokens=torch.where(accept, stats.sample, noise),
         finished=settled | out_of_steps,
+        reason=torch.where(settled, StopReason.SETTLED, StopReason.STEPS),
     )
 
 
@@ -142,7 +144,12 @@ def without_bad_words(
     assert words is not None
     found = (word_ends(words, stats.argmax) & batch.valid).any(dim=1)
     out_of_steps = pool.step[batch.slots] + 1 >= pool.max_steps[batch.slots]
-    decision = replace(decision, finished=decision.finished & ~found | out_of_steps)
+    decision = replace(
+        decision,
+        finished=decision.finished & ~found | out_of_steps,
+        # A bad word keeps a canvas from settling: only the step limit ends it.
+        reason=torch.where(found, StopReason.STEPS, decision.reason),
+    )
     broken = (found & out_of_steps & ~pool.causal[batch.slots]).nonzero()[:, 0].tolist()
     if not broken:
         return stats, decision
