@@ -57,6 +57,8 @@ class DiffusionParams:
     """One canvas is the whole answer. vLLM itself then caps max_tokens and ignores EOS."""
     constrained: bool = False
     """Only ``logprob_token_ids`` may be said."""
+    telemetry: bool = False
+    """The answer says what its canvases took, see ``telemetry``."""
 
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
@@ -80,7 +82,7 @@ _NUMBERS: Final = {
     "confidence_threshold": False,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
-_SWITCHES: Final = ("read_only", "constrained")
+_SWITCHES: Final = ("read_only", "constrained", "telemetry")
 _OPTIONS: Final = {
     f"{PREFIX}{field}": field for field in (*_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES)
 }

@@ -22,6 +22,7 @@ PURE_ROOMS = {
     "errors": set(),
     "records": set(),
     "params": {"errors", "records"},
+    "telemetry": set(),
     "config": {"errors", "params", "records"},
     "denoise": {"errors", "records"},
     "constrain": {"errors", "records"},
