@@ -40,6 +40,8 @@ class CanvasPool:
         first_step: [S] int64, where it began: above 0 if it began from a draft.
         count: [S] int64, tokens a finished canvas commits; rows: [S, L] int64, the row that each of
             them comes from. Both are read between its last step and its commit alone.
+        reason: [S] int64, what the last step named as a ``StopReason``.
+        entropy: [S] fp32, nats, mean entropy of the canvas in the last step.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
         seed: [S, 2] int64, words of the request seed.
         max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
@@ -81,6 +83,8 @@ class CanvasPool:
         self.first_step = integers()
         self.count = integers()
         self.rows = integers(canvas_length)
+        self.reason = integers()
+        self.entropy = floats(0.0)
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.seed = integers(2)
         self.max_steps = integers()
@@ -161,6 +165,8 @@ class CanvasPool:
             tokens=self.tokens[slots],
             count=torch.where(committing, self.count[slots], 0),
             steps=torch.where(committing, self.step[slots] - self.first_step[slots], 0),
+            reason=self.reason[slots],
+            entropy=self.entropy[slots],
         )
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
@@ -182,6 +188,9 @@ class CanvasPool:
         self.soft_embedding[slots] = torch.where(
             goes_on[:, None, None], stats.soft_embedding, 0
         ).to(self.soft_embedding.dtype)
+        # What a committing slot holds here has just been emitted.
+        self.reason[slots] = decision.reason
+        self.entropy[slots] = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
         self.step[slots] = torch.where(committing, 0, self.step[slots] + 1)
         self.first_step[slots] = torch.where(committing, 0, self.first_step[slots])
         self.causal[slots] = finished

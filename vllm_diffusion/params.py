@@ -70,6 +70,8 @@ class DiffusionParams:
     """Of a text with holes."""
     noise_level: float | None = None
     """Share of noise in the draft or seed canvas; None: the seed canvas as it is."""
+    telemetry: bool = False
+    """The answer says what its canvases took, see ``telemetry``."""
 
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
@@ -93,7 +95,7 @@ _NUMBERS: Final = {
     "confidence_threshold": False,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
-_SWITCHES: Final = ("read_only", "constrained")
+_SWITCHES: Final = ("read_only", "constrained", "telemetry")
 _OPTIONS: Final = {
     f"{PREFIX}{field}": field
     for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES, *fill.OPTIONS)

@@ -9,6 +9,7 @@ canvas -> engine    Emission       what the engine may count as generated
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,6 +171,13 @@ class TokenScores:
         )
 
 
+class StopReason(IntEnum):
+    """Why a canvas was finished; a number, so that the device can hold it."""
+
+    SETTLED = 1  # the rule's own test: the argmax held and the canvas is certain
+    STEPS = 2  # out of steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """What canvases that finish commit, if that is not simply all of their argmax."""
@@ -186,6 +194,7 @@ class Decision:
     accept: Tensor  # [B, L] bool
     next_tokens: Tensor  # [B, L] int64, input of the next denoising step
     finished: Tensor  # [B] bool
+    reason: Tensor  # [B] int64, a StopReason where finished, anything elsewhere
     commit: Commit | None = None  # of the canvases that finish; None: their argmax, whole
 
 
@@ -196,6 +205,8 @@ class Emission:
     tokens: Tensor  # [B, L] int64, what is committed in the first ``count`` places
     count: Tensor  # [B] int64, committed tokens, at most the canvas width; 0 where none
     steps: Tensor  # [B] int64, denoising steps the committed canvas took, 0 where count is 0
+    reason: Tensor  # [B] int64, StopReason of the committed canvas, anything where count is 0
+    entropy: Tensor  # [B] fp32, nats, mean over its last step, anything where count is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ from vllm_diffusion.records import (
     Emission,
     Noise,
     Rewrite,
+    StopReason,
 )
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         accept=accept,
         next_tokens=torch.where(accept, stats.sample, noise),
         finished=settled | out_of_steps,
+        reason=torch.where(settled, StopReason.SETTLED, StopReason.STEPS),
     )
 
 
@@ -149,7 +151,12 @@ def without_bad_words(
     place = torch.arange(said.shape[1], device=said.device)
     found = (word_ends(words, said) & (place < count[:, None])).any(dim=1)
     out_of_steps = pool.step[batch.slots] + 1 >= pool.max_steps[batch.slots]
-    decision = replace(decision, finished=decision.finished & ~found | out_of_steps)
+    decision = replace(
+        decision,
+        finished=decision.finished & ~found | out_of_steps,
+        # A bad word keeps a canvas from settling: only the step limit ends it.
+        reason=torch.where(found, StopReason.STEPS, decision.reason),
+    )
     broken = (found & out_of_steps & ~pool.causal[batch.slots]).nonzero()[:, 0].tolist()
     if not broken:
         return stats, decision

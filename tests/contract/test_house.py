@@ -23,6 +23,7 @@ PURE_ROOMS = {
     "records": set(),
     "fill": {"errors", "records"},
     "params": {"denoise", "errors", "fill", "records"},
+    "telemetry": set(),
     "config": {"denoise", "errors", "params", "records"},
     "denoise": {"errors", "records"},
     "constrain": {"errors", "records"},

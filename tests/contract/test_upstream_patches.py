@@ -41,6 +41,19 @@ PARAMETERS = {
     "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
     "vllm.platforms.cpu.CpuPlatform.register_triton_kernel_overrides": [],
     "vllm.triton_utils.dispatcher.register_kernels": ["overrides"],
+    "vllm.v1.engine.output_processor.OutputProcessor.process_outputs": [
+        "self",
+        "engine_core_outputs",
+        "engine_core_timestamp",
+        "iteration_stats",
+        "weight_version",
+    ],
+    "vllm.v1.engine.output_processor.RequestState._new_completion_output": [
+        "self",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+    ],
     "vllm.utils.math_utils.next_power_of_2": ["n"],
     "vllm.renderers.online_renderer.OnlineRenderer.render_completion": [
         "self",
@@ -199,6 +212,59 @@ def test_a_suffix_becomes_an_option_of_a_diffusion_model(monkeypatch):
 def test_another_model_keeps_its_answer_to_a_suffix(monkeypatch):
     refused = suffixed(monkeypatch, is_diffusion=False, suffix="b")
     assert "only supported for models with FIM" in refused
+
+
+REPLIES = {
+    "telemetry-chat": "self request result_generator",
+    "telemetry-chat-stream": "self request result_generator",
+    "telemetry-completion": "self final_res_batch request",
+    "telemetry-completion-stream": "self request engine_inputs result_generator",
+    "telemetry-responses": "self request sampling_params result_generator context",
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_method_that_builds_replies_takes_what_we_look_at_first(name):
+    """In this order: we take them by position, as vLLM passes them."""
+    expected = REPLIES[name].split()
+    assert (
+        list(inspect.signature(resolve(ALL[name].target)).parameters)[: len(expected)] == expected
+    )
+
+
+def test_replies_can_say_more_than_vllm_knows():
+    from vllm.entrypoints.serve.engine.protocol import OpenAIBaseModel
+
+    reply = OpenAIBaseModel()
+    reply.diffusion = {"canvases": []}
+    assert reply.model_dump_json() == '{"diffusion":{"canvases":[]}}'
+
+
+def test_the_loggers_we_derive_from_are_made_and_called_as_we_expect():
+    from vllm.v1.metrics import loggers
+
+    # The installed logger may be ours already.
+    [stock] = [
+        each
+        for each in inspect.getmro(loggers.PrometheusStatLogger)
+        if each.__name__ == "PrometheusStatLogger"
+    ]
+    assert list(inspect.signature(stock.__init__).parameters) == [
+        "self",
+        "vllm_config",
+        "engine_indexes",
+    ]
+    assert list(inspect.signature(stock.record).parameters) == [
+        "self",
+        "scheduler_stats",
+        "iteration_stats",
+        "mm_cache_stats",
+        "engine_idx",
+    ]
+    manager = inspect.getsource(loggers.StatLoggerManager.__init__)
+    assert "PrometheusStatLogger(vllm_config, self.engine_indexes)" in manager
+    # Our metrics are made after this.
+    assert "unregister_vllm_metrics()" in inspect.getsource(stock.__init__)
 
 
 def test_choice_of_runner_is_a_property_that_reads_has_triton():

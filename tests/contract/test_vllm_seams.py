@@ -35,12 +35,12 @@ OVERRIDES = [
     (
         "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler",
         "vllm_diffusion.engine.scheduler.AsyncCanvasScheduler",
-        ["schedule"],
+        ["schedule", "update_from_output"],
     ),
     (
         "vllm.v1.core.sched.scheduler.Scheduler",
         "vllm_diffusion.engine.scheduler.CanvasScheduler",
-        ["schedule"],
+        ["schedule", "update_from_output"],
     ),
     (
         "vllm.model_executor.models.gemma4.Gemma4DecoderLayer",
@@ -147,7 +147,10 @@ FIELDS = {
         "num_nans",
         "num_sampled",
         "num_rejected",
+        "sampling_mask_tensors",
     },
+    "vllm.v1.outputs.ModelRunnerOutput": {"req_id_to_index", "sampled_token_ids", "sampling_masks"},
+    "vllm.v1.core.sched.output.SchedulerOutput": {"scheduled_spec_decode_tokens"},
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": {
         "num_actual_tokens",
         "max_query_len",
@@ -169,6 +172,8 @@ ATTRIBUTES = {
         "self.max_model_len",
         "self.num_spec_tokens",
         "self.current_step",
+        "self.log_stats",
+        "self.requests",
     ],
     "vllm.v1.request.Request": [
         "self.num_computed_tokens",
@@ -247,3 +252,34 @@ def test_the_runner_hands_the_sampler_what_compute_logits_gave() -> None:
     source = inspect.getsource(runner.sample)
     assert "logits = self.model.compute_logits(sample_hidden_states)" in source
     assert "self.sampler(logits, input_batch)" in source
+
+
+def test_what_stands_for_sampling_masks_is_read_back_with_the_tokens() -> None:
+    # CommittedCanvases travels there: copied beside the tokens, before the one wait for both.
+    module = resolve_obj_by_qualname("vllm.v1.worker.gpu.async_utils.AsyncOutput")
+    start, end = inspect.getsource(module.__init__), inspect.getsource(module.get_output)
+    copied = start.index("sampler_output.sampling_mask_tensors.to_cpu_nonblocking()")
+    assert start.index("sampler_output.sampled_token_ids") < copied
+    assert copied < start.index("self.copy_event.record(copy_stream)")
+    assert "self.sampling_mask_tensors.tolists(self.num_sampled_tokens_np)" in end
+    assert "self.model_runner_output.sampling_masks = (" in end
+
+
+def test_nothing_but_a_served_option_reads_sampling_masks() -> None:
+    # That option is refused at start, so the place is free.
+    scheduler = resolve_obj_by_qualname("vllm.v1.core.sched.scheduler.Scheduler")
+    source = inspect.getsource(scheduler)
+    assert source.count("model_runner_output.sampling_masks") == 1
+    before = source[: source.index("model_runner_output.sampling_masks")]
+    assert before.rstrip().endswith(
+        "if self.return_sampling_mask:\n                sampling_masks ="
+    )
+
+
+def test_an_output_carries_a_dictionary_of_anything() -> None:
+    import msgspec
+    from vllm.v1.engine import EngineCoreOutput
+
+    said = EngineCoreOutput("name", [1], kv_transfer_params={"diffusion": [True, 3, 1, 0.5, "x"]})
+    heard = msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=EngineCoreOutput)
+    assert heard.kv_transfer_params == said.kv_transfer_params

@@ -129,6 +129,7 @@ def make_scheduler(
     max_num_seqs: int = 8,
     budget: int = 512,
     policy: str = "fcfs",
+    log_stats: bool = True,
 ) -> Scheduler:
     """A scheduler on a copy of the config, over one full and one sliding attention group."""
     changed = copy.copy(config)
@@ -160,7 +161,7 @@ def make_scheduler(
         structured_output_manager=_manager(id(config)),
         block_size=BLOCK,
         hash_block_size=BLOCK,
-        log_stats=True,
+        log_stats=log_stats,
     )
 
 

@@ -18,6 +18,7 @@ from vllm_diffusion.records import (
     Decision,
     Emission,
     RuleConstants,
+    StopReason,
 )
 
 SLOTS, LENGTH, HIDDEN, VOCAB = 5, 8, 4, 101
@@ -90,6 +91,7 @@ def make_decision(batch: CanvasBatch, next_token: int, *finished: bool) -> Decis
         accept=torch.zeros(shape, dtype=torch.bool),
         next_tokens=torch.full(shape, next_token),
         finished=torch.tensor(finished),
+        reason=torch.full((shape[0],), StopReason.SETTLED),
     )
 
 
@@ -233,6 +235,25 @@ def test_a_commit_emits_the_argmax_and_begins_the_next_canvas_behind_it() -> Non
     assert bool((pool.history[2] == -1).all())
     assert bool((pool.soft_embedding[2] == 0).all())
     assert not bool(pool.causal[2])
+
+
+def test_a_commit_tells_the_reason_and_entropy_of_the_canvass_last_step() -> None:
+    pool = begun_pool(0, 1)
+    batch = make_batch([0, 1], [0, 10], [LENGTH, 3])
+    for step, nats in enumerate((9.0, 2.0)):
+        entropy = torch.full((2, LENGTH), nats)
+        entropy[1, :3] = torch.tensor([0.5, 0.25, 0.0])  # beyond its width it does not count
+        decision = replace(
+            make_decision(batch, 77, step == 1, step == 1),
+            reason=torch.tensor([StopReason.STEPS, StopReason.SETTLED]),
+        )
+        pool.apply(batch, replace(make_stats(batch, 40), entropy=entropy), decision)
+    # What the commit rows themselves say is noise.
+    noise = replace(make_stats(batch, 99), entropy=torch.full((2, LENGTH), torch.nan))
+    emission = pool.apply(batch, noise, replace(decision, reason=torch.zeros(2).long()))
+    assert emission.steps.tolist() == [2, 2]
+    assert emission.reason.tolist() == [StopReason.STEPS, StopReason.SETTLED]
+    assert emission.entropy.tolist() == [2.0, 0.25]
 
 
 def test_a_commit_equals_a_fresh_begin_at_the_same_place() -> None:

@@ -60,7 +60,7 @@ def test_no_record_is_left_out_above() -> None:
         for thing in vars(records).values()
         if isinstance(thing, type) and thing.__module__ == records.__name__
     }
-    assert declared == set(RECORDS)
+    assert declared - {records.StopReason} == set(RECORDS)
 
 
 def test_reshape_keeps_rows_together() -> None:

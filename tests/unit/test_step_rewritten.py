@@ -13,11 +13,12 @@ from helpers.table_model import (
     VOCAB,
     Engine,
     TableModel,
+    Trace,
 )
 
 from vllm_diffusion.denoise.renoise import uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
-from vllm_diffusion.records import Constraints
+from vllm_diffusion.records import Constraints, Emission, StopReason
 
 
 def committed(
@@ -82,6 +83,32 @@ def test_a_settled_canvas_with_a_bad_word_goes_on() -> None:
     assert word not in pairs(emission.tokens[0].tolist())
     assert plain.steps < CONSTANTS.max_steps
     assert ours.argmax[-1] == ours.argmax[-2], "it settled, rather than ran out of steps"
+    assert emission.reason.tolist() == [StopReason.SETTLED]
+
+
+@pytest.mark.parametrize(
+    ("limit", "bad_word", "reason"),
+    [
+        (0, False, StopReason.SETTLED),
+        (0, True, StopReason.STEPS),
+        (-1, False, StopReason.STEPS),
+    ],
+    ids=["settles in its last step", "but says a bad word", "one step too few"],
+)
+def test_a_canvas_says_why_it_stopped(limit: int, bad_word: bool, reason: StopReason) -> None:
+    def run(constraints: Constraints, max_steps: int) -> tuple[Trace, Emission]:
+        engine = Engine(TableModel(sharpness=3.0))
+        engine.admit(0, seed=1, start=5, constraints=constraints)
+        # The ramp follows the limit: only a flat one leaves the steps before it as they were.
+        engine.pool.max_steps[0], engine.pool.t_min[0] = max_steps, CONSTANTS.t_max
+        return engine.run_canvas(0)
+
+    plain, _ = run(NOTHING, CONSTANTS.max_steps)
+    assert plain.steps < CONSTANTS.max_steps, "it must settle by itself"
+    words = (tuple(plain.argmax[-1][3:5]),) if bad_word else ()
+    limited, emission = run(Constraints(bad_words=words), plain.steps + limit)
+    assert limited.steps == plain.steps + limit
+    assert emission.reason.tolist() == [reason]
 
 
 def test_greedy_input_holds_the_argmax_where_accepted() -> None:

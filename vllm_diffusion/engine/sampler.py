@@ -19,6 +19,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import CanvasBatch, Noise
 from vllm_diffusion.step import advance
 
@@ -97,7 +98,7 @@ class CanvasSampler:
             self._run_widest_head(hidden)
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
         decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
-        scored = None
+        scored = committed = None
         if decoding.size:
             index = self._to_device(decoding)
             batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
@@ -126,6 +127,7 @@ class CanvasSampler:
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
             rejected[index] = (batch.width - emission.count).int()
+            committed = CommittedCanvases.of(emission, index, num_reqs)
         self._begin_after_prompt(input_batch, widths == 0)
         all_slots = input_batch.idx_mapping
         self.req_states.draft_tokens[all_slots, :length] = self.pool.tokens[all_slots]
@@ -135,6 +137,8 @@ class CanvasSampler:
             num_nans=None,
             num_sampled=gained,
             num_rejected=rejected,
+            # vLLM's one optional output that is read back as it comes, see CommittedCanvases.
+            sampling_mask_tensors=committed,
         )
 
     def _canvas_batch(

@@ -19,6 +19,8 @@ from vllm.v1.core.sched.diffusion_scheduler import (
     diffusion_canvas_width,
 )
 
+from vllm_diffusion.engine.telemetry import StepMeter
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -33,11 +35,15 @@ _ABOUT_PROMPTS: Final = ("prompt_logprobs_dict", "prompt_token_id_logprobs_dict"
 
 
 class WholeCanvasMixin:
-    """Holds back, for one step, the canvases that would be cut; and what must leave with tokens."""
+    """Holds back, for one step, the canvases that would be cut; and what must leave with tokens.
+
+    And counts the forwards of every canvas, see ``engine.telemetry``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
+        self._meter = StepMeter()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
@@ -45,14 +51,19 @@ class WholeCanvasMixin:
         return super().schedule(throttle_prefills)  # type: ignore[misc]
 
     def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+        self: Any, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take in a step's result; what is known about a prompt leaves with its first tokens."""
         for name in _ABOUT_PROMPTS:
             self._send_with_tokens(name, model_runner_output)
-        return super().update_from_output(  # type: ignore[misc]
+        committed = self._meter.take(
+            scheduler_output, model_runner_output, self.requests, everybody=self.log_stats
+        )
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
+        self._meter.send(outputs, committed, self.requests)
+        return outputs
 
     def _send_with_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
         held = self._held[name]

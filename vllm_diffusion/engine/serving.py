@@ -114,6 +114,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             "speculative_config": vllm_config.speculative_config,
             "logits_processors": model.logits_processors,
             "enable_prompt_embeds": model.enable_prompt_embeds,
+            "return_sampling_mask": model.return_sampling_mask,
         }
         # vLLM loads these without being asked, and its own sampler alone would call them.
         for plugin in entry_points(group=LOGITSPROCS_GROUP):

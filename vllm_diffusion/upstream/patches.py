@@ -18,6 +18,8 @@ from vllm_diffusion.upstream import (
     cpu_kernels,
     request_validation,
     serving_config,
+    telemetry_outputs,
+    telemetry_replies,
     torch_companions,
 )
 from vllm_diffusion.upstream.ledger import Patch
@@ -175,6 +177,52 @@ SERVING_PATCHES: Final = (
         applies=_always,
         install=canvas_text.take_suffix,
         needed=canvas_text.suffix_is_refused,
+    ),
+    Patch(
+        name="telemetry-outputs",
+        target="vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
+        why="what the scheduler knows about a request's canvases leaves in a field that vLLM would "
+        "show to every client.",
+        upstream_reference="vllm/v1/engine/__init__.py: EngineCoreOutput has fixed fields",
+        remove_when="an engine's output carries what a plugin has to say",
+        applies=_always,
+        install=telemetry_outputs.take_reports_off,
+        needed=telemetry_outputs.outputs_have_no_place_of_their_own,
+    ),
+    Patch(
+        name="telemetry-completions",
+        target="vllm.v1.engine.output_processor.RequestState._new_completion_output",
+        why="an answer has no field that says what its canvases took.",
+        upstream_reference="vllm/outputs.py: CompletionOutput",
+        remove_when="a completion carries what a plugin has to say",
+        applies=_always,
+        install=telemetry_outputs.tell_in_completions,
+        needed=telemetry_outputs.completions_have_no_place_of_their_own,
+    ),
+    Patch(
+        name="telemetry-metrics",
+        target="vllm.v1.metrics.loggers.PrometheusStatLogger",
+        why="a logger from outside switches --disable-log-stats off, and vLLM's own unregisters "
+        "its metrics.",
+        upstream_reference="vllm/v1/engine/async_llm.py: has_custom_loggers; "
+        "vllm/v1/metrics/prometheus.py: unregister_vllm_metrics",
+        remove_when="a stat logger plugin leaves --disable-log-stats alone",
+        applies=_always,
+        install=telemetry_outputs.count_in_metrics,
+        needed=telemetry_outputs.logger_plugins_switch_statistics_on,
+    ),
+    *(
+        Patch(
+            name=f"telemetry-{door.name}",
+            target=door.target,
+            why="a reply over HTTP is built field by field, and none says what the canvases took.",
+            upstream_reference=f"{door.module.replace('.', '/')}.py: {door.method}",
+            remove_when="vLLM's replies carry what a plugin has to say",
+            applies=_always,
+            install=door.install,
+            needed=door.is_silent,
+        )
+        for door in telemetry_replies.DOORS
     ),
 )
 """Installed by `engine.serving` in the process that is about to serve a diffusion model: what they

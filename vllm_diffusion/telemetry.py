@@ -1,0 +1,148 @@
+"""What a request's canvases took: counted beside the scheduler, told by the answer.
+
+    worker       steps, reason and entropy of a committed canvas (``engine.telemetry``)
+    scheduler    Meter counts every forward; a Report leaves with the request's tokens
+    front end    Telemetry collects the reports of one answer
+
+Takes plain numbers, gives plain numbers, knows nothing of vLLM or of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+OPTION: Final = "diffusion_telemetry"
+"""The option by which a request asks."""
+
+KEY: Final = "diffusion"
+"""The name of the telemetry on its way and in an answer."""
+
+
+def is_asked(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks for its telemetry."""
+    return bool((extra_args or {}).get(OPTION))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanvasReport:
+    """A committed canvas."""
+
+    steps: int
+    """Denoising steps it took."""
+    stopped_by: str
+    """Name of its ``records.StopReason`` in lower case."""
+    entropy: float | None
+    """Mean entropy of its last step, nats; None where the model gave no number."""
+    tokens: int
+    """Tokens it committed, those behind the end of the answer included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a request went through since its last report."""
+
+    asked: bool
+    """Whether the answer is to say it; otherwise it is for the metrics alone."""
+    denoise_forwards: int
+    commit_forwards: int
+    canvas: CanvasReport | None
+    """None where the request ended without committing one."""
+
+    def to_wire(self) -> list[Any]:
+        """Give a flat list of numbers and strings, for vLLM's serializer."""
+        head = [self.asked, self.denoise_forwards, self.commit_forwards]
+        canvas = self.canvas
+        if canvas is None:
+            return head
+        return [*head, canvas.steps, canvas.stopped_by, canvas.entropy, canvas.tokens]
+
+    @staticmethod
+    def from_wire(wire: list[Any]) -> Report:
+        """Read what ``to_wire`` gave."""
+        asked, denoise, commit, *rest = wire
+        canvas = None
+        if rest:
+            steps, stopped_by, entropy, tokens = rest
+            canvas = CanvasReport(
+                steps=steps, stopped_by=stopped_by, entropy=entropy, tokens=tokens
+            )
+        return Report(asked=asked, denoise_forwards=denoise, commit_forwards=commit, canvas=canvas)
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """One answer; grows with every report until the answer is complete."""
+
+    canvases: list[CanvasReport] = field(default_factory=list)
+    denoise_forwards: int = 0
+    commit_forwards: int = 0
+
+    def add(self, report: Report) -> None:
+        """Take in what happened since the last report."""
+        self.denoise_forwards += report.denoise_forwards
+        self.commit_forwards += report.commit_forwards
+        if report.canvas is not None:
+            self.canvases.append(report.canvas)
+
+    @property
+    def forwards(self) -> int:
+        """All forwards after the prompt's."""
+        return self.denoise_forwards + self.commit_forwards
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give what an answer over HTTP says."""
+        return {
+            "canvases": [asdict(canvas) for canvas in self.canvases],
+            "denoise_forwards": self.denoise_forwards,
+            "commit_forwards": self.commit_forwards,
+        }
+
+
+@dataclass(slots=True)
+class _Count:
+    asked: bool
+    denoise: int = 0
+    commit: int = 0
+
+
+class Meter:
+    """Counts the forwards of every request since its last report."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, _Count] = {}
+
+    def ran(self, request_id: str, *, commits: bool, asked: bool) -> None:
+        """Count one forward of the request's canvas."""
+        count = self._counts.get(request_id)
+        if count is None:
+            count = self._counts[request_id] = _Count(asked)
+        if commits:
+            count.commit += 1
+        else:
+            count.denoise += 1
+
+    def report(self, request_id: str, canvas: CanvasReport | None) -> Report | None:
+        """What to tell about the request now, None if nothing ran.
+
+        Args:
+            request_id: whose output leaves.
+            canvas: what it committed, None if it did not.
+        """
+        count = self._counts.pop(request_id, None)
+        if count is None:
+            return None
+        return Report(
+            asked=count.asked,
+            denoise_forwards=count.denoise,
+            commit_forwards=count.commit,
+            canvas=canvas,
+        )
+
+    def keep(self, request_ids: Collection[str]) -> None:
+        """Forget every request but these: one that is gone reports no more."""
+        for request_id in self._counts.keys() - request_ids:
+            del self._counts[request_id]

@@ -1,0 +1,160 @@
+"""The front end takes the reports off the engine's outputs: for the answers, and for the metrics.
+
+vLLM hands an answer's facts from the scheduler to the client through records of fixed fields. A
+report travels in the one that is free (`engine.telemetry`) and is taken off here, before anyone
+else looks at it. An answer that asked for it then carries a `telemetry.Telemetry` as the attribute
+`diffusion` of its `CompletionOutput`, the same object from the first chunk to the last: chunks that
+a slow client lets pile up are merged field by field, and it must not matter which one survives.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from vllm_diffusion.telemetry import KEY, Report, Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReports:
+    """What the metrics learn of one batch of outputs."""
+
+    reports: list[Report] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    """Tokens and forwards of every answer that is complete."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a request's state keeps."""
+
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    asked: bool = False
+
+
+_STATE = "_diffusion_told"
+
+
+def take_reports_off() -> None:
+    """Make `OutputProcessor.process_outputs` read the reports and put them where they belong."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    original = OutputProcessor.process_outputs
+
+    @functools.wraps(original)
+    def process_outputs(
+        self: Any,
+        engine_core_outputs: Sequence[Any],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        seen = IterationReports()
+        states = {}
+        for output in engine_core_outputs:
+            if (report := _taken_off(output)) is None:
+                continue
+            seen.reports.append(report)
+            if (state := self.request_states.get(output.request_id)) is not None:
+                told = vars(state).setdefault(_STATE, _Told())
+                told.asked = report.asked
+                told.telemetry.add(report)
+                states[output.request_id] = state, told.telemetry
+        processed = original(
+            self, engine_core_outputs, engine_core_timestamp, iteration_stats, *args, **kwargs
+        )
+        if iteration_stats is not None:
+            for request_id, (state, telemetry) in states.items():
+                if request_id not in self.request_states:
+                    tokens = state.detokenizer.num_output_tokens()
+                    seen.finished.append((tokens, telemetry.forwards))
+            _add(iteration_stats, seen)
+        return processed
+
+    OutputProcessor.process_outputs = process_outputs
+
+
+def tell_in_completions() -> None:
+    """Make `RequestState._new_completion_output` add the telemetry of a request that asked."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    original = RequestState._new_completion_output
+
+    @functools.wraps(original)
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        told: _Told | None = vars(self).get(_STATE)
+        if told is not None and told.asked:
+            vars(output)[KEY] = told.telemetry
+        return output
+
+    RequestState._new_completion_output = _new_completion_output
+
+
+def count_in_metrics() -> None:
+    """Put our Prometheus logger where vLLM looks its own up."""
+    # A module of its own: it derives from vLLM's logger.
+    from vllm_diffusion.upstream import telemetry_metrics
+
+    telemetry_metrics.install()
+
+
+def told_by(completion: Any) -> Telemetry | None:
+    """The telemetry of a vLLM `CompletionOutput`, None if its request did not ask."""
+    told: Telemetry | None = vars(completion).get(KEY)
+    return told
+
+
+def reports_of(iteration_stats: Any) -> IterationReports | None:
+    """What `process_outputs` added to vLLM's `IterationStats`."""
+    seen: IterationReports | None = vars(iteration_stats).get(KEY)
+    return seen
+
+
+def outputs_have_no_place_of_their_own() -> bool:
+    """Whether an engine's output still has no field for what a plugin has to say."""
+    from vllm.v1.engine import EngineCoreOutput
+
+    return _free_fields(EngineCoreOutput) == {"kv_transfer_params", "ec_transfer_params"}
+
+
+def completions_have_no_place_of_their_own() -> bool:
+    """Whether an answer's record still has no such field."""
+    from vllm.outputs import CompletionOutput
+
+    return not _free_fields(CompletionOutput)
+
+
+def logger_plugins_switch_statistics_on() -> bool:
+    """Whether a stat logger plugin still overrules `--disable-log-stats`."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return "log_stats or has_custom_loggers" in inspect.getsource(AsyncLLM.__init__)
+
+
+def _free_fields(record: type) -> set[str]:
+    """Names of the fields that are dictionaries of anything."""
+    kinds = inspect.get_annotations(record, eval_str=True)
+    return {name for name, kind in kinds.items() if dict[str, Any] in (kind, *get_args(kind))}
+
+
+def _taken_off(output: Any) -> Report | None:
+    params = output.kv_transfer_params
+    if not params or KEY not in params:
+        return None
+    report = Report.from_wire(params[KEY])
+    output.kv_transfer_params = {name: params[name] for name in params if name != KEY} or None
+    return report
+
+
+def _add(iteration_stats: Any, seen: IterationReports) -> None:
+    # vLLM hands the outputs of one iteration over in slices.
+    known: IterationReports = vars(iteration_stats).setdefault(KEY, IterationReports())
+    known.reports.extend(seen.reports)
+    known.finished.extend(seen.finished)

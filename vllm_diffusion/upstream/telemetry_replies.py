@@ -1,0 +1,198 @@
+"""An answer over HTTP says what its canvases took, where the request asked for it.
+
+vLLM's handlers build a reply from the engine's outputs field by field, each in a method of its own.
+Around these methods this looks at the outputs on their way in and adds `diffusion` on the way out:
+to every choice, in a stream in the chunk with the choice's `finish_reason`; in `/v1/responses`,
+which has one answer, to the response. A request that does not ask goes through vLLM's method
+unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.telemetry import KEY, Telemetry, is_asked
+from vllm_diffusion.upstream.telemetry_outputs import told_by
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+_DATA: Final = "data: "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """A method that builds replies, and how to wrap it."""
+
+    name: str
+    module: str
+    owner: str
+    method: str
+    wrap: Callable[[Any], Any]
+
+    @property
+    def target(self) -> str:
+        """The dotted name of the method."""
+        return f"{self.module}.{self.owner}.{self.method}"
+
+    def install(self) -> None:
+        """Replace the method by its wrapper."""
+        owner = getattr(importlib.import_module(self.module), self.owner)
+        original = getattr(owner, self.method)
+        setattr(owner, self.method, functools.wraps(original)(self.wrap(original)))
+
+    def is_silent(self) -> bool:
+        """Whether vLLM's module says nothing of diffusion itself."""
+        return KEY not in inspect.getsource(importlib.import_module(self.module)).lower()
+
+
+def _chat(full: Any) -> Any:
+    async def blocking(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_asked(request.vllm_xargs):
+            return await full(self, request, results, *args, **kwargs)
+        told: dict[int, Telemetry] = {}
+        response = await full(self, request, _watched(results, told), *args, **kwargs)
+        _tell(response, told)
+        return response
+
+    return blocking
+
+
+def _chat_stream(stream: Any) -> Any:
+    def streamed(
+        self: Any, request: Any, results: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        if not is_asked(request.vllm_xargs):
+            return stream(self, request, results, *args, **kwargs)
+        told: dict[int, Telemetry] = {}
+        return _telling(stream(self, request, _watched(results, told), *args, **kwargs), told)
+
+    return streamed
+
+
+def _completion(full: Any) -> Any:
+    def blocking(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        response = full(self, results, request, *args, **kwargs)
+        if is_asked(request.vllm_xargs):
+            # vLLM numbers the choices of all prompts in this order.
+            outputs = enumerate(output for result in results for output in result.outputs)
+            told = {number: told_by(output) for number, output in outputs}
+            _tell(response, {number: each for number, each in told.items() if each is not None})
+        return response
+
+    return blocking
+
+
+def _completion_stream(stream: Any) -> Any:
+    def streamed(
+        self: Any, request: Any, inputs: Any, results: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        if not is_asked(request.vllm_xargs):
+            return stream(self, request, inputs, results, *args, **kwargs)
+        told: dict[int, Telemetry] = {}
+        watched = _watched_prompts(results, told, answers=request.n or 1)
+        return _telling(stream(self, request, inputs, watched, *args, **kwargs), told)
+
+    return streamed
+
+
+def _responses(full: Any) -> Any:
+    async def last_object(
+        self: Any,
+        request: Any,
+        sampling: Any,
+        results: Any,
+        context: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        response = await full(self, request, sampling, results, context, *args, **kwargs)
+        # Contexts of models with a format of their own keep no output, and an error has no usage.
+        last = vars(context).get("last_output")
+        if is_asked(request.vllm_xargs) and last is not None and hasattr(response, "usage"):
+            telemetry = told_by(last.outputs[0])
+            if telemetry is not None:
+                response.diffusion = telemetry.as_dict()
+        return response
+
+    return last_object
+
+
+_CHAT: Final = "vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat"
+_COMPLETION: Final = "vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion"
+_RESPONSES: Final = "vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses"
+
+DOORS: Final = tuple(
+    Door(name=name, module=module, owner=owner, method=method, wrap=wrap)
+    for name, (module, owner), method, wrap in (
+        ("chat", _CHAT, "chat_completion_full_generator", _chat),
+        ("chat-stream", _CHAT, "chat_completion_stream_generator", _chat_stream),
+        ("completion", _COMPLETION, "request_output_to_completion_response", _completion),
+        ("completion-stream", _COMPLETION, "completion_stream_generator", _completion_stream),
+        ("responses", _RESPONSES, "responses_full_generator", _responses),
+    )
+)
+
+
+async def _watched(results: Any, told: dict[int, Telemetry]) -> AsyncGenerator[Any, None]:
+    """Pass the outputs of one prompt on and note their telemetry by choice."""
+    async with aclosing(results):
+        async for result in results:
+            _note(result, told, first=0)
+            yield result
+
+
+async def _watched_prompts(
+    results: Any, told: dict[int, Telemetry], *, answers: int
+) -> AsyncGenerator[Any, None]:
+    """The same for a request of several prompts with so many answers each."""
+    async with aclosing(results):
+        async for prompt, result in results:
+            _note(result, told, first=prompt * answers)
+            yield prompt, result
+
+
+def _note(result: Any, told: dict[int, Telemetry], *, first: int) -> None:
+    for output in result.outputs:
+        if (telemetry := told_by(output)) is not None:
+            told[first + output.index] = telemetry
+
+
+def _tell(response: Any, told: dict[int, Telemetry]) -> None:
+    """Add the telemetry to the choices of a reply; an error has none."""
+    if not hasattr(response, "choices"):
+        return
+    for choice in response.choices:
+        if choice.index in told:
+            choice.diffusion = told[choice.index].as_dict()
+
+
+async def _telling(
+    events: AsyncGenerator[str, None], told: dict[int, Telemetry]
+) -> AsyncGenerator[str, None]:
+    """Pass server-sent events on, with the telemetry where a choice ends."""
+    async with aclosing(events):
+        async for event in events:
+            yield _with_telemetry(event, told)
+
+
+def _with_telemetry(event: str, told: dict[int, Telemetry]) -> str:
+    if not event.startswith(_DATA + "{"):
+        return event  # the end of the stream
+    chunk = json.loads(event.removeprefix(_DATA))
+    ended = [
+        choice
+        for choice in chunk.get("choices", ())
+        if choice.get("finish_reason") and choice["index"] in told
+    ]
+    if not ended:
+        return event
+    for choice in ended:
+        choice[KEY] = told[choice["index"]].as_dict()
+    return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
