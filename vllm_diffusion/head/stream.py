@@ -3,11 +3,12 @@
     rows that are pinned             one id is left: nothing to compute
     rows with a short list of ids    only those columns of the embedding
     rows whose distribution is cut   the reference head: a cut needs the order of the whole row
-    all others                       tiles: product, softcap, rewrite, ``tile.absorb``, product
+    all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
-The products are the library's. Which rows are which must be known on the host; a batch in which
-nobody asks for any of this does not wait for the device. Under tensor parallelism every rank keeps
-its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft embedding.
+The products are the library's, what is between them is ``native.absorb`` or ``tile.absorb``. Which
+rows are which must be known on the host; a batch in which nobody asks for any of this does not wait
+for the device. Under tensor parallelism every rank keeps its rows of the embedding and exchanges
+statistics, [R] each, and the [R, H] soft embedding.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.window import TiledRewrite, rewrite_listed
-from vllm_diffusion.head import sample
+from vllm_diffusion.head import native, sample, tile
 from vllm_diffusion.head.reference import row_statistics
 from vllm_diffusion.head.sample import sample_listed, tile_uniforms
-from vllm_diffusion.head.tile import RunningStats, absorb, without_infinities
+from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 if TYPE_CHECKING:
@@ -183,22 +184,22 @@ class StreamingHead:
         gumbel, inside = tile_uniforms(noise, -(-vocabulary.size // sample.TILE))
         running = RunningStats.of_nothing(len(hidden), hidden.device)
         soft = torch.zeros(len(hidden), vocabulary.embedding.shape[1], device=hidden.device)
-        for tile, first, logits in self._tiles(hidden, rewrite, cap=rewrite is not None):
+        for number, first, logits in self._tiles(hidden, rewrite, cap=rewrite is not None):
             rows = slice(first - vocabulary.first, first - vocabulary.first + logits.shape[1])
+            absorb = native.absorb if native.fits(logits) else tile.absorb
             weight, shrink = absorb(
                 running,
-                logits if rewrite is None else without_infinities(logits),
+                logits if rewrite is None else tile.without_infinities(logits),
                 first=first,
                 softcap=vocabulary.softcap if rewrite is None else None,
                 temperature=temperature,
-                uniforms=(gumbel[:, tile], inside[:, tile]),
-                dtype=dtype,
+                uniforms=(gumbel[:, number], inside[:, number]),
             )
             soft.mul_(shrink[:, None])
             if dtype == torch.float32:
                 soft.addmm_(weight, vocabulary.embedding[rows])
             else:
-                soft.add_(weight @ vocabulary.embedding[rows])
+                soft.add_(weight.to(dtype) @ vocabulary.embedding[rows])
         together, shrink = running.over_ranks(temperature, vocabulary)
         soft = vocabulary.add(soft.mul_((shrink / together.mass)[:, None]))
         greedy = None if rewrite is None else rewrite.greedy
@@ -218,9 +219,9 @@ class StreamingHead:
     def _tiles(
         self, hidden: Tensor, rewrite: Rewrite | None, *, cap: bool = True
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Number, first id and logits [R, n] fp32 of this rank's tiles, capped and rewritten.
+        """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
 
-        The logits are good until the next tile.
+        Capped and rewritten, in fp32; or, not capped, just what the product gives.
         """
         vocabulary = self.vocabulary
         end = vocabulary.first + len(vocabulary)
@@ -230,14 +231,11 @@ class StreamingHead:
         buffer = None
         for number, first in enumerate(starts):
             rows = vocabulary.output[first - vocabulary.first :][: sample.TILE]
-            if hidden.dtype == torch.float32:
-                if buffer is None or buffer.shape[1] != len(rows):
-                    buffer = torch.empty(len(hidden), len(rows), device=hidden.device)
-                logits = torch.mm(hidden, rows.T, out=buffer)
-            else:
-                logits = (hidden @ rows.T).float()
+            if buffer is None or buffer.shape[1] != len(rows):
+                buffer = hidden.new_empty(len(hidden), len(rows))
+            logits = torch.mm(hidden, rows.T, out=buffer)
             if cap:
-                logits = vocabulary.capped(logits)
+                logits = vocabulary.capped(logits.float())
             if tiled is not None:
                 logits = tiled.apply(logits, number, first)
             yield first // sample.TILE, first, logits

@@ -100,23 +100,21 @@ def absorb(
     softcap: float | None,
     temperature: Tensor,
     uniforms: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Take one tile in.
 
     Args:
         running: of the tiles before; changed.
-        logits: [R, n] fp32; used up.
+        logits: [R, n] fp32, or anything that becomes fp32; used up.
         first: id of the tile's first column.
         softcap: applied to the logits first; None where that is done or there is none.
         temperature: [R] fp32.
         uniforms: two of [R] fp32, the tile's, see ``sample.tile_uniforms``.
-        dtype: of the weights.
 
     Returns:
-        [R, n] weights, and [R] fp32, by how much the sums over earlier tiles shrink.
+        [R, n] fp32 weights, and [R] fp32, by how much the sums over earlier tiles shrink.
     """
-    width = logits.shape[1]
+    width, logits = logits.shape[1], logits.float()
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if missing := padded_width(width) - width:
@@ -148,7 +146,7 @@ def absorb(
     running.score = torch.where(drawn, score, running.score + shift)
     running.sample = torch.where(drawn, sample, running.sample)
     running.top = new_top
-    return weight[:, :width].to(dtype), shrink
+    return weight[:, :width], shrink
 
 
 def without_infinities(logits: Tensor) -> Tensor:
