@@ -5,10 +5,10 @@
     rows whose distribution is cut   the reference head: a cut needs the order of the whole row
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
-The products are the library's, what is between them is ``native.absorb`` or ``tile.absorb``. Which
-rows are which must be known on the host; a batch in which nobody asks for any of this does not wait
-for the device. Under tensor parallelism every rank keeps its rows of the embedding and exchanges
-statistics, [R] each, and the [R, H] soft embedding.
+The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
+``native``, in Triton on a GPU, see ``fused``. Which rows are which must be known on the host; a batch
+in which nobody asks for any of this does not wait for the device. Under tensor parallelism every rank
+keeps its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft embedding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -186,8 +186,7 @@ class StreamingHead:
         soft = torch.zeros(len(hidden), vocabulary.embedding.shape[1], device=hidden.device)
         for number, first, logits in self._tiles(hidden, rewrite, cap=rewrite is not None):
             rows = slice(first - vocabulary.first, first - vocabulary.first + logits.shape[1])
-            absorb = native.absorb if native.fits(logits) else tile.absorb
-            weight, shrink = absorb(
+            weight, shrink = _absorb(logits)(
                 running,
                 logits if rewrite is None else tile.without_infinities(logits),
                 first=first,
@@ -285,6 +284,15 @@ class StreamingHead:
         if not raw:
             values = values - total[:, None]
         return TokenScores(ids=asked, values=values, ranks=vocabulary.add(ranks))
+
+
+def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of ``tile.absorb`` that is fastest for these logits."""
+    if logits.is_cuda:
+        from vllm_diffusion.head import fused
+
+        return fused.absorb
+    return native.absorb if native.fits(logits) else tile.absorb
 
 
 def _scored(ids: Tensor, values: Tensor, total: Tensor, field: Tensor, *, raw: bool) -> TokenScores:
