@@ -43,7 +43,7 @@ def tokens(checkpoint: Path, ranks: int) -> list[list[int]]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     # vLLM logs to the same stream, also after this line.

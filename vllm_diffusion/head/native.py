@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _POINTERS = ("top", "second", "mass", "moment", "score", "argmax", "sample")
+ISAS: Final = ("plain", "AVX2", "AVX-512")
+"""Instruction sets of the library, by the number it gives them."""
+
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _TILE: Final = 4096  # VD_TILE and VD_BIN of row_pass.h
 _BIN: Final = 64
@@ -82,7 +85,7 @@ def absorb(
     Args:
         running, first, softcap, temperature, uniforms: as there.
         logits: [R, n] fp32 or bf16.
-        isa: 0 plain, 1 AVX2, 2 AVX-512; None for the best this processor has.
+        isa: a place in ``ISAS``; None for the best this processor has.
     """
     compiled = library()
     assert compiled is not None

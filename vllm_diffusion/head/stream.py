@@ -6,9 +6,10 @@
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
 The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
-``native``, in Triton on a GPU, see ``fused``. Which rows are which must be known on the host; a batch
-in which nobody asks for any of this does not wait for the device. Under tensor parallelism every rank
-keeps its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft embedding.
+``native``, in Triton on a GPU, see ``fused``. Which rows are which must be known on the host; a
+batch in which nobody asks for any of this does not wait for the device. Under tensor parallelism
+every rank keeps its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft
+embedding.
 """
 
 from __future__ import annotations

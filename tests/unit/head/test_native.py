@@ -27,9 +27,9 @@ def test_it_is_built_where_it_can_be() -> None:
     assert built is not None, "install the package again: scripts/setup"
 
 
-@pytest.fixture(params=["plain", "AVX2", "AVX-512"])
+@pytest.fixture(params=native.ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    number = ["plain", "AVX2", "AVX-512"].index(request.param)
+    number = native.ISAS.index(request.param)
     assert built is not None
     if number > built.vd_best_isa():
         pytest.skip(f"this processor has no {request.param}")
