@@ -464,6 +464,25 @@ def test_a_settled_canvas_with_a_bad_word_goes_on() -> None:
     assert ours.argmax[-1] == ours.argmax[-2], "it settled, rather than ran out of steps"
 
 
+def test_the_head_sees_no_commit_row_and_none_beyond_a_canvas() -> None:
+    loop, seen = Engine(TableModel()), []
+
+    class Watched:
+        def __call__(self, hidden: Tensor, *args: object) -> CanvasStats:
+            seen.append(len(hidden))
+            return inner(hidden, *args)  # type: ignore[arg-type]
+
+    inner, loop.head = loop.head, Watched()  # type: ignore[assignment]
+    for slot in range(3):
+        loop.admit(slot, seed=slot, start=20, width=LENGTH - slot)
+    loop.step(0, 1, 2)
+    loop.pool.causal[1] = True
+    loop.step(0, 1, 2)
+    loop.pool.causal[:] = True
+    loop.step(0, 1, 2)  # nothing to compute, so no head
+    assert seen == [3 * LENGTH - 3, 2 * LENGTH - 2]
+
+
 def test_greedy_input_holds_the_argmax_where_accepted() -> None:
     model = TableModel(sharpness=0.7)
     engine, sampled = Engine(model), Engine(model)
