@@ -276,7 +276,7 @@ class StreamingHead:
             top = higher
         values = vocabulary.add(values)
         total = vocabulary.gather(top + mass.log()).logsumexp(dim=0)
-        ranks = torch.zeros_like(tokens)
+        ranks = torch.zeros_like(top)  # counts are exact in fp32 below 2**24
         for _, _, logits in self._tiles(hidden, None):
             ranks += (logits >= values[:, :1]).sum(dim=1)
         if ids is None:
@@ -284,7 +284,7 @@ class StreamingHead:
             values, asked = torch.cat([values, more], dim=1), torch.cat([asked, listed], dim=1)
         if not raw:
             values = values - total[:, None]
-        return TokenScores(ids=asked, values=values, ranks=vocabulary.add(ranks))
+        return TokenScores(ids=asked, values=values, ranks=vocabulary.add(ranks).long())
 
 
 def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -317,7 +317,8 @@ class _Best:
 
     def over_ranks(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         """[R, count] values and ids, best first."""
-        values, ids = vocabulary.gather(self._values[0]), vocabulary.gather(self._ids[0])
+        values = vocabulary.gather(self._values[0])
+        ids = vocabulary.gather(self._ids[0].float()).long()
         self._keep(list(values), list(ids))
         return self._values[0], self._ids[0]
 

@@ -69,12 +69,12 @@ class RunningStats:
         Returns:
             The statistics, and by how much what this rank has summed shrinks, [R] fp32.
         """
-        # fp32 holds an id exactly below 2**24, and one exchange costs less than two.
-        gather = vocabulary.gather
-        top, second, mass, moment, score = gather(
-            torch.stack([self.top, self.second, self.mass, self.moment, self.score])
+        # fp32 holds an id exactly below 2**24: one exchange, of what every communicator takes.
+        ids = self.argmax.float(), self.sample.float()
+        mine = [self.top, self.second, self.mass, self.moment, self.score, *ids]
+        top, second, mass, moment, score, argmax, sample = vocabulary.gather(
+            torch.stack(mine)
         ).unbind(1)
-        argmax, sample = gather(torch.stack([self.argmax, self.sample])).unbind(1)
         best = top.amax(dim=0)
         shift = (top - best) / temperature
         shrink = shift.exp()
@@ -86,8 +86,8 @@ class RunningStats:
             moment=(shrink * (moment + shift * mass)).sum(dim=0),
             score=(score + shift).amax(dim=0),
             # The first of equals holds the lower ids.
-            argmax=argmax.gather(0, top.argmax(dim=0, keepdim=True))[0],
-            sample=sample.gather(0, drawn)[0],
+            argmax=argmax.gather(0, top.argmax(dim=0, keepdim=True))[0].long(),
+            sample=sample.gather(0, drawn)[0].long(),
         )
         return together, ((self.top - best) / temperature).exp()
 

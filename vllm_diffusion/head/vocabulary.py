@@ -33,15 +33,16 @@ class Vocabulary:
     embedding: Tensor
     """[V_r, H], what the soft embedding is a mean of; the same tensor where the two are tied."""
     size: int
+    """Ids of all ranks together, below 2**24: they travel as fp32."""
     softcap: float | None
     """logits become softcap * tanh(logits / softcap), in fp32."""
     scale: Tensor | float = 1.0
     """What a token's embedding is multiplied with."""
     first: int = 0
     gather: Callable[[Tensor], Tensor] = _alone
-    """[...] of this rank -> [ranks, ...], the same on every rank."""
+    """[...] floats of this rank -> [ranks, ...], the same on every rank."""
     add: Callable[[Tensor], Tensor] = _itself
-    """[...] of this rank -> [...] summed over ranks; may change its argument."""
+    """[...] floats of this rank -> [...] summed over ranks; may change its argument."""
 
     def __len__(self) -> int:
         """Ids on this rank."""
