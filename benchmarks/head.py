@@ -84,10 +84,12 @@ def headline(table: list[dict[str, _report.Value]]) -> str:
         ]
         return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
 
+    def most(head: str) -> str:
+        return f"{max((row['extra MB'] for row in table if row['head'] == head), default=0):.0f} MB"
+
     return (
-        f"native takes {ratios('native', 'cpu s')} times the seconds of ours and "
-        f"{ratios('native', 'extra MB')} times its memory; "
-        f"the two products {ratios('gemms', 'cpu s')} of its seconds"
+        f"native takes {ratios('native', 'cpu s')} times the seconds of ours, the two products alone "
+        f"{ratios('gemms', 'cpu s')}; native holds up to {most('native')}, ours {most('ours')}"
     )
 
 
