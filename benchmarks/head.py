@@ -88,7 +88,7 @@ def headline(table: list[dict[str, _report.Value]]) -> str:
         return f"{max((row['extra MB'] for row in table if row['head'] == head), default=0):.0f} MB"
 
     return (
-        f"native takes {ratios('native', 'cpu s')} times the seconds of ours, the two products alone "
+        f"native takes {ratios('native', 'cpu s')} times the seconds of ours, the two products "
         f"{ratios('gemms', 'cpu s')}; native holds up to {most('native')}, ours {most('ours')}"
     )
 
