@@ -105,6 +105,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_plugin(environ, _entry_points("vllm.general_plugins")),
         *check_endpoints(environ, _entry_points("vllm.endpoint_plugins")),
         *check_environment(environ),
+        *check_row_pass(),
     ]
     if vllm is not None:
         findings += check_host()
@@ -234,6 +235,22 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
             )
         )
     return findings
+
+
+def check_row_pass() -> list[Finding]:
+    """Say whether the C++ part of the head is there, and for which instructions."""
+    from vllm_diffusion.head.native import ISAS, library  # imports torch
+
+    compiled = library()
+    if compiled is None:
+        return [
+            Finding(
+                Level.NOTE,
+                "the head has no C++ part here; on a CPU its torch form is slower",
+                "install a C++ compiler and vllm-diffusion again",
+            )
+        ]
+    return [Finding(Level.OK, f"the head runs in C++ on CPUs, {ISAS[compiled.vd_best_isa()]}")]
 
 
 def check_host() -> list[Finding]:

@@ -38,7 +38,7 @@ class Noise:
     position: Tensor  # [R] int64
     step: Tensor  # [R] int64
 
-    def rows(self, index: slice) -> Noise:
+    def rows(self, index: slice | Tensor) -> Noise:
         """The keys of some of the rows."""
         return Noise(seed=self.seed[index], position=self.position[index], step=self.step[index])
 
@@ -105,7 +105,7 @@ class Rewrite:
     words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
     slack: Slack | None = None  # for the end of a canvas
 
-    def rows(self, index: slice) -> Rewrite:
+    def rows(self, index: slice | Tensor) -> Rewrite:
         """The rewrite of some of the rows; what is told by canvas stays whole."""
         return replace(
             self,
@@ -138,6 +138,39 @@ class CanvasStats:
             top_prob=self.top_prob.reshape(leading),
             margin=self.margin.reshape(leading),
             soft_embedding=self.soft_embedding.reshape(*leading, self.soft_embedding.shape[-1]),
+        )
+
+    def renamed(self, ids: Tensor) -> CanvasStats:
+        """The same, ids looked up in ``ids`` [N] int64."""
+        return replace(self, argmax=ids[self.argmax], sample=ids[self.sample])
+
+    @staticmethod
+    def of_nothing(hidden: Tensor) -> CanvasStats:
+        """Zeros for the rows of ``hidden`` [R, H], which nobody will read."""
+        zeros = torch.zeros(len(hidden), device=hidden.device)
+        ids = zeros.long()
+        return CanvasStats(
+            argmax=ids,
+            sample=ids,
+            entropy=zeros,
+            top_prob=zeros,
+            margin=zeros,
+            soft_embedding=torch.zeros_like(hidden),
+        )
+
+    def spread(self, index: Tensor, rows: int) -> CanvasStats:
+        """These rows at the places ``index`` [R] int64 of ``rows`` rows, zeros elsewhere."""
+
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, index, values)
+
+        return CanvasStats(
+            argmax=placed(self.argmax),
+            sample=placed(self.sample),
+            entropy=placed(self.entropy),
+            top_prob=placed(self.top_prob),
+            margin=placed(self.margin),
+            soft_embedding=placed(self.soft_embedding),
         )
 
     @staticmethod

@@ -89,7 +89,14 @@ def advance(
         step=pool.step[slots].repeat_interleave(length),
     )
     rows = hidden.reshape(num * length, -1)
-    stats = head(rows, temperature.repeat_interleave(length), noise, rewrite).reshape(num, length)
+    stats = statistics(
+        head,
+        rows,
+        temperature.repeat_interleave(length),
+        noise,
+        rewrite,
+        read=batch.valid & ~pool.causal[slots][:, None],
+    ).reshape(num, length)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
@@ -101,6 +108,38 @@ def advance(
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)
+
+
+def statistics(
+    head: Head,
+    rows: Tensor,
+    temperature: Tensor,
+    noise: Noise,
+    rewrite: Rewrite | None,
+    *,
+    read: Tensor,
+) -> CanvasStats:
+    """Run the head where somebody reads what it says: not on commit rows, nor beyond a canvas.
+
+    Which rows those are is data of the device. Only where it is the host's memory is it free to
+    look, so elsewhere all rows are computed.
+
+    Args:
+        head: turns rows into statistics.
+        rows: [R, H] hidden states.
+        temperature: [R] fp32.
+        noise: of these rows.
+        rewrite: of these rows.
+        read: bool, as many as there are rows.
+    """
+    if read.device.type != "cpu" or read.all():
+        return head(rows, temperature, noise, rewrite)
+    index = read.flatten().nonzero()[:, 0]
+    if not index.numel():
+        return CanvasStats.of_nothing(rows)
+    part = None if rewrite is None else rewrite.rows(index)
+    stats = head(rows[index], temperature[index], noise.rows(index), part)
+    return stats.spread(index, len(rows))
 
 
 def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.parity import conditioned_checkpoint
+from helpers.parity import SPEC, conditioned_checkpoint
+
+from vllm_diffusion.head.sample import TILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +43,7 @@ def tokens(checkpoint: Path, ranks: int) -> list[list[int]]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     # vLLM logs to the same stream, also after this line.
@@ -50,8 +53,10 @@ def tokens(checkpoint: Path, ranks: int) -> list[list[int]]:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
-def test_two_ranks_write_the_same_tokens_as_one(tmp_path: Path) -> None:
-    checkpoint = conditioned_checkpoint(tmp_path)
+@pytest.mark.parametrize("vocab", [SPEC.vocab, 2 * TILE], ids=["half a tile", "a tile a rank"])
+def test_two_ranks_write_the_same_tokens_as_one(tmp_path: Path, vocab: int) -> None:
+    # Ranks that would cut a tile gather all logits, others exchange statistics alone.
+    checkpoint = conditioned_checkpoint(tmp_path, replace(SPEC, vocab=vocab))
     alone, together = tokens(checkpoint, 1), tokens(checkpoint, 2)
     assert together == alone
     assert [len(one) for one in alone] == [64, 64]

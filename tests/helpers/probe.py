@@ -18,13 +18,15 @@ from unittest.mock import patch
 
 import torch
 
+from vllm_diffusion.head.stream import StreamingHead
+
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.engine.model_state import CanvasModelState
-    from vllm_diffusion.head.reference import ReferenceHead
+    from vllm_diffusion.head import Head
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission
 
 
@@ -160,7 +162,7 @@ class Probe:
 
     def _around_advance(self, inner: Any) -> Any:
         def advance(
-            pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: ReferenceHead, **hooks: Any
+            pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: Head, **hooks: Any
         ) -> Emission:
             before = (
                 pool.tokens[batch.slots].clone(),
@@ -170,6 +172,7 @@ class Probe:
             taken = (pool.step - pool.first_step)[batch.slots].tolist()
             self._keep_contexts(pool, batch, taken, before[2])
             emission = inner(pool, batch, hidden, head, **hooks)
+            whole = head.whole if isinstance(head, StreamingHead) else head
             stats, decision = self._decided.pop()
             assert self._batch is not None
             for row, (slot, width) in enumerate(
@@ -187,7 +190,7 @@ class Probe:
                         start=start,
                         step=before[1][row],
                         canvas=before[0][row, :width],
-                        logits=head.logits(hidden[row, :width]).clone(),
+                        logits=whole.logits(hidden[row, :width]).clone(),
                         argmax=stats.argmax[row, :width],
                         sample=stats.sample[row, :width],
                         accept=decision.accept[row, :width],

@@ -159,3 +159,16 @@ def test_the_temperature_reaches_the_head() -> None:
     assert noise.seed.tolist() == [[4, 9]] * LENGTH + [[8, 0]] * LENGTH
     assert noise.position.tolist() == [*range(30, 30 + LENGTH), *range(50, 50 + LENGTH)]
     assert noise.step.tolist() == [0] * LENGTH + [1] * LENGTH
+
+
+def test_the_head_sees_no_commit_row_and_none_beyond_a_canvas() -> None:
+    engine = Engine(TableModel())
+    seen = engine.watch_head()
+    for slot in range(3):
+        engine.admit(slot, seed=slot, start=20, width=LENGTH - slot)
+    engine.step(0, 1, 2)
+    engine.pool.causal[1] = True
+    engine.step(0, 1, 2)
+    engine.pool.causal[:] = True
+    engine.step(0, 1, 2)  # nothing to compute, so no head
+    assert [len(temperature) for temperature, _, _ in seen] == [3 * LENGTH - 3, 2 * LENGTH - 2]

@@ -36,7 +36,7 @@ def add_bias(logits: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [R, V] fp32, a new tensor.
     """
-    return logits.scatter_add(1, ids, bias)
+    return logits.scatter_add(1, ids, bias.to(logits.dtype))
 
 
 def forbid(logits: Tensor, ids: Tensor) -> Tensor:

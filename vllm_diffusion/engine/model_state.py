@@ -30,6 +30,7 @@ from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
 from vllm_diffusion.records import ServedRules
 from vllm_diffusion.trace.record import Recorder, trace_folder
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
 
-# fp32 tensors of [rows, vocab] the reference head holds at once may take this much each.
+    from vllm_diffusion.head import Head
+
+# What a step's logits may take: all the tiles of the streaming head, each fp32 tensor of
+# [rows, vocab] that the reference head holds at once.
 _HEAD_BYTES = 256 * 2**20
 
 
@@ -111,11 +115,14 @@ class CanvasModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
         """Replace vLLM's sampler by the one that denoises."""
         vocab_size = self.model_config.get_vocab_size()
-        head = ReferenceHead(
+        whole = ReferenceHead(
             logits=self.model.logits,
             soft_embedding=self.model.soft_embedding,
             max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
         )
+        head: Head = whole
+        if (vocabulary := self.model.vocabulary()) is not None:
+            head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=_HEAD_BYTES)
         canvas_sampler = CanvasSampler(
             self.model,
             self.pool,

@@ -209,7 +209,9 @@ class CanvasSampler:
 
     def _run_widest_head(self, hidden: Tensor) -> None:
         """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""
-        rows = hidden[:1].expand(self.pool.canvas_length, -1)
+        # A host's memory is not divided by this profile, and a full batch would take it seconds.
+        canvases = 1 if hidden.device.type == "cpu" else self.pool.num_slots
+        rows = hidden[:1].expand(canvases * self.pool.canvas_length, -1)
         counter = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         noise = Noise(seed=counter[:, None].expand(-1, 2), position=counter, step=counter)
         self.head(rows, torch.ones_like(counter, dtype=torch.float32), noise)

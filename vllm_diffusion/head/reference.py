@@ -1,5 +1,6 @@
 """The head that materialises logits: readable, exact, the truth other heads are tested against.
 
+It computes in whatever precision its logits come. Given fp64 logits it is the definition.
 Memory is bounded by running at most ``max_rows`` rows of the vocabulary at a time.
 """
 
@@ -95,23 +96,50 @@ class ReferenceHead:
         logits = self.logits(hidden)
         if rewrite is not None:
             logits = rewrite_logits(logits, rewrite)
-        scaled = logits / temperature[:, None]
-        if rewrite is not None:
-            scaled = truncate_logits(scaled, rewrite)
-        log_prob = scaled.log_softmax(dim=-1)
-        prob = log_prob.exp()
-        # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
-        lowest = torch.finfo(log_prob.dtype).min
-        entropy = -(prob * log_prob.clamp(min=lowest)).sum(dim=-1)
-        top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
-        argmax, sample = scaled.argmax(dim=-1), sample_rows(prob, noise)
-        if rewrite is not None and rewrite.greedy is not None:
-            sample = torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
-        return CanvasStats(
-            argmax=argmax,
-            sample=sample,
-            entropy=entropy,
-            top_prob=top[:, 0],
-            margin=top[:, 0] - top[:, -1],
-            soft_embedding=self.soft_embedding(prob),
+        return row_statistics(
+            logits,
+            temperature,
+            rewrite,
+            draw=lambda prob: sample_rows(prob, noise),
+            soft_embedding=self.soft_embedding,
         )
+
+
+def row_statistics(
+    logits: Tensor,
+    temperature: Tensor,
+    rewrite: Rewrite | None,
+    *,
+    draw: Callable[[Tensor], Tensor],
+    soft_embedding: Callable[[Tensor], Tensor],
+) -> CanvasStats:
+    """Statistics of softmax(truncated(logits / temperature)), the whole of it at once.
+
+    Args:
+        logits: [R, N] fp32, or fp64 for the truth; rewritten.
+        temperature: [R] fp32.
+        rewrite: of these rows; what comes before the temperature is done.
+        draw: [R, N] probabilities -> [R] int64, a column a row.
+        soft_embedding: [R, N] probabilities -> [R, H].
+    """
+    scaled = logits / temperature[:, None]
+    if rewrite is not None:
+        scaled = truncate_logits(scaled, rewrite)
+    log_prob = scaled.log_softmax(dim=-1)
+    prob = log_prob.exp()
+    # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
+    lowest = torch.finfo(log_prob.dtype).min
+    entropy = -(prob * log_prob.clamp(min=lowest)).sum(dim=-1)
+    top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
+    second = top[:, 1] if top.shape[1] > 1 else torch.zeros_like(top[:, 0])
+    argmax, sample = scaled.argmax(dim=-1), draw(prob)
+    if rewrite is not None and rewrite.greedy is not None:
+        sample = torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
+    return CanvasStats(
+        argmax=argmax,
+        sample=sample,
+        entropy=entropy,
+        top_prob=top[:, 0],
+        margin=top[:, 0] - second,
+        soft_embedding=soft_embedding(prob),
+    )

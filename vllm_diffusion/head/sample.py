@@ -48,27 +48,75 @@ def sample_rows(weight: Tensor, noise: Noise) -> Tensor:
     num_tiles = -(-vocab // TILE)
     gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
     # Padding a vocabulary of less than one tile to a tile would cost many times the vocabulary.
-    size = max(1, TILE // _BINS)
-    width = -(-min(vocab, TILE) // size) * size
+    width = padded_width(min(vocab, TILE))
     missing = num_tiles * width - vocab
     padded = functional.pad(weight, (0, missing)) if missing else weight
-    bins = padded.view(rows, num_tiles, width // size, size)
+    bins = padded.view(rows, num_tiles, -1, bin_size())
     bin_mass = bins.sum(dim=-1)
-    mass = bin_mass.sum(dim=-1)
-    gumbel = -torch.log(-torch.log(gumbel_uniform))
-    tile = (torch.log(mass) + gumbel).argmax(dim=-1)
-
-    # The inversion looks for the bin first and then inside it: a running sum over whole tiles would
-    # cost as much as everything else here together.
+    tile = tile_scores(bin_mass.sum(dim=-1), gumbel_uniform).argmax(dim=-1)
     row = torch.arange(rows, device=weight.device)
-    cumulative = bin_mass[row, tile].cumsum(dim=-1)
-    target = cdf_uniform[row, tile] * cumulative[:, -1]
+    inside = invert(bins[row, tile], bin_mass[row, tile], cdf_uniform[row, tile])
+    return tile * TILE + inside
+
+
+def sample_listed(weight: Tensor, ids: Tensor, vocab: int, noise: Noise) -> Tensor:
+    """The draw of ``sample_rows`` where all but a few ids have zero weight.
+
+    Args:
+        weight: [R, N] fp32, of the listed ids.
+        ids: [N] int64, ascending.
+        vocab: ids there are.
+        noise: the key of every row.
+
+    Returns:
+        [R] int64, places in the list.
+    """
+    num_tiles = -(-vocab // TILE)
+    gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
+    tile_of = ids // TILE
+    mass = weight.new_zeros(len(weight), num_tiles).index_add_(1, tile_of, weight)
+    tile = tile_scores(mass, gumbel_uniform).argmax(dim=-1, keepdim=True)
+    cumulative = torch.where(tile_of == tile, weight, 0.0).cumsum(dim=-1)
+    return _first_above(cumulative, cdf_uniform.gather(1, tile)[:, 0] * cumulative[:, -1])
+
+
+def tile_scores(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Log mass plus Gumbel noise: the tile with the highest score is drawn, shapes as given."""
+    return torch.log(mass) - torch.log(-torch.log(uniform))
+
+
+def invert(bins: Tensor, bin_mass: Tensor, uniform: Tensor) -> Tensor:
+    """Where in a tile a share of its mass is reached.
+
+    Looks for the bin first and then inside it: a running sum over whole tiles would cost as much as
+    everything else here together.
+
+    Args:
+        bins: [R, N, size] fp32, weights of one tile a row.
+        bin_mass: [R, N] fp32, their sums.
+        uniform: [R] fp32, in (0, 1).
+
+    Returns:
+        [R] int64, places in the tile.
+    """
+    row = torch.arange(len(bins), device=bins.device)
+    cumulative = bin_mass.cumsum(dim=-1)
+    target = uniform * cumulative[:, -1]
     chosen = _first_above(cumulative, target)
     # Rounding of the difference may leave the target below the bin: 0 is the first id with mass.
-    target -= cumulative[row, chosen] - bin_mass[row, tile, chosen]
+    target -= cumulative[row, chosen] - bin_mass[row, chosen]
     target.clamp_(min=0.0)
-    inside = _first_above(bins[row, tile, chosen].cumsum(dim=-1), target)
-    return tile * TILE + chosen * size + inside
+    return chosen * bins.shape[-1] + _first_above(bins[row, chosen].cumsum(dim=-1), target)
+
+
+def bin_size() -> int:
+    """Ids that the search inside a tile takes together."""
+    return max(1, TILE // _BINS)
+
+
+def padded_width(width: int) -> int:
+    """Columns of a tile of ``width`` ids, its last bin filled up."""
+    return -(-width // bin_size()) * bin_size()
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:

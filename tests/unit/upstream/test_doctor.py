@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +91,17 @@ def test_a_forced_runner_is_a_problem():
     (finding,) = doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "0"})
     assert (finding.level, finding.mend) == (Level.PROBLEM, "unset VLLM_USE_V2_MODEL_RUNNER")
     assert doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "1"}) == []
+
+
+@pytest.mark.parametrize(
+    ("compiled", "level"),
+    [(None, Level.NOTE), (SimpleNamespace(vd_best_isa=lambda: 1), Level.OK)],
+)
+def test_the_compiled_part_of_the_head_is_reported(monkeypatch, compiled, level):
+    monkeypatch.setattr("vllm_diffusion.head.native.library", lambda: compiled)
+    (finding,) = doctor.check_row_pass()
+    assert finding.level is level
+    assert ("AVX2" in finding.text) == (compiled is not None)
 
 
 def test_a_torch_told_to_load_no_backends_is_a_warning():

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 from vllm.model_executor.models.gemma4 import Gemma4Model
 from vllm.model_executor.models.gemma4_mm import (
     Gemma4DummyInputsBuilder,
@@ -29,6 +37,8 @@ from vllm.model_executor.models.transformers.utils import recursive_replace_line
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_diffusion.head.sample import TILE
+from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
 from vllm_diffusion.models.diffusion_gemma.weights import (
@@ -228,6 +238,35 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         weight = table.weight[: end - start]
         soft = probabilities[:, start:end].to(weight.dtype) @ weight
         return tensor_model_parallel_all_reduce(soft) * self.model.normalizer
+
+    def vocabulary(self) -> Vocabulary | None:
+        """This rank's part of the vocabulary for a head that streams over it.
+
+        None where only the layers can multiply with it (a quantised head, one of another precision)
+        or where ranks cut tiles of the sampling definition, see ``head.sample``: 262144 ids over a
+        power of two of ranks do not.
+        """
+        table, head = self.model.embed_tokens, self.lm_head
+        plain = isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        shard = table.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        size = self.logits_processor.org_vocab_size
+        whole_tiles = first % TILE == 0 and (end % TILE == 0 or end == size)
+        if not plain or self.logits_processor.head_dtype not in {None, head.weight.dtype}:
+            return None
+        ranks = get_tensor_model_parallel_world_size()
+        if not whole_tiles or (ranks > 1 and size % (TILE * ranks)):
+            return None
+        return Vocabulary(
+            output=head.weight[: end - first],
+            embedding=table.weight[: end - first],
+            first=first,
+            size=size,
+            softcap=self.softcap,
+            scale=self.model.normalizer,
+            gather=lambda values: tensor_model_parallel_all_gather(values[None], dim=0),
+            add=tensor_model_parallel_all_reduce,
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the released names; a file that holds one layer scalar serves both kinds of row.

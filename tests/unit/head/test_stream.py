@@ -1,0 +1,311 @@
+"""The streaming head draws what the materialising head draws, and is as exact."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from helpers.heads import Case, assert_no_worse, assert_same_shape, assert_same_tokens, make_case
+
+from vllm_diffusion.head import sample, stream
+from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.stream import StreamingHead
+from vllm_diffusion.records import Rewrite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TILES = [16, 128, sample.TILE]
+
+
+@pytest.fixture(params=TILES)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Many tiles of few ids, some of many, and one that is wider than the vocabulary."""
+    monkeypatch.setattr(sample, "TILE", request.param)
+    return int(request.param)
+
+
+def check(case: Case, factor: float = 2.0) -> None:
+    truth, plain = case.truth(), case.reference()(*case.arguments())
+    ours = case.streaming()(*case.arguments())
+    assert_same_shape(ours, plain)
+    assert_same_tokens(ours, truth)
+    assert_no_worse(ours, plain, truth, factor)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_definition(seed: int, softcap: float | None) -> None:
+    check(make_case(seed, softcap=softcap))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("vocab", [1, 2, 63, 65, 128])
+def test_vocabularies_that_fill_no_tile(vocab: int) -> None:
+    check(make_case(4, vocab=vocab))
+
+
+def test_the_real_tile_over_several_tiles() -> None:
+    check(make_case(5, vocab=3 * sample.TILE + 17, hidden=16))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("seed", range(6))
+def test_every_rewrite_at_once(seed: int) -> None:
+    check(make_case(seed, rewrite=True))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize(
+    "part", ["greedy", "allowed", "bias", "penalties", "forbidden", "pinned", "truncation"]
+)
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_every_rewrite_alone(part: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With no list short enough, the rows with lists are streamed under a mask.
+    monkeypatch.setattr(stream, "LISTED_AT_MOST", limit)
+    case = make_case(20, rewrite=True)
+    assert case.rewrite is not None
+    only = Rewrite(canvas=case.rewrite.canvas, **{part: getattr(case.rewrite, part)})
+    check(replace(case, rewrite=only))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("seed", range(3))
+def test_masks_in_the_stream(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "LISTED_AT_MOST", 0)
+    case = make_case(seed, rewrite=True)
+    assert case.rewrite is not None
+    check(replace(case, rewrite=replace(case.rewrite, truncation=None, pinned=None)))
+
+
+@pytest.mark.usefixtures("tile")
+def test_a_row_whose_every_id_is_forbidden_may_say_them() -> None:
+    case = make_case(1, vocab=9)
+    rows = len(case.hidden)
+    forbidden = torch.arange(9).expand(rows, 9).clone()
+    forbidden[::2, 4] = -1  # every other row has one id left
+    canvas = torch.arange(rows) // 8
+    case = replace(case, rewrite=Rewrite(canvas=canvas, forbidden=forbidden))
+    check(case)
+    assert bool((case.streaming()(*case.arguments()).argmax[::2] == 4).all())
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_products(seed: int) -> None:
+    case = make_case(seed, dtype=torch.bfloat16)
+    # The products round to bf16 alike, so the truth to compare with is of those logits.
+    logits = case.reference().logits(case.hidden)
+    exact = ReferenceHead(
+        logits=lambda _: logits.double(),
+        soft_embedding=lambda prob: prob @ case.embedding.double() * 5.65,
+        max_rows=1000,
+    )
+    truth, plain = exact(*case.arguments()), case.reference()(*case.arguments())
+    ours = case.streaming()(*case.arguments())
+    assert_same_shape(ours, plain)
+    assert_same_tokens(ours, truth)
+    assert_no_worse(ours, plain, truth)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 16])
+def test_row_chunks_equal_the_whole(at_once: int) -> None:
+    case = make_case(2, rewrite=True)
+    budget = at_once * stream._TILE_COPIES * 4 * sample.TILE
+    assert_same_tokens(case.streaming(budget)(*case.arguments()), case.truth())
+
+
+# ---- what fp32 bears ----
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("temperature", [4e-3, 0.4, 1e3])
+@pytest.mark.parametrize("softcap", [1.0, 30.0, None])
+def test_any_temperature_and_softcap_are_safe(
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    case = make_case(3, softcap=softcap)
+    # Beyond the softcap's reach tanh is 1 in fp32 and many ids are equally good.
+    hidden = case.hidden * min(1.0, (softcap or 30.0) / 30.0)
+    even = torch.full_like(case.temperature, temperature)
+    case = replace(case, hidden=hidden, temperature=even)
+    truth, plain = case.truth(), case.reference()(*case.arguments())
+    ours = case.streaming()(*case.arguments())
+    assert torch.equal(ours.argmax, truth.argmax)
+    assert_no_worse(ours, plain, truth)
+
+
+@pytest.mark.usefixtures("tile")
+def test_logits_far_below_the_softcap_keep_their_weight() -> None:
+    # exp((x - c) / T) would be 0 for every id: (c - x) / T is 150.
+    case = make_case(0)
+    low = replace(
+        case,
+        hidden=torch.full_like(case.hidden, 1.0),
+        embedding=-case.embedding.abs() * 5,
+        temperature=torch.full_like(case.temperature, 0.4),
+    )
+    assert float(low.reference().logits(low.hidden).max()) < -29
+    check(low)
+
+
+@pytest.mark.usefixtures("tile")
+def test_a_row_of_nan_does_not_end_the_process() -> None:
+    case = make_case(0)
+    hidden = case.hidden.clone()
+    hidden[3] = math.nan
+    ours = case.streaming()(hidden, *case.arguments()[1:])
+    assert 0 <= int(ours.sample[3]) < 700
+    others = torch.arange(len(hidden)) != 3
+    assert torch.equal(ours.sample[others], case.truth().sample[others])
+
+
+# ---- what is not computed ----
+
+
+def counting(head: StreamingHead) -> tuple[StreamingHead, list[int]]:
+    """The same head, and how many rows its tiles hold."""
+    seen: list[int] = []
+
+    class Counting(StreamingHead):
+        def _tiles(self, hidden, rewrite, **how):
+            seen.append(len(hidden))
+            return super()._tiles(hidden, rewrite, **how)
+
+    return Counting(vocabulary=head.vocabulary, whole=head.whole, budget=head.budget), seen
+
+
+def test_rows_with_short_lists_and_pins_are_not_streamed() -> None:
+    case = make_case(1, canvases=4)
+    allowed = torch.tensor([[-1, -1], [3, 5], [-1, -1], [2, -1]])
+    pinned = torch.full((32,), -1)
+    pinned[1] = pinned[9] = 4
+    rewrite = Rewrite(canvas=torch.arange(4).repeat_interleave(8), allowed=allowed, pinned=pinned)
+    head, seen = counting(case.streaming())
+    ours = head(*replace(case, rewrite=rewrite).arguments())
+    assert seen == [15]
+    assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
+
+
+# ---- candidates and scores ----
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("count", [1, 4, 1000])
+def test_candidates_are_those_of_the_reference(count: int) -> None:
+    case = make_case(6, rewrite=True)
+    assert case.rewrite is not None
+    ours = case.streaming().candidates(case.hidden, case.rewrite, count)
+    theirs = case.reference(torch.float64).candidates(case.hidden, case.rewrite, count)
+    assert torch.equal(ours >= 0, theirs >= 0)
+    assert ours.shape == theirs.shape
+    if count < 1000:  # beyond that, near ties may stand in either order
+        assert torch.equal(ours, theirs)
+
+
+HOW = [
+    {"count": 5},
+    {"count": 0},
+    {"count": -1},
+    {"count": 3, "raw_logits": True},
+    {"count": 3, "ids": (3, 600, 40)},
+    {"count": 3, "ids": (3, 600, 40), "among": True},
+    {"count": 3, "ids": (3, 600, 40), "raw_logits": True},
+]
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("budget", [1, 1 << 28])
+def test_scores_are_those_of_the_reference(how: dict, budget: int) -> None:
+    case = make_case(7)
+    tokens = torch.tensor((3, 600, 40))[torch.arange(len(case.hidden)) % 3]
+    ours = case.streaming(budget).scores(case.hidden, tokens, **how)
+    plain = case.reference().scores(case.hidden, tokens, **how)
+    truth = case.reference(torch.float64).scores(case.hidden, tokens, **how)
+    if how["count"] >= 0:
+        assert torch.equal(ours.ids, truth.ids)
+        assert torch.equal(ours.ranks, truth.ranks)
+    error = (ours.values.double() - truth.values.double()).abs().max()
+    allowed = (plain.values.double() - truth.values.double()).abs().max()
+    assert float(error) <= 2 * float(allowed) + 1e-6
+    assert ours.values.dtype == plain.values.dtype
+
+
+# ---- ranks ----
+
+
+def over_ranks(case: Case, ranks: int, call) -> list:
+    """Run ``call(head)`` once a rank, on its part of the embedding, and exchange what they send."""
+    from threading import Barrier, Thread
+
+    barrier, sent = Barrier(ranks), [None] * ranks
+
+    def exchange(rank: int, values: Tensor) -> Tensor:
+        sent[rank] = values.clone()
+        barrier.wait(timeout=60)
+        together = torch.stack(sent)
+        barrier.wait(timeout=60)
+        return together
+
+    size = len(case.embedding) // ranks
+    results: list = [None] * ranks
+
+    def run(rank: int) -> None:
+        own = case.embedding[rank * size : (rank + 1) * size]
+        vocabulary = replace(
+            case.vocabulary(),
+            output=own,
+            embedding=own,
+            first=rank * size,
+            gather=lambda values: exchange(rank, values),
+            add=lambda values: exchange(rank, values).sum(dim=0),
+        )
+        head = StreamingHead(vocabulary=vocabulary, whole=case.reference(), budget=1 << 28)
+        results[rank] = call(head)
+
+    threads = [Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_with_a_part_of_the_vocabulary_agree_with_one(
+    ranks: int, rewrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "TILE", 64)
+    for seed in range(4):
+        case = make_case(seed, vocab=512, rewrite=rewrite)
+        truth, plain = case.truth(), case.reference()(*case.arguments())
+        for ours in over_ranks(case, ranks, lambda head, case=case: head(*case.arguments())):
+            assert_same_tokens(ours, truth)
+            assert_no_worse(ours, plain, truth)
+
+
+def test_ranks_agree_on_candidates_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "TILE", 64)
+    case = make_case(8, vocab=512, rewrite=True)
+    tokens = torch.arange(len(case.hidden)) * 11 % 512
+    truth = case.reference(torch.float64)
+    for best in over_ranks(case, 2, lambda head: head.candidates(case.hidden, case.rewrite, 4)):
+        assert torch.equal(best, truth.candidates(case.hidden, case.rewrite, 4))
+    for how in HOW:
+        if how["count"] < 0:
+            continue
+        chosen = {**how, "ids": (3, 300, 40)} if "ids" in how else how
+        expected = truth.scores(case.hidden, tokens, **chosen)
+        for ours in over_ranks(
+            case, 2, lambda head, how=chosen: head.scores(case.hidden, tokens, **how)
+        ):
+            assert torch.equal(ours.ids, expected.ids)
+            assert torch.equal(ours.ranks, expected.ranks)
+            torch.testing.assert_close(ours.values.double(), expected.values, atol=1e-4, rtol=1e-5)

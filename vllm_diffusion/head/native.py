@@ -1,0 +1,151 @@
+"""``tile.absorb`` in C++ for CPU hosts: one pass over a row while it is in the cache.
+
+The library has no torch and no Python in it: it takes pointers, so one build fits every torch. It
+is built with the package where there is a C++ compiler, see ``csrc/head``. AVX-512, AVX2 or plain
+code is chosen at run time. Threads are those of torch, which brings the OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from vllm_diffusion.head import sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.head.tile import RunningStats
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_POINTERS = ("top", "second", "mass", "moment", "score", "argmax", "sample")
+ISAS: Final = ("plain", "AVX2", "AVX-512")
+"""Instruction sets of the library, by the number it gives them."""
+
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+_TILE: Final = 4096  # VD_TILE and VD_BIN of row_pass.h
+_BIN: Final = 64
+
+
+class _Running(ctypes.Structure):
+    """``vd_running``."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _POINTERS)
+
+
+class _Tile(ctypes.Structure):
+    """``vd_tile``."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("softcap", ctypes.c_float),
+        ("temperature", ctypes.c_void_p),
+        ("gumbel", ctypes.c_void_p),
+        ("inside", ctypes.c_void_p),
+        ("uniform_stride", ctypes.c_int64),
+        ("shrink", ctypes.c_void_p),
+    )
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether the library takes these logits [R, n] in: else ``tile.absorb`` does."""
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype in _DTYPES
+        and sample.bin_size() == _BIN
+        and sample.TILE == _TILE
+        and logits.stride(1) == 1
+        and library() is not None
+    )
+
+
+def absorb(
+    running: RunningStats,
+    logits: Tensor,
+    *,
+    first: int,
+    softcap: float | None,
+    temperature: Tensor,
+    uniforms: tuple[Tensor, Tensor],
+    isa: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``tile.absorb``; the weights take the place and the dtype of the logits.
+
+    Args:
+        running, first, softcap, temperature, uniforms: as there.
+        logits: [R, n] fp32 or bf16.
+        isa: a place in ``ISAS``; None for the best this processor has.
+    """
+    compiled = library()
+    assert compiled is not None
+    gumbel, inside = uniforms
+    assert gumbel.stride() == inside.stride()
+    temperature, shrink = temperature.contiguous(), torch.empty_like(running.top)
+    tile = _Tile(
+        values=logits.data_ptr(),
+        rows=logits.shape[0],
+        width=logits.shape[1],
+        stride=logits.stride(0),
+        first=first,
+        bf16=_DTYPES[logits.dtype],
+        softcap=softcap or 0.0,
+        temperature=temperature.data_ptr(),
+        gumbel=gumbel.data_ptr(),
+        inside=inside.data_ptr(),
+        uniform_stride=gumbel.stride(0),
+        shrink=shrink.data_ptr(),
+    )
+    state = _Running(
+        top=running.top.data_ptr(),
+        second=running.second.data_ptr(),
+        mass=running.mass.data_ptr(),
+        moment=running.moment.data_ptr(),
+        score=running.score.data_ptr(),
+        argmax=running.argmax.data_ptr(),
+        sample=running.sample.data_ptr(),
+    )
+    chosen = compiled.vd_best_isa() if isa is None else isa
+    status = compiled.vd_absorb(
+        ctypes.byref(tile), ctypes.byref(state), torch.get_num_threads(), chosen
+    )
+    assert status == 0, f"{tuple(logits.shape)} logits, instruction set {chosen}"
+    return logits, shrink
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, loaded once; None, with one line in the log, where there is none."""
+    built = sorted(Path(__file__).parent.glob("_row_pass*.so"))
+    if not built:
+        logger.info(
+            "The C++ part of the head is not built, so its torch form runs, which is slower on a "
+            "CPU. To build it: install a C++ compiler and install vllm-diffusion again."
+        )
+        return None
+    try:
+        # Our code calls the OpenMP runtime that torch has loaded, whose threads are bound to cores
+        # already; a second runtime would bring threads of its own.
+        runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+        ctypes.CDLL(str(runtimes[0]) if runtimes else "libgomp.so.1", ctypes.RTLD_GLOBAL)
+        compiled = ctypes.CDLL(str(built[0]))
+    except OSError as error:
+        logger.warning("The C++ part of the head cannot be loaded, its torch form runs: %s", error)
+        return None
+    compiled.vd_absorb.argtypes = (
+        ctypes.POINTER(_Tile),
+        ctypes.POINTER(_Running),
+        ctypes.c_int32,
+        ctypes.c_int32,
+    )
+    return compiled

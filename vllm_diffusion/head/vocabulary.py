@@ -1,0 +1,73 @@
+"""The vocabulary as a streaming head reads it: the embedding rows that one rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values[None]
+
+
+def _itself(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Ids ``first`` .. ``first + V_r - 1`` of ``size``, V_r of them on this rank.
+
+    The defaults are those of a rank that holds them all.
+    """
+
+    output: Tensor
+    """[V_r, H], logits = hidden @ output^T."""
+    embedding: Tensor
+    """[V_r, H], what the soft embedding is a mean of; the same tensor where the two are tied."""
+    size: int
+    """Ids of all ranks together, below 2**24: they travel as fp32."""
+    softcap: float | None
+    """logits become softcap * tanh(logits / softcap), in fp32."""
+    scale: Tensor | float = 1.0
+    """What a token's embedding is multiplied with."""
+    first: int = 0
+    gather: Callable[[Tensor], Tensor] = _alone
+    """[...] floats of this rank -> [ranks, ...], the same on every rank."""
+    add: Callable[[Tensor], Tensor] = _itself
+    """[...] floats of this rank -> [...] summed over ranks; may change its argument."""
+
+    def __len__(self) -> int:
+        """Ids on this rank."""
+        return self.output.shape[0]
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The softcap, in place."""
+        if self.softcap is None:
+            return logits
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def logits_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[R, H] and [N] int64 -> [R, N] fp32 capped logits of these ids alone, on every rank."""
+        place, here = self._places(ids)
+        logits = (hidden @ self.output[place].T).float().masked_fill_(~here, 0.0)
+        return self.capped(self.add(logits))
+
+    def mean_of(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """[R, N] fp32 and [N] int64 -> [R, H]: weights @ embeddings of the ids, scaled."""
+        place, here = self._places(ids)
+        rows = self.embedding[place].masked_fill_(~here[:, None], 0.0)
+        return self.add(weight.to(rows.dtype) @ rows) * self.scale
+
+    def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of this rank that hold the ids, and which of them it holds at all."""
+        place = ids - self.first
+        here = (place >= 0) & (place < len(self))
+        return torch.where(here, place, 0), here
