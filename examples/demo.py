@@ -2,8 +2,8 @@
 
     python examples/demo.py [--prompt TEXT] [--checkpoint DIR] [--max-tokens N] [--seed N]
 
-Asks the trained model of `tiny-diffusiongemma/` for a sudoku, an edited text and JSON over two
-canvases, over HTTP and then in this process. The questions are none that it was trained on.
+Asks the trained model of `tiny-diffusiongemma/` for a sudoku, running sums, an edited text and JSON
+over two canvases, over HTTP and then in this process. The questions are none that it was trained on.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def held_out_questions() -> list[Item | str]:
-    """One item of three tasks, with answers that can be checked."""
-    sizes = {"sudoku": 7, "edit": 2, "json": 4}
+    """One item of four tasks, with answers that can be checked."""
+    sizes = {"sudoku": 7, "chain": 12, "edit": 2, "json": 3}
     return [next(held_out_items(task, 1, seed=1, sizes=[size])) for task, size in sizes.items()]
 
 

@@ -3,9 +3,13 @@
 One item becomes its clean tokens (prompt and committed canvases, causal) followed by two noised
 views of its canvases, which see the clean tokens before them and themselves. Everything about
 visibility follows from four numbers a token: item, position, view, and where the view begins.
+
+Some views are templates: words of the answer are holes a few tokens too long, filled up with
+padding, and the text around them stays clean.
 """
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,10 +23,20 @@ VIEWS = 2
 """Noised canvases per item: of different canvases where it has several, else of the same one."""
 
 SHARES = {
-    0: {"json": 6, "sudoku": 4, "chain": 7, "count": 2, "edit": 4, "joint": 3},
-    4000: {"json": 4, "sudoku": 3, "chain": 12, "count": 5, "edit": 2, "joint": 2},
+    0: {"json": 6, "sudoku": 4, "chain": 8, "count": 4, "edit": 4, "joint": 2},
+    4000: {"json": 4, "sudoku": 3, "chain": 10, "count": 6, "edit": 2, "joint": 1},
+    7000: {"json": 3, "sudoku": 5, "chain": 12, "count": 5, "edit": 2, "joint": 2},
 }
 """How often each task is drawn, from a step on: copying is learnt first, sums last."""
+
+SHORT_OFTEN = frozenset({"chain", "count"})
+"""Tasks of which small sizes are drawn more often: their rules are the same at every length."""
+
+TEMPLATES = 0.2
+"""Share of items of which a view is a template."""
+
+MOST_HOLES, MOST_SLACK = 3, 4
+"""Holes of a template, and padding at the end of a hole, at most."""
 
 ROW = 416
 """Tokens of a row; the longest item is some ten tokens shorter."""
@@ -38,7 +52,7 @@ class Rows:
     tokens: torch.Tensor
     """Input ids; those of views are already noised."""
     targets: torch.Tensor
-    """Clean ids under views, IGNORED elsewhere."""
+    """Clean ids under views, IGNORED elsewhere and where a template's text is given."""
     item: torch.Tensor
     """Number of the item within its row; -1 is padding."""
     position: torch.Tensor
@@ -81,7 +95,9 @@ def training_items(rng: random.Random, shares: Mapping[str, float]) -> Iterator[
     """Endless items of all sizes that are not held out, of tasks in these shares."""
     while True:
         (task,) = rng.choices(list(shares), shares.values())
-        item = tasks.make_item(task, rng, rng.choice(tasks.TASKS[task].sizes))
+        sizes = tasks.TASKS[task].sizes
+        share = rng.random() ** (2 if task in SHORT_OFTEN else 1)
+        item = tasks.make_item(task, rng, sizes[int(share * len(sizes))])
         if not item.held_out:
             yield item
 
@@ -151,19 +167,49 @@ def _lay_out(
         "view": [0] * len(clean),
         "start": [0] * len(clean),
     }
+    template = rng.random() < TEMPLATES
     for number, index in enumerate(chosen, start=1):
-        text = answer[index * canvas : (index + 1) * canvas]
+        text = judged = answer[index * canvas : (index + 1) * canvas]
+        if index == 0 and template:
+            text, judged = _with_holes(tokenizer, item.answer, canvas, rng)
+            template = False
         start = len(prompt) + index * canvas
         columns["tokens"] += text
-        columns["targets"] += text
+        columns["targets"] += judged
         columns["position"] += range(start, start + canvas)
         columns["view"] += [number] * canvas
         columns["start"] += [start] * canvas
     return len(columns["tokens"]), columns
 
 
+def _with_holes(
+    tokenizer: Tokenizer, answer: str, canvas: int, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """An answer's first canvas as a template: its tokens, and the targets of its holes."""
+    words = list(re.finditer(r"\w+", answer))
+    holes = sorted(rng.sample(words, min(len(words), rng.randint(1, MOST_HOLES))), key=_begin)
+    tokens: list[int] = []
+    targets: list[int] = []
+    end = 0
+    for hole in holes:
+        fixed = tokenizer.encode(answer[end : hole.start()], add_special_tokens=False).ids
+        filled = tokenizer.encode(hole.group(), add_special_tokens=False).ids
+        filled += [token_id(PAD)] * rng.randint(0, MOST_SLACK)
+        tokens += fixed + filled
+        targets += [IGNORED] * len(fixed) + filled
+        end = hole.end()
+    tokens += tokenizer.encode(answer[end:], add_special_tokens=False).ids
+    tokens += [token_id(TURN_END)] + [token_id(PAD)] * canvas
+    targets += [IGNORED] * (len(tokens) - len(targets))
+    return tokens[:canvas], targets[:canvas]
+
+
+def _begin(word: re.Match[str]) -> int:
+    return word.start()
+
+
 def _add_noise(packed: Rows, vocab: int, generator: torch.Generator) -> None:
-    """Replace tokens of every view by uniform ones, at a level of its own from U(0, 1)."""
+    """Replace judged tokens of every view by uniform ones, at a level of its own from U(0, 1)."""
     # One level a view: views are told apart by item and number, both small.
     levels = torch.rand(
         packed.item.shape[0], int(packed.item.max()) + 1, VIEWS + 1, generator=generator
@@ -172,4 +218,5 @@ def _add_noise(packed: Rows, vocab: int, generator: torch.Generator) -> None:
     level = levels[row, packed.item.clamp(min=0), packed.view]
     drawn = torch.rand(level.shape, generator=generator)
     noise = torch.randint(vocab, level.shape, generator=generator)
-    packed.tokens.copy_(torch.where((packed.view > 0) & (drawn < level), noise, packed.tokens))
+    noised = (packed.targets != IGNORED) & (drawn < level)
+    packed.tokens.copy_(torch.where(noised, noise, packed.tokens))

@@ -11,7 +11,8 @@ from vllm_diffusion.denoise.presets import PRESETS
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "quality.py"
 ITEMS = 60
-TASKS = ("json", "sudoku")
+TASKS = ("json", "sudoku", "chain")
+ENGINES = ("ours", "native", "transformers")
 
 
 def quality(tmp_path, *arguments):
@@ -29,7 +30,7 @@ def quality(tmp_path, *arguments):
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_known_bad_rules_lose_significantly_on_hard_items(tmp_path):
-    presets = ("reference", "cut-2", "freeze-0.6", "no-renoise")
+    presets = ("reference", "cut-2", "cut-4", "freeze-0.6", "no-renoise")
     arguments = [word for preset in presets for word in ("--preset", preset)]
     arguments += [word for task in TASKS for word in ("--task", task)]
     arguments += ["--sizes", "hard", "--n", str(ITEMS), "--plot", str(tmp_path / "plot.png")]
@@ -49,17 +50,20 @@ def test_presets_trade_forwards_for_care(tmp_path):
     found, table = quality(tmp_path, *arguments, "--sizes", "hard", "--n", str(ITEMS))
     speed = {preset: found[f"ours:{preset}.all.TPF_all"] for preset in PRESETS}
     assert speed["careful"] < speed["reference"] < speed["fast"], table
-    for preset in PRESETS:
-        loss, error = (-found[f"ours:{preset}.all.diff"], found[f"ours:{preset}.all.diff_error"])
-        assert loss <= 3 * error, table
+    gain, error = (found[f"ours:careful.all.{name}"] for name in ("diff", "diff_error"))
+    assert gain > -3 * error, table
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_ours_native_and_transformers_answer_equally_well(tmp_path):
-    found, table = quality(tmp_path, "--task", "json", "--task", "sudoku", "--n", str(ITEMS))
-    for engine in ("native", "transformers"):
-        difference, error = (found[f"{engine}.all.{name}"] for name in ("diff", "diff_error"))
-        assert abs(difference) <= 3 * error, table
-    assert found["ours:reference.all.exact"] > 85, table
-    assert found["ours:reference.all.finished"] == 100, table
+def test_ours_answers_as_well_as_transformers_and_native_loses_on_long_sums(tmp_path):
+    arguments = [word for engine in ENGINES for word in ("--engine", engine)]
+    arguments += [word for task in TASKS for word in ("--task", task)]
+    found, table = quality(tmp_path, *arguments, "--n", str(ITEMS))
+    difference, error = (found[f"transformers.all.{name}"] for name in ("diff", "diff_error"))
+    assert abs(difference) <= 3 * error, table
+    # The prompt and three canvases of sums pass the sliding window, which native moves along.
+    loss, error = (-found["native.chain.diff"], found["native.chain.diff_error"])
+    assert loss > 2 * error > 0, table
+    assert found["ours:reference.all.exact"] > 75, table
+    assert found["ours:reference.all.finished"] > 95, table

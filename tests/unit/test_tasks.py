@@ -107,9 +107,12 @@ def test_edit_changes_every_place_of_the_word_and_nothing_else():
 
 def test_count_is_as_long_as_its_size():
     for item in items_of("count", 2):
-        numbers = [int(number) for number in item.answer.split()]
+        pairs = [term.split("/") for term in item.answer.split()]
+        numbers = [int(number) for number, _ in pairs]
         assert len(numbers) == item.size
         assert numbers == list(range(numbers[0], numbers[-1] + 1))
+        assert {int(last) for _, last in pairs} == {numbers[-1]}
+        assert item.prompt == f"count {numbers[0]} to {numbers[-1]}"
 
 
 def test_invented_names_come_with_three_people():

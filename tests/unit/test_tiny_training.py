@@ -12,6 +12,7 @@ import torch
 
 from vllm_diffusion.testing.tasks import TASKS
 from vllm_diffusion.testing.tiny_checkpoint import build_model
+from vllm_diffusion.testing.tiny_tokenizer import PAD, TURN_END, token_id
 from vllm_diffusion.testing.tiny_weights import randomise
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny-diffusiongemma"
@@ -82,22 +83,48 @@ def test_the_packed_pass_gives_the_logits_of_transformers(trainer, tokenizer, mo
             expected = model(**inputs, self_conditioning_logits=expected / 0.6).logits
             torch.testing.assert_close(second[row][mask], expected[0], atol=2e-4, rtol=0)
             longest = max(longest, before.numel())
-    if seed == 7:
+    if seed == 5:
         assert longest > trainer.SPEC.sliding_window, "no view beyond the window"
 
 
-def test_rows_are_filled_with_whole_items_and_noise_touches_views_only(trainer, tokenizer):
+def test_rows_are_filled_with_whole_items_and_noise_touches_judged_tokens_only(trainer, tokenizer):
     rows = batch(trainer, tokenizer, 11, rows=12)
     assert (rows.item >= 0).float().mean() > 0.75
+    judged = rows.targets != trainer.IGNORED
     seen = list(views(rows))
     assert all(mask.sum() == trainer.SPEC.canvas for _, _, _, mask in seen)
-    changed = torch.stack([rows.tokens[r][m] != rows.targets[r][m] for r, _, _, m in seen])
-    levels = changed.float().mean(dim=1)
-    assert levels.min() < 0.2
-    assert levels.max() > 0.8
-    clean = (rows.view == 0) & (rows.item >= 0)
-    assert (rows.targets[clean] == trainer.IGNORED).all()
-    assert (rows.targets[rows.view > 0] != trainer.IGNORED).all()
+    whole = [(r, m) for r, _, _, m in seen if judged[r][m].all()]
+    levels = [(rows.tokens[r][m] != rows.targets[r][m]).float().mean() for r, m in whole]
+    assert min(levels) < 0.2
+    assert max(levels) > 0.8
+    assert not judged[rows.view == 0].any()
+
+
+def test_a_template_is_the_answer_with_padding_in_its_holes(trainer, tokenizer):
+    rows = batch(trainer, tokenizer, 11, rows=12)
+    judged = rows.targets != trainer.IGNORED
+    pad, end = token_id(PAD), token_id(TURN_END)
+
+    def text(row, mask):
+        clean = torch.where(judged[row], rows.targets[row], rows.tokens[row])[mask]
+        return tokenizer.decode(clean[clean != pad].tolist(), skip_special_tokens=False)
+
+    answers, templates = {}, {}
+    for row, _, _, mask in views(rows):
+        key = (row, int(rows.item[row][mask][0]), int(rows.start[row][mask][0]))
+        (answers if judged[row][mask].all() else templates)[key] = text(row, mask), mask
+    both = [key for key in templates if key in answers and answers[key][0].endswith(TURN_END)]
+    assert len(both) > 3
+    slack = 0
+    for key in both:
+        shown, mask = templates[key]
+        if shown.endswith(TURN_END):  # the padding has not pushed its end out of the canvas
+            assert shown == answers[key][0]
+        targets = rows.targets[key[0]][mask]
+        assert 0 < judged[key[0]][mask].sum() < trainer.SPEC.canvas
+        assert not (targets == end).any()
+        slack += int((targets == pad).sum())
+    assert slack > len(both)
 
 
 def test_a_batch_is_a_function_of_its_seed(trainer, tokenizer):

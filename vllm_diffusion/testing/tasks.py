@@ -226,9 +226,12 @@ def _rows(grid: str) -> str:
 
 
 def _chain(rng: random.Random, size: int) -> tuple[str, str]:
+    # Sums of small terms are near the sum before them, which is where learning to add begins:
+    # of two digits up to nine, neither alone says anything about the sum modulo ten.
+    largest = rng.randint(1, 9)
     total, terms, sums = 0, [], []
     for key in KEYS[:size]:
-        digit = rng.randrange(10)
+        digit = rng.randint(0, largest)
         total = (total + digit) % 10
         terms.append(f"{key}{digit}")
         sums.append(f"{key}{digit}={total}")
@@ -263,9 +266,11 @@ def _edit(rng: random.Random, size: int) -> tuple[str, str]:
 
 
 def _count(rng: random.Random, size: int) -> tuple[str, str]:
-    first = rng.randrange(100)
+    first = rng.randint(10, 99)
     numbers = range(first, first + size)
-    return f"count {numbers[0]} to {numbers[-1]}", " ".join(map(str, numbers))
+    # The end beside every number, so that where to stop is seen where the number stands.
+    text = " ".join(f"{number}/{numbers[-1]}" for number in numbers)
+    return f"count {numbers[0]} to {numbers[-1]}", text
 
 
 TASKS: dict[str, Task] = {
@@ -274,5 +279,5 @@ TASKS: dict[str, Task] = {
     "chain": Task(range(4, 41), range(4, 11), range(24, 41), _chain, _equal),
     "joint": Task(range(2, 13), range(2, 7), range(10, 13), _joint, _one_colour),
     "edit": Task(range(1, 4), range(1, 2), range(3, 4), _edit, _equal),
-    "count": Task(range(4, 81), range(4, 21), range(60, 81), _count, _equal),
+    "count": Task(range(4, 41), range(4, 25), range(25, 41), _count, _equal),
 }
