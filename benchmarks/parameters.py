@@ -39,8 +39,8 @@ STEPS: Final = 12
 """Of a canvas, to be quick; both engines take it from the request."""
 LENGTH: Final = 2 * CANVAS - 8
 
-# The first leaves the colour open, the others are like nothing the model was trained on: answers that
-# parameters can change.
+# The first leaves the colour open, the others are like nothing the model was trained on: answers
+# that parameters can change.
 QUESTIONS: Final = (
     "paint rain rope moon star fish bird gold",
     "sum z9 y9 x9 w9 v9 u9 t9 s9 r9 q9 p9",

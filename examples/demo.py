@@ -2,8 +2,8 @@
 
     python examples/demo.py [--prompt TEXT] [--checkpoint DIR] [--max-tokens N] [--seed N]
 
-Asks the trained model of `tiny-diffusiongemma/` for a sudoku, running sums, an edited text and JSON
-over two canvases, over HTTP and then in this process. The questions are none that it was trained on.
+Asks the trained model of `tiny-diffusiongemma/` for a sudoku, running sums, an edited text and JSON,
+over HTTP and then in this process. The questions are none that it was trained on.
 """
 
 import argparse
