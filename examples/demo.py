@@ -2,7 +2,7 @@
 
     python examples/demo.py [--prompt TEXT] [--checkpoint DIR] [--max-tokens N] [--seed N]
 
-Asks the trained model of `tiny-diffusiongemma/` for a sudoku, running sums, an edited text and JSON,
+Asks the trained model of `tiny-diffusiongemma/` for a sudoku, sums, an edited text and JSON, first
 over HTTP and then in this process. The questions are none that it was trained on.
 """
 
