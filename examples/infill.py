@@ -26,10 +26,10 @@ def main() -> None:
 
     # Text and holes: a number is a hole of at most so many tokens.
     person = "Rosa from Madrid works as a clerk at 55."
-    template = ['[{"name":"', 1, '","age":', 2, ',"city":"', 1, '","job":"', 1, '"}]']
+    template = ['[{"name":"', 3, '","age":', 3, ',"city":"', 4, '","job":"', 3, '"}]']
     show("template", ask(llm, person, diffusion_template=template))
-    row = ["2431/", 4, "/1243/", 4]
-    show("sudoku", ask(llm, "sudoku 0431/0024/0243/4002", diffusion_template=row))
+    rows = [4, "/3124/", 4, "/4312"]
+    show("sudoku", ask(llm, "sudoku 0431/0024/0243/4002", diffusion_template=rows))
 
     # What follows is given; the answer is what belongs before it.
     before = ask(llm, person, max_tokens=9, diffusion_suffix=',"city":"Madrid","job":"clerk"}]')

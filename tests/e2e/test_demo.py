@@ -25,10 +25,10 @@ def run_demo(*arguments, timeout):
 def test_demo_answers_rightly_over_http_streamed_and_offline():
     run = run_demo(timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.findall(r"^ +(right|WRONG)$", run.stdout, re.MULTILINE) == ["right"] * 3
+    assert re.findall(r"^ +(right|WRONG)$", run.stdout, re.MULTILINE) == ["right"] * 4
     counted = re.findall(r"(\d+) tokens in ([\d.]+) canvases, (\d+) forwards", run.stdout)
     *served, offline = [tuple(map(float, numbers)) for numbers in counted]
-    assert [len(served), offline] == [3, tuple(map(sum, zip(*served, strict=True)))]
+    assert [len(served), offline] == [4, tuple(map(sum, zip(*served, strict=True)))]
     assert "both answers are the same text" in run.stdout
     assert "the same answers as over HTTP" in run.stdout
     assert "first text" in run.stdout
