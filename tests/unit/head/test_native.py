@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from vllm_diffusion.head import native
 from vllm_diffusion.head.sample import TILE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 built = native.library()
@@ -117,34 +117,35 @@ def test_threads_share_the_rows() -> None:
     torch.testing.assert_close(together.entropy, alone.entropy, atol=0, rtol=1e-5)
 
 
-def test_without_the_library_the_torch_form_runs_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.library.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO, logger=native.logger.name):
-            monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-            case = make_case(0)
-            assert_same_tokens(case.streaming()(*case.arguments()), case.truth())
-            assert not native.fits(case.hidden)
-        assert [record for record in caplog.messages if "C++ compiler" in record] == caplog.messages
-        assert len(caplog.messages) == 1
-    finally:
-        monkeypatch.undo()
-        native.library.cache_clear()
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module says, whichever handlers and levels vLLM has set for its loggers."""
+    messages: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(native.logger, level, lambda text, *of: messages.append(text % of))
+    return messages
 
 
-def test_a_library_that_does_not_load_is_reported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "_row_pass.so").write_text("not a library")
+@pytest.fixture
+def installed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder in the place of the one that holds the built library."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native.library.cache_clear()
-    try:
-        monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-        assert native.library() is None
-        assert "cannot be loaded" in caplog.text
-    finally:
-        monkeypatch.undo()
-        native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("installed_in")
+def test_without_the_library_the_torch_form_runs_and_says_so_once(log: list[str]) -> None:
+    case = make_case(0)
+    assert_same_tokens(case.streaming()(*case.arguments()), case.truth())
+    assert not native.fits(case.hidden)
+    (message,) = log
+    assert "C++ compiler" in message
+
+
+def test_a_library_that_does_not_load_is_reported(installed_in: Path, log: list[str]) -> None:
+    (installed_in / "_row_pass.so").write_text("not a library")
+    assert native.library() is None
+    (message,) = log
+    assert "cannot be loaded" in message
