@@ -23,7 +23,7 @@ import zipfile
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -91,7 +91,7 @@ def install_alias() -> Alias:
     before = inspect_alias()
     if before.state not in {AliasState.MISSING, AliasState.STALE}:
         return before
-    if find_spec("pip") is None:
+    if not _has_pip():
         write_alias(before.version, _site_folder())
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -161,6 +161,12 @@ def _record(version: str, files: Mapping[str, str]) -> dict[str, str]:
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         lines.append(f"{path},sha256={digest},{len(data)}")
     return {name: "\n".join([*lines, f"{name},,"]) + "\n"}
+
+
+def _has_pip() -> bool:
+    # Not importlib.util.find_spec: to setuptools' finder a look for pip is the start of pip, and it
+    # stops putting its own distutils in the place of Python's.
+    return PathFinder.find_spec("pip") is not None
 
 
 def _pip_install(wheel: Path) -> None:

