@@ -22,10 +22,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import _report
+from _resident import resident
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,16 +215,6 @@ def exactly(states: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     prob = (SOFTCAP * torch.tanh(logits / SOFTCAP) / TEMPERATURE).softmax(dim=1)
     soft = sum(p @ part.double() for p, part in zip(prob.split(TILE, dim=1), parts, strict=True))
     return -torch.xlogy(prob, prob).sum(dim=1), soft
-
-
-def resident(field: str, *, forget_peak: bool = False) -> int:
-    """KiB of memory that this process holds (VmRSS) or has held (VmHWM), as Linux tells."""
-    if forget_peak:
-        Path("/proc/self/clear_refs").write_text("5")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":
