@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__, doctor
 from vllm_diffusion.trace import command as trace
+from vllm_diffusion.tune import command as tune
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +39,12 @@ COMMANDS: Final = (
         summary=trace.SUMMARY,
         add_arguments=trace.add_arguments,
         run=trace.run,
+    ),
+    Command(
+        name="tune",
+        summary=tune.SUMMARY,
+        add_arguments=tune.add_arguments,
+        run=tune.run,
     ),
 )
 

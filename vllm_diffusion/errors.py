@@ -4,6 +4,7 @@
     ├── UnsupportedVllmError        the installed vLLM is missing or outside the tested range
     ├── UnsupportedRunnerError      a diffusion model was sent to a runner that cannot serve it
     ├── TraceError                  a file is not a recorded trace, or not one that can be read
+    ├── TuneError                   a task to tune for, or a rule to try, makes no sense
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
     ├── ParamsError                 a request asks for something impossible
     └── ConfigError                 an engine option is impossible
@@ -30,6 +31,10 @@ class UnsupportedRunnerError(VllmDiffusionError):
 
 class TraceError(VllmDiffusionError):
     """A file is not a whole recorded trace of the format that this version reads."""
+
+
+class TuneError(VllmDiffusionError):
+    """A task to tune for, its verifier, or a rule to try on it makes no sense."""
 
 
 class CheckpointError(VllmDiffusionError, ValueError):

@@ -35,7 +35,7 @@ PURE_ROOMS = {
 }
 
 # Rooms that may import vLLM and open the door to its private names. No pure room imports them.
-ENGINE_ROOMS = {"engine", "models", "serve", "plugin", "doctor", "cli", "upstream"}
+ENGINE_ROOMS = {"engine", "models", "serve", "plugin", "doctor", "cli", "tune", "upstream"}
 
 ENVIRONMENT = r"(os\.)?environ(ment)?"
 READS = rf"{ENVIRONMENT}\.get|os\.getenv"

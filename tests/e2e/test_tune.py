@@ -1,0 +1,85 @@
+"""`vllm-diffusion tune` on the trained checkpoint, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from vllm_diffusion.testing.tasks import TASKS, held_out_items
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-diffusiongemma"
+pytestmark = pytest.mark.vllm
+ENGINE = {
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 128 << 20,
+    "dtype": "float32",
+    "enforce_eager": True,
+}
+TUNE = "import sys; from vllm_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def tune(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", TUNE, "tune", str(CHECKPOINT), *map(str, arguments)]
+    command += ["--engine", json.dumps(ENGINE)]
+    return subprocess.run(
+        command,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+
+
+def pairs(items):
+    items = list(items)
+    return zip(items[::2], items[1::2], strict=True)
+
+
+@pytest.fixture
+def task(tmp_path):
+    file = tmp_path / "task.jsonl"
+    people, sums = (
+        held_out_items(name, 4, seed=5, sizes=TASKS[name].easy) for name in ("json", "chain")
+    )
+    # Two of each in a row, so that either half of a search has both.
+    items = (item for pair in zip(pairs(people), pairs(sums), strict=True) for item in chain(*pair))
+    lines = ({"prompt": item.prompt, "answer": item.answer, "max_tokens": 192} for item in items)
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+@pytest.mark.slow
+def test_it_finds_a_rule_with_fewer_forwards(task, tmp_path):
+    figures = tmp_path / "figures.json"
+    arms = ["--arm", "reference", "--arm", "max_steps=1", "--search", 1]
+    run = tune("--task", task, *arms, "--json", figures)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(figures.read_text())
+    reference, cut = told["tried"]["reference"], told["tried"]["max_steps=1"]
+    assert (reference["items"], reference["score"]) == (4, 100)
+    assert cut["steps"] == 1
+    assert cut["score"] < reference["score"]
+    # A step that only sees that nothing changed is one that this model can do without.
+    assert told["tried"]["reference,stability_threshold=0"]["tpf_all"] > reference["tpf_all"]
+    assert "reference,stability_threshold=2" not in told["tried"]  # more than is served
+    first, second = told["confirmed"].values()
+    assert first["score"] == 100
+    fewer = second["score"] == 100 and second["tpf_all"] > first["tpf_all"]
+    assert told["best"] == (second if fewer else first)["options"]
+    assert f"for a request:  {json.dumps(told['best'])}" in run.stdout
+
+
+@pytest.mark.slow
+def test_what_an_engine_refuses_ends_it_in_one_line(task):
+    run = tune("--task", task, "--n", 2, "--arm", "stability_threshold=2")
+    assert run.returncode == 2
+    assert run.stdout.splitlines()[-1] == (
+        "the engine refuses: diffusion_stability_threshold must be at most the served 1, got 2"
+    )

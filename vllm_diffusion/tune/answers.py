@@ -1,0 +1,100 @@
+"""An engine answers the items of a task under one arm after the other.
+
+One engine for all arms: they are options of requests. Forwards come from the answers' telemetry.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMClientError
+
+from vllm_diffusion.errors import TuneError
+from vllm_diffusion.params import admitted_params, requested_rule
+from vllm_diffusion.records import RuleConstants, ServedRules
+from vllm_diffusion.telemetry import OPTION as TELEMETRY
+from vllm_diffusion.tune.compare import Outcome, repeated_share
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm_diffusion.tune.items import TaskItem, Verifier
+
+
+class Answerer:
+    """Answers items, scored, the same seed for an item under every arm."""
+
+    def __init__(
+        self,
+        model: str,
+        verifier: Verifier,
+        *,
+        engine: Mapping[str, Any],
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        """Start an engine.
+
+        Args:
+            model: path or name of a checkpoint.
+            verifier: scores an answer.
+            engine: arguments of ``LLM``.
+            max_tokens: of items that name none.
+            seed: of the run; every item's is derived from it.
+
+        Raises:
+            TuneError: the model is not one of ours.
+        """
+        self.llm = LLM(model, **engine)
+        config = self.llm.llm_engine.model_config.hf_config
+        try:
+            self._rules = ServedRules.from_dict(config.denoising_rules)
+        except AttributeError:
+            raise TuneError(f"{model} is not served by vllm-diffusion") from None
+        self._verifier = verifier
+        self._max_tokens = max_tokens
+        self._seed = seed
+
+    def rule(self, options: Mapping[str, Any]) -> RuleConstants:
+        """The constants that these options are served with."""
+        return requested_rule(admitted_params(options), self._rules)
+
+    def answer(self, items: Sequence[TaskItem], options: Mapping[str, Any]) -> list[Outcome]:
+        """Answer all items under the options of one arm, in order.
+
+        Raises:
+            TuneError: the engine refuses these options, or an item.
+        """
+        sampling = [
+            SamplingParams(
+                max_tokens=item.max_tokens or self._max_tokens,
+                seed=self._seed * 1_000_003 + number,
+                extra_args={**options, TELEMETRY: True},
+            )
+            for number, item in enumerate(items)
+        ]
+        try:
+            outputs = self.llm.chat([item.messages for item in items], sampling, use_tqdm=False)
+        except (ValueError, VLLMClientError) as error:  # what vLLM answers 400 to over HTTP
+            raise TuneError(f"the engine refuses: {error}") from error
+        return [
+            self._outcome(item, output.outputs[0])
+            for item, output in zip(items, outputs, strict=True)
+        ]
+
+    def _outcome(self, item: TaskItem, output: Any) -> Outcome:  # noqa: ANN401 - ours adds a field
+        ended = output.finish_reason == "stop"
+        tokens = list(output.token_ids)
+        tokens = tokens[:-1] if ended and output.stop_reason is None else tokens
+        told = output.diffusion
+        return Outcome(
+            score=self._verifier(output.text, item),
+            finished=ended,
+            empty=not output.text.strip(),
+            repeated=repeated_share(tokens),
+            tokens=len(tokens),
+            denoise=told.denoise_forwards,
+            commits=told.commit_forwards,
+            steps=[canvas.steps for canvas in told.canvases],
+        )

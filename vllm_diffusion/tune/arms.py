@@ -1,0 +1,75 @@
+"""The rules a tuning run tries: presets, constants a user names, neighbours of the best so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.errors import TuneError
+from vllm_diffusion.params import PREFIX, malformed
+from vllm_diffusion.records import RuleConstants
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_NAMES: Final = ("preset", *RuleConstants.__dataclass_fields__)
+_FACTORS: Final = (0.5, 2.0)
+
+
+def parse_arm(text: str) -> dict[str, Any]:
+    """``fast`` or ``preset=fast,entropy_bound=0.3`` as options of a request.
+
+    Raises:
+        TuneError: a name or a value that no request may have; the message lists them all.
+    """
+    options: dict[str, Any] = {}
+    problems = []
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            name, value = "preset", name
+        if name not in _NAMES:
+            problems.append(f"no {name!r}; accepted: {', '.join(_NAMES)}")
+            continue
+        read = value if name == "preset" else _number(value)
+        if expected := malformed(name, read):
+            problems.append(f"{name} must be {expected}, got {value!r}")
+        options[PREFIX + name] = read
+    if problems:
+        raise TuneError(f"the arm {text!r} cannot be tried: {'; '.join(problems)}")
+    return options
+
+
+def written(options: Mapping[str, Any]) -> str:
+    """Options of a request as ``parse_arm`` reads them, a preset without its name."""
+    parts = {name.removeprefix(PREFIX): value for name, value in options.items()}
+    preset = parts.pop("preset", None)
+    constants = ",".join(f"{name}={value:g}" for name, value in parts.items())
+    return ",".join(part for part in (preset, constants) if part)
+
+
+def neighbours(options: Mapping[str, Any], rule: RuleConstants) -> Iterator[dict[str, Any]]:
+    """Every rule that has one constant halved or doubled.
+
+    Args:
+        options: the arm.
+        rule: its constants as they are served. One that is 0 is off and stays so.
+    """
+    for name, value in asdict(rule).items():
+        for factor in _FACTORS:
+            changed = type(value)(value * factor)
+            if changed == value or malformed(name, changed) is not None:
+                continue
+            if (name, factor) == ("t_min", 2.0) and changed > rule.t_max:
+                continue
+            if (name, factor) == ("t_max", 0.5) and changed < rule.t_min:
+                continue
+            yield {**options, PREFIX + name: changed}
+
+
+def _number(text: str) -> Any:  # noqa: ANN401 - a text that is no number stays one, and is refused
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

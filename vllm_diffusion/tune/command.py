@@ -1,0 +1,217 @@
+"""`vllm-diffusion tune MODEL --task FILE`: try decoding rules on a task, print what each costs.
+
+Torch and vLLM are loaded by ``run`` alone: the command line must start, and `doctor` speak, where
+they cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.errors import ParamsError, TuneError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from vllm_diffusion.tune.answers import Answerer
+    from vllm_diffusion.tune.compare import Outcome
+    from vllm_diffusion.tune.items import TaskItem
+
+SUMMARY: Final = "find the decoding rule with the fewest forwards that keeps a task's quality"
+
+_SEARCHABLE: Final = 4  # items: two to search on, so that there is a standard error, two to confirm
+
+_HEADER: Final = (
+    f"{'score %':>8}{'difference':>15}{'finished':>10}{'empty':>7}{'steps':>7}{'p90':>6}"
+    f"{'TPF_all':>9}  rule"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("model", help="checkpoint, as `vllm serve` takes it")
+    parser.add_argument(
+        "--task",
+        required=True,
+        metavar="FILE",
+        help='JSON lines: {"prompt": text or messages, "answer": anything, "max_tokens": N}',
+    )
+    parser.add_argument(
+        "--verifier",
+        default="exact",
+        help="exact, contains, json, or FILE.py:FUNCTION, which takes (text, item) and gives 0 "
+        "to 1 (default: exact)",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        metavar="RULE",
+        help="a preset, or constants: preset=fast,entropy_bound=0.3; repeatable, the first is what "
+        "the others are compared with (default: every preset, `reference` first)",
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="then halve and double the constants of the best rule, one at a time, this many "
+        "times, on one half of the items, and confirm on the other (default: 0)",
+    )
+    parser.add_argument("--n", type=int, help="only the first items")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, default=512, help="of items that name none")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="points of score that may be lost beyond the standard error (default: 0)",
+    )
+    parser.add_argument(
+        "--engine",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='arguments of LLM(), {"max_model_len": 4096}',
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tune; 2 where the input is wrong."""
+    try:
+        _tune(options)
+    except (TuneError, ParamsError) as error:
+        print(error)
+        return 2
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from vllm_diffusion.denoise.presets import PRESETS
+    from vllm_diffusion.params import PREFIX
+    from vllm_diffusion.tune.arms import neighbours, parse_arm
+    from vllm_diffusion.tune.items import load_items, load_verifier
+
+    if options.search < 0 or (options.n is not None and options.n < 1) or options.max_tokens < 1:
+        raise TuneError("--search must be at least 0, --n and --max-tokens at least 1")
+    items = load_items(options.task)[: options.n]
+    if options.search and len(items) < _SEARCHABLE:
+        raise TuneError(
+            f"--search looks on half of the items and confirms on the others: it needs "
+            f"{_SEARCHABLE}, got {len(items)}"
+        )
+    verifier = load_verifier(options.verifier)
+    arms = [parse_arm(text) for text in options.arm or PRESETS]
+
+    # Started last: it takes longest, and whatever the user mistyped has been said by now.
+    from vllm_diffusion.tune.answers import Answerer
+
+    answerer = Answerer(
+        options.model,
+        verifier,
+        engine=options.engine,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    curve = _Curve(answerer, items[::2] if options.search else items, options.tolerance)
+    curve.extend(arms)
+    best = curve.best()
+    for _ in range(options.search):
+        near = neighbours(curve.arms[best], answerer.rule(curve.arms[best]))
+        curve.extend(near, may_be_refused=True)
+        if best == (better := curve.best()):
+            break
+        best = better
+    told, baseline = {"tried": curve.figures()}, next(iter(curve.arms))
+    arm = curve.arms[best]
+    if options.search and best != baseline:
+        # The best of many is best by luck too; on other items it is one against one.
+        other = _Curve(answerer, items[1::2], options.tolerance)
+        other.extend([curve.arms[baseline], arm])
+        told["confirmed"] = other.figures()
+        arm = other.arms[other.best()]
+    served = {name.removeprefix(PREFIX): value for name, value in arm.items()}
+    print(f"\nfor a request:  {json.dumps(arm)}")
+    print(f"for the engine: --additional-config '{json.dumps({'diffusion': served})}'")
+    if options.json:
+        options.json.write_text(json.dumps({**told, "best": arm}, indent=2) + "\n")
+
+
+class _Curve:
+    """Arms on the same items, each printed as it comes; the first is the baseline."""
+
+    def __init__(self, answerer: Answerer, items: Sequence[TaskItem], tolerance: float) -> None:
+        self.arms: dict[str, dict[str, Any]] = {}
+        self._outcomes: dict[str, list[Outcome]] = {}
+        self._answerer = answerer
+        self._items = items
+        self._tolerance = tolerance
+        print(f"\n{len(items)} items\n{_HEADER}", flush=True)
+
+    def extend(self, arms: Iterable[dict[str, Any]], *, may_be_refused: bool = False) -> None:
+        """Try the arms that have not been; what an engine serves bounds some constants."""
+        from vllm_diffusion.tune.arms import written
+
+        for arm in arms:
+            name = written(arm)
+            if name in self.arms:
+                continue
+            try:
+                self._outcomes[name] = self._answerer.answer(self._items, arm)
+            except TuneError:
+                if not may_be_refused:
+                    raise
+                continue
+            self.arms[name] = arm
+            print(self._row(name), flush=True)
+
+    def best(self) -> str:
+        """The arm to recommend, see ``compare.recommended``."""
+        from vllm_diffusion.tune.compare import recommended
+
+        return recommended(
+            self._outcomes, baseline=next(iter(self.arms)), tolerance=self._tolerance
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """All that is known of every arm."""
+        from vllm_diffusion.tune.compare import summarised
+
+        return {
+            name: {
+                "options": arm,
+                "items": len(self._items),
+                **asdict(summarised(self._outcomes[name])),
+                **dict(zip(("difference", "standard_error"), self._difference(name), strict=True)),
+            }
+            for name, arm in self.arms.items()
+        }
+
+    def _difference(self, name: str) -> tuple[float, float]:
+        from vllm_diffusion.tune.compare import paired
+
+        return paired(self._outcomes[name], self._outcomes[next(iter(self.arms))])
+
+    def _row(self, name: str) -> str:
+        from vllm_diffusion.tune.compare import summarised
+
+        own, (difference, error) = summarised(self._outcomes[name]), self._difference(name)
+        shown = f"{difference:+.1f} +- {error:.1f}" if len(self.arms) > 1 else ""
+        return (
+            f"{own.score:>8.1f}{shown:>15}{own.finished:>10.1f}{own.empty:>7.1f}{own.steps:>7.2f}"
+            f"{own.p90:>6.0f}{own.tpf_all:>9.2f}  {name}"
+        )
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
