@@ -6,10 +6,10 @@
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
 The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
-``native``, in Triton on a GPU, see ``fused``. Which rows are which must be known on the host; a
-batch in which nobody asks for any of this does not wait for the device. Under tensor parallelism
-every rank keeps its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft
-embedding.
+``native``, in Triton on a GPU, see ``fused``, or in CUDA where that is asked for, see ``cuda``.
+Which rows are which must be known on the host; a batch in which nobody asks for any of this does
+not wait for the device. Under tensor parallelism every rank keeps its rows of the embedding and
+exchanges statistics, [R] each, and the [R, H] soft embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.window import TiledRewrite, rewrite_listed
-from vllm_diffusion.head import native, sample, tile
+from vllm_diffusion.head import cuda, native, sample, tile
 from vllm_diffusion.head.reference import row_statistics
 from vllm_diffusion.head.sample import sample_listed, tile_uniforms
 from vllm_diffusion.head.tile import RunningStats
@@ -291,6 +291,8 @@ class StreamingHead:
 def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The form of ``tile.absorb`` that is fastest for these logits."""
     if logits.is_cuda:
+        if cuda.chosen():
+            return cuda.absorb
         from vllm_diffusion.head import fused
 
         return fused.absorb
