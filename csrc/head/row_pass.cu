@@ -168,7 +168,7 @@ __device__ int first_above(float mass, float cumulative, float &target) {
         chosen = __ffs(static_cast<int>(above)) - 1;
     else if (with_mass)
         chosen = lanes - 1 - __clz(static_cast<int>(with_mass));
-    target = fmaxf(target - __shfl_sync(everyone, cumulative - mass, chosen), 0.0f);
+    target -= __shfl_sync(everyone, cumulative - mass, chosen);
     return chosen;
 }
 

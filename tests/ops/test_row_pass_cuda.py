@@ -155,10 +155,11 @@ def test_any_temperature_is_safe(temperature: float) -> None:
     check(replace(case, temperature=torch.full_like(case.temperature, temperature)))
 
 
+@pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.usefixtures("streams")
-def test_logits_and_weights_of_low_precision(dtype: torch.dtype) -> None:
-    case = make_case(2, vocab=TILE + 77, dtype=dtype)
+def test_logits_and_weights_of_low_precision(dtype: torch.dtype, seed: int) -> None:
+    case = make_case(seed, vocab=TILE + 77, dtype=dtype)
     # The same products, rounded alike: in fp64 from there on.
     exact = case.reference()
     logits, embedding = exact.logits(case.hidden).double(), case.embedding.double()
@@ -275,29 +276,68 @@ def test_of_equal_logits_the_first(
     running, buffer, absorb, _ = one_tile(
         library.device, TILE, dtype, spare=0, rows=40, known=False
     )
-    places = torch.randperm(TILE)[: 40 * 3].view(40, 3).to(buffer.device)
+    places = torch.randperm(TILE, generator=torch.Generator().manual_seed(0))[: 40 * 3].view(40, 3)
+    places[20:30, 1] = places[20:30, 0] ^ 1  # in the same 16 bytes
+    places[30:, 1] = (places[30:, 0] + TILE // 2) % TILE  # in the same thread's registers
+    places = places.to(buffer.device)
     buffer.scatter_(1, places, 29.0)
+    running.top[::4] = 29.0  # and of an earlier tile
     partial(absorb, softcap=None)(running, buffer)
-    assert torch.equal(running.argmax - 40960, places.amin(dim=1))
+    first = 40960 + places.amin(dim=1)
+    first[::4] = 0
+    assert torch.equal(running.argmax, first)
     assert (running.top == 29.0).all()
     assert (running.second == 29.0).all()
 
 
-def test_a_draw_is_in_proportion_to_the_weights(
-    library: Library, install: Callable[[Library], None]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_id_is_drawn_for_its_share_of_the_uniform_numbers(
+    library: Library, install: Callable[[Library], None], dtype: torch.dtype
 ) -> None:
-    """Every id is drawn for its share of the uniform numbers, each id's first and last included."""
     install(library)
-    ids, rows = [0, 3, 4, 127, 128, 1023, 1024, 3000, TILE - 1], 9 * 4
-    for dtype in (torch.float32, torch.bfloat16):
-        running, buffer, absorb, _ = one_tile(
-            library.device, TILE, dtype, spare=0, rows=rows, known=False
-        )
-        buffer[:] = MASKED
-        buffer[:, ids] = 5.0
-        inside = (torch.arange(rows, device=buffer.device) + 0.5) / rows
-        partial(absorb, uniforms=(inside, inside))(running, buffer)
-        assert (running.sample - 40960).tolist() == [place for place in ids for _ in range(4)]
+    ids, rows = [0, 3, 4, 127, 128, 1023, 1024, TILE - 1], 8 * 4  # sums without rounding
+    running, buffer, absorb, _ = one_tile(
+        library.device, TILE, dtype, spare=0, rows=rows, known=False
+    )
+    buffer[:] = MASKED
+    buffer[:, ids] = 5.0
+    inside = torch.arange(rows, device=buffer.device) / rows  # the first of a share belongs to it
+    absorb = partial(absorb, softcap=None, temperature=torch.ones_like(inside))
+    absorb(running, buffer, uniforms=(inside.clamp(min=0.1), inside))
+    assert (running.sample - 40960).tolist() == [place for place in ids for _ in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_id_without_weight_is_never_drawn(
+    library: Library, install: Callable[[Library], None], dtype: torch.dtype
+) -> None:
+    """Uniform numbers at the very border of two ids, where rounding decides, and at both ends."""
+    install(library)
+    rows = 96
+    running, buffer, absorb, _ = one_tile(
+        library.device, TILE, dtype, spare=0, rows=rows, known=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    gone = torch.rand(rows, TILE // 64, generator=generator) < 0.7
+    buffer.masked_fill_(gone.repeat_interleave(64, dim=1).to(buffer.device), MASKED)
+    buffer[:, -64:] = MASKED
+    # Some rows with only a few ids: an ordinary run of 16 bytes then holds zeros as well.
+    buffer[::3].masked_fill_(
+        torch.rand(rows // 3, TILE, generator=generator).to(buffer.device) < 0.9, MASKED
+    )
+    temperature = torch.ones(rows, device=buffer.device)
+    cumulative = (buffer.double() - buffer.amax(dim=1, keepdim=True)).exp().cumsum(dim=1)
+    border = torch.randint(TILE, (rows, 1), generator=generator).to(buffer.device)
+    inside = (cumulative.gather(1, border)[:, 0] / cumulative[:, -1]).float()
+    inside[::5], inside[1::5] = 1 - 2**-24, 2**-24
+    absorb = partial(absorb, softcap=None, temperature=temperature)
+    weight, _ = absorb(running, buffer, uniforms=(inside * 0 + 0.5, inside))
+    drawn = (running.sample - 40960)[:, None]
+    assert (weight.gather(1, drawn) > 0).all()
+    upper, total = cumulative.gather(1, drawn)[:, 0], cumulative[:, -1]
+    target, slack = inside * total, 1e-6 * total
+    assert (target <= upper + slack).all()
+    assert (target >= upper - weight.gather(1, drawn)[:, 0] * 1.01 - slack).all()
 
 
 def test_what_makes_no_sense_is_refused(

@@ -43,7 +43,6 @@ def asked_for(environment: Mapping[str, str]) -> bool:
             raise ConfigError(f"{VARIABLE}={other} is no form of the head: expected triton or cuda")
 
 
-@cache
 def chosen() -> bool:
     """Whether this form runs on this process's GPUs.
 
@@ -84,7 +83,7 @@ def absorb(
         uniforms=uniforms,
         shrink=shrink,
     )
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device(logits.get_device()):
         status = library().vd_absorb_cuda(
             ctypes.byref(tile), ctypes.byref(state), _stream(logits.device)
         )
