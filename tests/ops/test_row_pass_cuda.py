@@ -199,10 +199,10 @@ def one_tile(
     buffer = (torch.randn(rows, width + spare, generator=generator) * 4).to(dtype).to(device)
     running = RunningStats.of_nothing(rows, torch.device(device))
     if known:  # some rows have had a better tile, some a worse one
-        running.top += 1e30 + torch.linspace(-20, 20, rows, device=device)
+        running.top = torch.linspace(-20, 20, rows, device=device)
         running.second = running.top - 1
         running.mass, running.moment = running.mass + 3, running.moment - 2
-        running.score = running.score.nan_to_num(neginf=0.0) + running.top / 4
+        running.score = running.top / 4
         running.argmax, running.sample = running.argmax + 7, running.sample + 9
     uniforms = torch.rand(rows, 3, generator=generator).to(device)
     how = {
