@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.window import TiledRewrite, rewrite_listed
-from vllm_diffusion.head import cuda, native, sample, tile
+from vllm_diffusion.head import native, sample, tile
 from vllm_diffusion.head.reference import row_statistics
 from vllm_diffusion.head.sample import sample_listed, tile_uniforms
 from vllm_diffusion.head.tile import RunningStats
@@ -291,6 +291,8 @@ class StreamingHead:
 def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The form of ``tile.absorb`` that is fastest for these logits."""
     if logits.is_cuda:
+        from vllm_diffusion.head import cuda
+
         if cuda.chosen():
             return cuda.absorb
         from vllm_diffusion.head import fused
