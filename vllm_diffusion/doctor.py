@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__
-from vllm_diffusion.errors import UnsupportedVllmError, VllmDiffusionError
+from vllm_diffusion.errors import ConfigError, UnsupportedVllmError, VllmDiffusionError
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
 from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
@@ -106,6 +106,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_endpoints(environ, _entry_points("vllm.endpoint_plugins")),
         *check_environment(environ),
         *check_row_pass(),
+        *check_cuda_row_pass(environ),
     ]
     if vllm is not None:
         findings += check_host()
@@ -251,6 +252,19 @@ def check_row_pass() -> list[Finding]:
             )
         ]
     return [Finding(Level.OK, f"the head runs in C++ on CPUs, {ISAS[compiled.vd_best_isa()]}")]
+
+
+def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:
+    """Whether the CUDA form of the head is there, where it is asked for."""
+    from vllm_diffusion.head.cuda import asked_for, library  # imports torch
+
+    try:
+        if not asked_for(environ):
+            return []
+        library()
+    except ConfigError as error:
+        return [Finding(Level.PROBLEM, str(error))]
+    return [Finding(Level.OK, "the head runs in CUDA on GPUs, not in Triton")]
 
 
 def check_host() -> list[Finding]:

@@ -83,6 +83,7 @@ extern "C" int32_t vd_best_isa(void) {
 extern "C" int32_t vd_absorb(const vd_tile *tile, const vd_running *running, int32_t threads,
                              int32_t isa) {
     if (tile->width < 1 || tile->width > VD_TILE || isa < 0 || isa > vd_best_isa()) return 1;
+    if (tile->dtype != VD_FP32 && tile->dtype != VD_BF16) return 1;
     void (*absorb)(const vd_tile &, const vd_running &, int64_t) = plain::absorb_any;
 #ifdef VD_X86
     if (isa == 1) absorb = avx2::absorb_any;

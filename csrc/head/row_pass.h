@@ -1,8 +1,8 @@
 // One tile of the vocabulary for rows of a streaming head: framework-free, C calling convention.
 //
 // The definition is vllm_diffusion/head/tile.py, `absorb`. Everything a row needs of a tile happens
-// while the tile's logits of that row are in the cache: largest and second logit, softcap, weights
-// exp((logit - top) / T), their sums, and the draw.
+// while the tile's logits of that row are in the cache, or in the registers of a GPU: largest and
+// second logit, softcap, weights exp((logit - top) / T), their sums, and the draw.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,12 @@ struct vd_running {
 };
 
 struct vd_tile {
-    void *values;        // [rows, width] logits in, weights out; fp32 or bf16
+    void *values;        // [rows, width] logits in, weights out
     int64_t rows;
     int64_t width;       // at most VD_TILE
     int64_t stride;      // elements from row to row
     int64_t first;       // id of the first column
-    int32_t bf16;        // 0: values are fp32, 1: bf16
+    int32_t dtype;       // of the values: VD_FP32, VD_BF16, VD_FP16
     float softcap;       // 0: none
     const float *temperature;  // [rows]
     const float *gumbel;       // [rows], uniform in (0, 1): chooses the tile
@@ -38,7 +38,10 @@ struct vd_tile {
 #define VD_EXPORT __attribute__((visibility("default")))
 
 enum { VD_TILE = 4096, VD_BIN = 64 };
+enum { VD_FP32 = 0, VD_BF16 = 1, VD_FP16 = 2 };
 
+// For CPUs, row_pass.cpp: fp32 and bf16.
+//
 // Instruction sets: 0 what every processor of the architecture has, 1 AVX2 and FMA, 2 AVX-512.
 // The best one that this processor has.
 VD_EXPORT int32_t vd_best_isa(void);
@@ -47,4 +50,10 @@ VD_EXPORT int32_t vd_best_isa(void);
 // Returns 0, or 1 where the arguments make no sense; nothing is changed then.
 VD_EXPORT int32_t vd_absorb(const struct vd_tile *tile, const struct vd_running *running,
                             int32_t threads, int32_t isa);
+
+// For GPUs, row_pass.cu: every pointer is one of the current device, `stream` a cudaStream_t of it.
+// Returns once the work is in the stream: 0, or -1 where the arguments make no sense and nothing is
+// changed, or a cudaError_t.
+VD_EXPORT int32_t vd_absorb_cuda(const struct vd_tile *tile, const struct vd_running *running,
+                                 void *stream);
 }

@@ -18,6 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.engine import serving
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
+from vllm_diffusion.head import cuda
 from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def config(tiny_checkpoint: Path) -> VllmConfig:
     return engine_config(tiny_checkpoint)
+
+
+def test_a_head_that_is_not_built_is_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_DIFFUSION_HEAD", "cuda")
+    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "cuda.py"))
+    cuda.library.cache_clear()
+    with pytest.raises(ValueError, match="CUDA form is not built"):
+        engine_config(tiny_checkpoint)
 
 
 # ---- scheduling ----

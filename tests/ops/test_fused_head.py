@@ -98,6 +98,14 @@ def in_the_interpreter() -> None:
         case = make_case(seed, rewrite=True)
         assert_same_tokens(case.streaming()(*case.arguments()), case.truth())
         count += 1
+    for softcap in (30.0, None):
+        case = make_case(0, vocab=100, softcap=softcap)
+        case.hidden[3] = torch.nan
+        ours = case.streaming()(*case.arguments())
+        assert ours.entropy[3].isnan()
+        assert 0 <= int(ours.sample[3]) < 100
+        assert 0 <= int(ours.argmax[3]) < 100
+        count += 1
     print(count, "cases agree")
 
 

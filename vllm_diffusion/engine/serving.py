@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm_diffusion import __version__
 from vllm_diffusion.config import describe, served_rules
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.head import cuda
 from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.patches import SERVING_PATCHES
@@ -55,7 +56,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
 
         Raises:
             ConfigError: a setting that would change or break the output, options of ours that make
-                no sense, or a folder for traces that cannot be written to.
+                no sense, a folder for traces that cannot be written to, or a form of the head
+                that is not built.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
         scheduler = vllm_config.scheduler_config
@@ -75,6 +77,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         rules, origins = rules_of(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
             logger.info("Every request is recorded in %s.", folder)
+        if cuda.chosen():
+            logger.info("The head runs in CUDA on GPUs, not in Triton.")
         vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.

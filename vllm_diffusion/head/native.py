@@ -28,18 +28,20 @@ _POINTERS = ("top", "second", "mass", "moment", "score", "argmax", "sample")
 ISAS: Final = ("plain", "AVX2", "AVX-512")
 """Instruction sets of the library, by the number it gives them."""
 
-_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of logits, by the number that row_pass.h gives them; the C++ form takes the first two."""
+
 _TILE: Final = 4096  # VD_TILE and VD_BIN of row_pass.h
 _BIN: Final = 64
 
 
-class _Running(ctypes.Structure):
+class RunningPointers(ctypes.Structure):
     """``vd_running``."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in _POINTERS)
 
 
-class _Tile(ctypes.Structure):
+class TilePointers(ctypes.Structure):
     """``vd_tile``."""
 
     _fields_ = (
@@ -48,7 +50,7 @@ class _Tile(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("first", ctypes.c_int64),
-        ("bf16", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
         ("softcap", ctypes.c_float),
         ("temperature", ctypes.c_void_p),
         ("gumbel", ctypes.c_void_p),
@@ -62,7 +64,7 @@ def fits(logits: Tensor) -> bool:
     """Whether the library takes these logits [R, n] in: else ``tile.absorb`` does."""
     return (
         logits.device.type == "cpu"
-        and logits.dtype in _DTYPES
+        and logits.dtype in {torch.float32, torch.bfloat16}
         and sample.bin_size() == _BIN
         and sample.TILE == _TILE
         and logits.stride(1) == 1
@@ -89,31 +91,15 @@ def absorb(
     """
     compiled = library()
     assert compiled is not None
-    gumbel, inside = uniforms
-    assert gumbel.stride() == inside.stride()
     temperature, shrink = temperature.contiguous(), torch.empty_like(running.top)
-    tile = _Tile(
-        values=logits.data_ptr(),
-        rows=logits.shape[0],
-        width=logits.shape[1],
-        stride=logits.stride(0),
+    tile, state = pointers(
+        running,
+        logits,
         first=first,
-        bf16=_DTYPES[logits.dtype],
-        softcap=softcap or 0.0,
-        temperature=temperature.data_ptr(),
-        gumbel=gumbel.data_ptr(),
-        inside=inside.data_ptr(),
-        uniform_stride=gumbel.stride(0),
-        shrink=shrink.data_ptr(),
-    )
-    state = _Running(
-        top=running.top.data_ptr(),
-        second=running.second.data_ptr(),
-        mass=running.mass.data_ptr(),
-        moment=running.moment.data_ptr(),
-        score=running.score.data_ptr(),
-        argmax=running.argmax.data_ptr(),
-        sample=running.sample.data_ptr(),
+        softcap=softcap,
+        temperature=temperature,
+        uniforms=uniforms,
+        shrink=shrink,
     )
     chosen = compiled.vd_best_isa() if isa is None else isa
     status = compiled.vd_absorb(
@@ -123,10 +109,58 @@ def absorb(
     return logits, shrink
 
 
+def pointers(
+    running: RunningStats,
+    logits: Tensor,
+    *,
+    first: int,
+    softcap: float | None,
+    temperature: Tensor,
+    uniforms: tuple[Tensor, Tensor],
+    shrink: Tensor,
+) -> tuple[TilePointers, RunningPointers]:
+    """What row_pass.h calls a tile and what is running, good as long as the tensors live.
+
+    Args:
+        running, first, softcap, uniforms: see ``tile.absorb``.
+        logits: [R, n], of a dtype in ``DTYPES``, its columns side by side.
+        temperature: [R] fp32, contiguous.
+        shrink: [R] fp32, written to.
+    """
+    gumbel, inside = uniforms
+    assert gumbel.stride() == inside.stride()
+    assert temperature.is_contiguous()
+    assert logits.stride(1) == 1
+    tile = TilePointers(
+        values=logits.data_ptr(),
+        rows=logits.shape[0],
+        width=logits.shape[1],
+        stride=logits.stride(0),
+        first=first,
+        dtype=DTYPES[logits.dtype],
+        softcap=softcap or 0.0,
+        temperature=temperature.data_ptr(),
+        gumbel=gumbel.data_ptr(),
+        inside=inside.data_ptr(),
+        uniform_stride=gumbel.stride(0),
+        shrink=shrink.data_ptr(),
+    )
+    state = RunningPointers(
+        top=running.top.data_ptr(),
+        second=running.second.data_ptr(),
+        mass=running.mass.data_ptr(),
+        moment=running.moment.data_ptr(),
+        score=running.score.data_ptr(),
+        argmax=running.argmax.data_ptr(),
+        sample=running.sample.data_ptr(),
+    )
+    return tile, state
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, loaded once; None, with one line in the log, where there is none."""
-    built = sorted(Path(__file__).parent.glob("_row_pass*.so"))
+    built = sorted(Path(__file__).parent.glob("_row_pass.*so"))
     if not built:
         logger.info(
             "The C++ part of the head is not built, so its torch form runs, which is slower on a "
@@ -143,8 +177,8 @@ def library() -> ctypes.CDLL | None:
         logger.warning("The C++ part of the head cannot be loaded, its torch form runs: %s", error)
         return None
     compiled.vd_absorb.argtypes = (
-        ctypes.POINTER(_Tile),
-        ctypes.POINTER(_Running),
+        ctypes.POINTER(TilePointers),
+        ctypes.POINTER(RunningPointers),
         ctypes.c_int32,
         ctypes.c_int32,
     )

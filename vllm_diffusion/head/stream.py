@@ -6,10 +6,10 @@
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
 The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
-``native``, in Triton on a GPU, see ``fused``. Which rows are which must be known on the host; a
-batch in which nobody asks for any of this does not wait for the device. Under tensor parallelism
-every rank keeps its rows of the embedding and exchanges statistics, [R] each, and the [R, H] soft
-embedding.
+``native``, in Triton on a GPU, see ``fused``, or in CUDA where that is asked for, see ``cuda``.
+Which rows are which must be known on the host; a batch in which nobody asks for any of this does
+not wait for the device. Under tensor parallelism every rank keeps its rows of the embedding and
+exchanges statistics, [R] each, and the [R, H] soft embedding.
 """
 
 from __future__ import annotations
@@ -291,6 +291,10 @@ class StreamingHead:
 def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The form of ``tile.absorb`` that is fastest for these logits."""
     if logits.is_cuda:
+        from vllm_diffusion.head import cuda
+
+        if cuda.chosen():
+            return cuda.absorb
         from vllm_diffusion.head import fused
 
         return fused.absorb

@@ -92,13 +92,16 @@ def test_bf16_logits_and_weights() -> None:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-def test_rows_of_nan_end_nothing() -> None:
-    case = make_case(0, vocab=100)
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
+    case = make_case(0, vocab=100, softcap=softcap)
     hidden = case.hidden.clone()
     hidden[3] = torch.nan
     ours = case.streaming()(hidden, *case.arguments()[1:])
     assert 0 <= int(ours.sample[3]) < 100
     assert 0 <= int(ours.argmax[3]) < 100
+    assert ours.entropy[3].isnan()
+    assert ours.top_prob[3].isnan()
     others = torch.arange(len(hidden)) != 3
     assert torch.equal(ours.sample[others], case.truth().sample[others])
 

@@ -104,6 +104,16 @@ def test_the_compiled_part_of_the_head_is_reported(monkeypatch, compiled, level)
     assert ("AVX2" in finding.text) == (compiled is not None)
 
 
+def test_the_cuda_part_of_the_head_is_reported_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("vllm_diffusion.head.cuda.library", object)
+    assert doctor.check_cuda_row_pass({}) == []
+    asked = {"VLLM_DIFFUSION_HEAD": "cuda"}
+    assert levels(doctor.check_cuda_row_pass(asked)) == [Level.OK]
+    (finding,) = doctor.check_cuda_row_pass({"VLLM_DIFFUSION_HEAD": "tpu"})
+    assert finding.level is Level.PROBLEM
+    assert "expected triton or cuda" in finding.text
+
+
 def test_a_torch_told_to_load_no_backends_is_a_warning():
     assert levels(doctor.check_environment({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})) == [
         Level.WARNING
