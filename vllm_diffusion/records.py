@@ -290,6 +290,7 @@ class RuleConstants:
     entropy_bound: float  # nats
     confidence_threshold: float  # nats
     stability_threshold: int  # steps
+    soft_embedding_top_k: int = 0  # ids a soft embedding is the mean of; 0: all, as published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ def _promising(logits: Tensor, least: Tensor) -> tuple[Tensor, Tensor | None]:
     width = logits.shape[1]
     if width % _BIN:
         return logits, None
-    bins = logits.unflatten(1, (-1, _BIN))
+    bins = logits.view(len(logits), -1, _BIN)
     tops = bins.amax(dim=-1)
     many = int((tops > least).sum(dim=1).amax())
     if 2 * many * _BIN > width:

@@ -143,13 +143,14 @@ class StreamingHead:
         assert rows.rewrite is not None
         assert rows.rewrite.pinned is not None
         only, certain = rows.rewrite.pinned, torch.ones_like(rows.temperature)
+        read = certain if rows.soft_top_k is None else (rows.soft_top_k >= 0).float()
         return CanvasStats(
             argmax=only,
             sample=only,
             entropy=torch.zeros_like(certain),
             top_prob=certain,
             margin=certain,
-            soft_embedding=self.vocabulary.mean_of(certain[:, None], only[:, None]),
+            soft_embedding=self.vocabulary.mean_of(read[:, None], only[:, None]),
         )
 
     def _listed(self, canvas: int, rows: Rows) -> CanvasStats:
