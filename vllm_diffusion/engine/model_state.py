@@ -29,7 +29,7 @@ from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
-from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
 from vllm_diffusion.records import ServedRules
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.head import Head
 
-# What a step's logits may take: all the tiles of the streaming head, each fp32 tensor of
-# [rows, vocab] that the reference head holds at once.
+# What a step's logits may take: all the tiles of the streaming head, or all the rows that the
+# reference head holds at once.
 _HEAD_BYTES = 256 * 2**20
 
 
@@ -118,7 +118,7 @@ class CanvasModelState(ModelState):
         whole = ReferenceHead(
             logits=self.model.logits,
             soft_embedding=self.model.soft_embedding,
-            max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
+            max_rows=max(1, _HEAD_BYTES // (COPIES * 4 * vocab_size)),
         )
         head: Head = whole
         if (vocabulary := self.model.vocabulary()) is not None:

@@ -34,8 +34,8 @@ LISTED: Final = 512
 _HALF: Final = 16  # bits of an fp32 number that one pass sorts by
 _TABLE: Final = 1 << _HALF
 _BEST_KEY: Final = (1 << 31) - 1
-TABLE_BYTES: Final = 16 * _TABLE
-"""What the table of a row takes, and its copy for other ranks."""
+TABLE_BYTES: Final = 28 * _TABLE
+"""What the table of a row takes, its copy for other ranks, and its part of a tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,8 @@ def _border(
                 table = weight.new_zeros(len(part), _TABLE)
             table.scatter_add_(1, rank & (_TABLE - 1) if low else rank >> _HALF, weight)
         assert table is not None
-        running = vocabulary.add(table.float()).double().cumsum_(dim=1)
+        # Every communicator takes fp32.
+        running = table.copy_(vocabulary.add(table.float())).cumsum_(dim=1)
         reached = running[:, -1]
         goal = torch.minimum(goal_of(reached) if goal is None else goal, reached)
         place = torch.searchsorted(running, goal[:, None]).clamp_(max=_TABLE - 1)

@@ -76,7 +76,8 @@ class SoftEmbedding:
         vocabulary, dtype = self._vocabulary, self._vocabulary.embedding.dtype
         exact = self._exact
         soft = self._soft.mul_((shrink / together.mass)[exact, None])
-        soft = vocabulary.add(soft).to(dtype) * vocabulary.scale
+        # Scaled first: one rounding, and the only large one, see benchmarks/head.py.
+        soft = (vocabulary.add(soft) * vocabulary.scale).to(dtype)
         if len(soft) == self._rows:
             return soft
         every = soft.new_zeros(self._rows, soft.shape[1])
