@@ -114,7 +114,8 @@ def make_rewrite(
     allowed = torch.where(half(canvases, 1) & half(canvases, width), ids(canvases, width), -1)
     text = ids(canvases, width)
     text[:, 1::3] = text[:, ::3]  # ids that are listed more than once, with the same numbers
-    scale, offset = 1 + torch.rand(vocab, generator=generator), torch.rand(vocab)
+    scale = 1 + torch.rand(vocab, generator=generator)
+    offset = torch.rand(vocab, generator=generator)
     forbidden = torch.where(half(rows, width), ids(rows, width), -1)
     # Some rows may not say what alone they may say.
     canvas = torch.arange(canvases).repeat_interleave(length)

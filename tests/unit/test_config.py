@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.config import SAMPLER_CLASS, describe, served_rules
+from vllm_diffusion.config import SAMPLER_CLASS, describe, head_memory, served_rules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.params import DiffusionParams, requested_rule
@@ -276,6 +276,11 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
     )
 
 
+def test_the_heads_memory_is_no_constant_of_a_rule():
+    assert rules_of(additional={"head_memory_mb": 64}) == rules_of()
+    assert [head_memory(asked) for asked in (None, {}, {"head_memory_mb": 64})] == [256, 256, 64]
+
+
 # ---- options that cannot be served ----
 
 
@@ -293,6 +298,9 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
         ({"max_steps": True}, "max_steps must be a positive integer, got True"),
         ({"entropy_bound": "0.1"}, "entropy_bound must be a finite number of at least 0"),
         ({"soft_embedding_top_k": 4}, "soft_embedding_top_k must be 0 for all ids, or an integer"),
+        ({"head_memory_mb": 0}, "head_memory_mb must be a positive integer, got 0"),
+        ({"head_memory_mb": True}, "head_memory_mb must be a positive integer, got True"),
+        ({"head_memory_mb": "1GB"}, "head_memory_mb must be a positive integer, got '1GB'"),
         ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],
