@@ -11,6 +11,7 @@
     --heads takes these too:
 
     soft-16    ours, the soft embedding that of the 16 most likely ids: soft_embedding_top_k
+    last-step  ours, no soft embedding: what a canvas takes in the last step that it may take
     top_k      ours, every row cut to its 50 best ids
     top_p      ours, every row cut at 0.95; these rows are so flat that none keeps less than 512 ids
     reference-top_k, reference-top_p
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = ("gemms", "ours", "ours-torch", "reference", "native")
-OTHER = ("soft-16", "top_k", "top_p", "reference-top_k", "reference-top_p")
+SOFT = {"soft-16": 16, "last-step": -1}
+OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p")
 SOFTCAP, TEMPERATURE, CANVAS = 30.0, 0.6, 256
 TILE = 4096
 CHECKED = 8  # rows whose error is measured
@@ -218,7 +220,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
             torch.full((rows,), TEMPERATURE),
             noise,
             rewrite if top_k < vocab or top_p < 1 else None,
-            torch.full((rows,), 16) if head == "soft-16" else None,
+            torch.full((rows,), SOFT[head]) if head in SOFT else None,
         )
         return stats.entropy, stats.soft_embedding
 

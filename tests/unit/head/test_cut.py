@@ -103,6 +103,29 @@ def test_a_list_that_says_it_is_complete_is(
     assert bool(found.complete[untied].all())
 
 
+@pytest.mark.parametrize(("min_p", "top_k"), [(0.0, 100), (0.1, VOCAB), (0.1, 100)])
+def test_top_p_is_of_what_the_others_leave_though_the_list_ends_before(
+    min_p: float, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut, "LISTED", 60)
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0))
+    asked = Truncation(
+        min_p=torch.full((ROWS,), min_p),
+        top_k=torch.full((ROWS,), top_k),
+        top_p=torch.full((ROWS,), 0.3),
+        sorts=True,
+    )
+    kept = (truncate(logits, asked, torch.arange(ROWS)) > -torch.inf).sum(dim=1)
+    assert int(kept.max()) < 60, "the nucleus is listed; what it is a share of is not"
+    found = cut.survivors(tiles(logits), torch.ones(ROWS), asked, vocabulary())
+    stays = (found.values >= found.limit[:, None]).sum(dim=1)
+    assert torch.equal(stays[found.complete], kept[found.complete])
+    limit = cut.limits(
+        lambda: tiles(logits), logits.amax(dim=1), torch.ones(ROWS), asked, vocabulary()
+    )
+    assert torch.equal((logits >= limit[:, None]).sum(dim=1), kept)
+
+
 def test_numbers_sort_as_their_keys_do() -> None:
     numbers = torch.tensor(
         [-torch.inf, -3e38, -1.5, -1e-40, 0.0, 1e-45, 1e-30, 1.0, 1.0000001, 3e38, torch.inf]
