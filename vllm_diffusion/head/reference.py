@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # fp32 tensors of [rows, vocab] that exist at once at the highest, a cut of the rows included.
 # Measured by tests/unit/head/test_memory.py.
-COPIES: Final = 6
+COPIES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
