@@ -5,8 +5,16 @@
     gemms      the two products of the step alone, tile by tile: no head can be faster
     ours       the streaming head, its row pass in C++
     ours-torch the streaming head where the C++ part is not built
-    reference  our materialising head: plain torch, rows in chunks of 256 MB
+    reference  our materialising head: plain torch, rows in chunks that fit 256 MB
     native     vLLM's softcap, its sample_row_stats_reference and its probs @ embedding, uncompiled
+
+    --heads takes these too:
+
+    soft-16    ours, the soft embedding that of the 16 most likely ids: soft_embedding_top_k
+    last-step  ours, no soft embedding: what a canvas takes in the last step that it may take
+    top_k      ours, every row cut to its 50 best ids
+    top_p      ours, every row cut at 0.95; these rows are so flat that none keeps less than 512 ids
+    reference-top_k, reference-top_p
 
 Every cell runs in a process of its own. Seconds are those of the processor over all threads, best
 of three runs, and beside them the wall clock's, which other processes disturb. Extra memory is what
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = ("gemms", "ours", "ours-torch", "reference", "native")
+SOFT = {"soft-16": 16, "last-step": -1}
+OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p")
 SOFTCAP, TEMPERATURE, CANVAS = 30.0, 0.6, 256
 TILE = 4096
 CHECKED = 8  # rows whose error is measured
@@ -46,7 +56,7 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, nargs="+", default=[512, 2816])
     arguments.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    arguments.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    arguments.add_argument("--heads", nargs="+", choices=HEADS + OTHER, default=list(HEADS))
     arguments.add_argument("--cell", help="internal: run one here")
     options = arguments.parse_args()
     if options.cell:
@@ -136,7 +146,7 @@ def run_cell(head: str, dtype: str, rows: int, vocab: int, hidden: int) -> dict[
         "entropy error": None,
         "soft error": None,
     }
-    if head != "gemms":
+    if head in HEADS[1:]:
         truth, right = exactly(states[:CHECKED], embedding)
         cell["entropy error"] = float((entropy[:CHECKED].double() - truth).abs().max())
         off = (soft[:CHECKED].double() - right).norm(dim=1) / right.norm(dim=1)
@@ -149,10 +159,10 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     import torch
 
     from vllm_diffusion.head import native as library
-    from vllm_diffusion.head.reference import ReferenceHead
+    from vllm_diffusion.head.reference import COPIES, ReferenceHead
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
-    from vllm_diffusion.records import Noise
+    from vllm_diffusion.records import Noise, Rewrite, Truncation
 
     def logits(states: Tensor) -> Tensor:
         return (states @ embedding.T).float().div_(SOFTCAP).tanh_().mul_(SOFTCAP)
@@ -173,15 +183,23 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         _, _, entropy, prob = sample_row_stats_reference(
             capped, temperatures, len(states) // canvases, embedding.dtype
         )
-        return entropy, prob @ embedding
+        return entropy, prob @ embedding * scale
 
+    vocab, scale = len(embedding), scale_of(embedding)
+    top_k, top_p = 50 if "top_k" in head else vocab, 0.95 if "top_p" in head else 1.0
+    cut = Truncation(
+        min_p=torch.zeros(1),
+        top_k=torch.tensor([top_k]),
+        top_p=torch.tensor([top_p]),
+        sorts=True,
+    )
     whole = ReferenceHead(
         logits=logits,
-        soft_embedding=lambda prob: prob.to(embedding.dtype) @ embedding,
-        max_rows=max(1, BUDGET // (4 * len(embedding))),
+        soft_embedding=lambda prob: prob.to(embedding.dtype) @ embedding * scale,
+        max_rows=max(1, BUDGET // (COPIES * 4 * vocab)),
     )
     vocabulary = Vocabulary(
-        output=embedding, embedding=embedding, size=len(embedding), softcap=SOFTCAP
+        output=embedding, embedding=embedding, size=vocab, softcap=SOFTCAP, scale=scale
     )
     streaming = StreamingHead(vocabulary=vocabulary, whole=whole, budget=BUDGET)
     if head == "ours" and library.library() is None:
@@ -196,8 +214,14 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
             position=torch.arange(rows),
             step=torch.zeros(rows, dtype=torch.int64),
         )
-        run = whole if head == "reference" else streaming
-        stats = run(states, torch.full((rows,), TEMPERATURE), noise)
+        rewrite = Rewrite(canvas=torch.zeros(rows, dtype=torch.int64), truncation=cut)
+        stats = (whole if head.startswith("reference") else streaming)(
+            states,
+            torch.full((rows,), TEMPERATURE),
+            noise,
+            rewrite if top_k < vocab or top_p < 1 else None,
+            torch.full((rows,), SOFT[head]) if head in SOFT else None,
+        )
         return stats.entropy, stats.soft_embedding
 
     return {"gemms": gemms, "native": native}.get(head, ours)
@@ -214,7 +238,12 @@ def exactly(states: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         logits = (states @ embedding.T).double()
     prob = (SOFTCAP * torch.tanh(logits / SOFTCAP) / TEMPERATURE).softmax(dim=1)
     soft = sum(p @ part.double() for p, part in zip(prob.split(TILE, dim=1), parts, strict=True))
-    return -torch.xlogy(prob, prob).sum(dim=1), soft
+    return -torch.xlogy(prob, prob).sum(dim=1), soft * scale_of(embedding).double()
+
+
+def scale_of(embedding: Tensor) -> Tensor:
+    """What an embedding is multiplied with in the model, in its precision."""
+    return embedding.new_tensor(embedding.shape[1] ** 0.5)
 
 
 if __name__ == "__main__":

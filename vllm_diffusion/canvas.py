@@ -46,6 +46,7 @@ class CanvasPool:
         seed: [S, 2] int64, words of the request seed.
         max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
             [S] fp32; t_min, t_max: [S] fp64, see ``linear_temperature`` for why.
+        soft_top_k: [S] int64, see ``Head``; None while no slot asks for anything but 0.
     """
 
     def __init__(
@@ -93,6 +94,13 @@ class CanvasPool:
         self.t_max = floats(constants.t_max, torch.float64)
         self.entropy_bound = floats(constants.entropy_bound)
         self.confidence_threshold = floats(constants.confidence_threshold)
+        self._soft_top_k = integers()
+        self._approximate: set[int] = set()
+
+    @property
+    def soft_top_k(self) -> Tensor | None:
+        """See the class; known without asking the device."""
+        return self._soft_top_k if self._approximate else None
 
     def admit(self, slot: int, *, seed: int, constants: RuleConstants | None = None) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
@@ -116,6 +124,10 @@ class CanvasPool:
         self.t_max[slot].fill_(rule.t_max)
         self.entropy_bound[slot].fill_(rule.entropy_bound)
         self.confidence_threshold[slot].fill_(rule.confidence_threshold)
+        self._soft_top_k[slot].fill_(rule.soft_embedding_top_k)
+        self._approximate.discard(slot)
+        if rule.soft_embedding_top_k:
+            self._approximate.add(slot)
         self.step[slot].fill_(0)
         self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)

@@ -34,6 +34,9 @@ SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
 _CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
 
+HEAD_MEMORY: Final = "head_memory_mb"
+_HEAD_MEMORY_MB: Final = 256
+
 # Constants that a generation config calls otherwise, or holds elsewhere.
 _IN_GENERATION: Final = {
     "max_steps": "max_denoising_steps",
@@ -104,6 +107,12 @@ def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
         f"{name}={value}" + (f" ({origins[name]})" if name in origins else "")
         for name, value in asdict(rule).items()
     )
+
+
+def head_memory(additional: object) -> int:
+    """MB that a step's logits may take, of options that ``served_rules`` has let through."""
+    named = additional.get(HEAD_MEMORY) if isinstance(additional, dict) else None
+    return int(named or _HEAD_MEMORY_MB)
 
 
 def _generation(
@@ -201,8 +210,11 @@ def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
     for name, value in additional.items():
         if name == "canvas_length":
             problems.append(f"{where} names canvas_length, which --diffusion-config sets")
+        elif name == HEAD_MEMORY:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
         elif name not in {"preset", *_CONSTANTS}:
-            accepted = ", ".join(("preset", *_CONSTANTS))
+            accepted = ", ".join(("preset", *_CONSTANTS, HEAD_MEMORY))
             problems.append(f"{where} has no {name!r}; accepted: {accepted}")
         elif expected := malformed(name, value):
             problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")

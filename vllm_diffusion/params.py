@@ -30,6 +30,9 @@ may hold a slot for ever."""
 LARGEST: Final = 1e6
 """No temperature and no number of nats means anything above; far above, fp32 ends."""
 
+SOFT_TOP_K: Final = (8, 64)
+"""Ids that a soft embedding may be cut to: fewer say little, more cost what is to be saved."""
+
 GREEDY_SEED: Final = 0
 """The noise key of a request of temperature 0 that names no seed: its answer is always the same."""
 
@@ -56,6 +59,8 @@ class DiffusionParams:
     """Mean entropy in nats below which a canvas counts as certain."""
     stability_threshold: int | None = None
     """Steps the argmax must hold, at most the served number."""
+    soft_embedding_top_k: int | None = None
+    """Likeliest ids that self-conditioning is the mean of, an approximation; 0 for all."""
     seed_canvas: tuple[int, ...] = ()
     """Token ids of the first input of the first canvas, one a position."""
     pinned: tuple[int, ...] = ()
@@ -87,7 +92,12 @@ _SHOWN_AS: Final = {
 }
 
 # Option -> the number it must be: at least this, more than this.
-_COUNTS: Final = {"max_steps": 1, "canvas_length": 1, "stability_threshold": 0}
+_COUNTS: Final = {
+    "max_steps": 1,
+    "canvas_length": 1,
+    "stability_threshold": 0,
+    "soft_embedding_top_k": 0,
+}
 _NUMBERS: Final = {
     "t_min": False,
     "t_max": True,
@@ -259,6 +269,10 @@ def malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever 
 
 def _no_count(field: str, value: Any) -> str | None:  # noqa: ANN401
     least = _COUNTS[field]
+    if field == "soft_embedding_top_k":
+        low, high = SOFT_TOP_K
+        known = _is_integer(value) and (value == 0 or low <= value <= high)
+        return None if known else f"0 for all ids, or an integer from {low} to {high}"
     if not _is_integer(value) or value < least:
         return "a positive integer" if least else "an integer of at least 0"
     return f"at most {MAX_STEPS}" if field != "canvas_length" and value > MAX_STEPS else None

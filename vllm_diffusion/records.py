@@ -141,8 +141,13 @@ class CanvasStats:
         )
 
     def renamed(self, ids: Tensor) -> CanvasStats:
-        """The same, ids looked up in ``ids`` [N] int64."""
-        return replace(self, argmax=ids[self.argmax], sample=ids[self.sample])
+        """The same, ids looked up in ``ids`` [N], or [R, N] by row, int64."""
+        by_row = ids.expand(len(self.argmax), -1)
+        return replace(
+            self,
+            argmax=by_row.gather(1, self.argmax[:, None])[:, 0],
+            sample=by_row.gather(1, self.sample[:, None])[:, 0],
+        )
 
     @staticmethod
     def of_nothing(hidden: Tensor) -> CanvasStats:
@@ -285,6 +290,7 @@ class RuleConstants:
     entropy_bound: float  # nats
     confidence_threshold: float  # nats
     stability_threshold: int  # steps
+    soft_embedding_top_k: int = 0  # ids a soft embedding is the mean of; 0: all, as published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,7 @@ def advance(
         noise,
         rewrite,
         read=batch.valid & ~pool.causal[slots][:, None],
+        soft_top_k=soft_embeddings(pool, slots, published=rule is None, length=length),
     ).reshape(num, length)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
@@ -110,6 +111,28 @@ def advance(
     return pool.apply(batch, stats, decision)
 
 
+def soft_embeddings(
+    pool: CanvasPool, slots: Tensor, *, published: bool, length: int
+) -> Tensor | None:
+    """How much of a soft embedding every row needs, see ``Head``; None: all of it, all of them.
+
+    The last step that a canvas may take conditions nothing. Which canvases that concerns is looked
+    at where it is free.
+
+    Args:
+        pool: the canvases' state.
+        slots: [B] int64.
+        published: the rule ends a canvas that is out of steps.
+        length: rows a canvas.
+    """
+    top_k = None if pool.soft_top_k is None else pool.soft_top_k[slots]
+    if published and slots.device.type == "cpu":
+        last = pool.step[slots] + 1 >= pool.max_steps[slots]
+        if last.any():
+            top_k = torch.where(last, -1, 0 if top_k is None else top_k)
+    return None if top_k is None else top_k.repeat_interleave(length)
+
+
 def statistics(
     head: Head,
     rows: Tensor,
@@ -118,6 +141,7 @@ def statistics(
     rewrite: Rewrite | None,
     *,
     read: Tensor,
+    soft_top_k: Tensor | None = None,
 ) -> CanvasStats:
     """Run the head where somebody reads what it says: not on commit rows, nor beyond a canvas.
 
@@ -131,14 +155,16 @@ def statistics(
         noise: of these rows.
         rewrite: of these rows.
         read: bool, as many as there are rows.
+        soft_top_k: of these rows.
     """
     if read.device.type != "cpu" or read.all():
-        return head(rows, temperature, noise, rewrite)
+        return head(rows, temperature, noise, rewrite, soft_top_k)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():
         return CanvasStats.of_nothing(rows)
     part = None if rewrite is None else rewrite.rows(index)
-    stats = head(rows[index], temperature[index], noise.rows(index), part)
+    top_k = None if soft_top_k is None else soft_top_k[index]
+    stats = head(rows[index], temperature[index], noise.rows(index), part, top_k)
     return stats.spread(index, len(rows))
 
 

@@ -154,7 +154,8 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         "--model",
         str(tiny_checkpoint),
         "--additional-config",
-        '{"diffusion": {"preset": "fast", "stability_threshold": 2}, "of_another_plugin": 1}',
+        '{"diffusion": {"preset": "fast", "stability_threshold": 2, "head_memory_mb": 64}, '
+        '"of_another_plugin": 1}',
         "--diffusion-config",
         '{"max_denoising_steps": 24}',
         "--override-generation-config",
@@ -176,6 +177,9 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
     assert "entropy_bound=0.7 (override_generation_config)" in line
     assert f"confidence_threshold={rules.default.confidence_threshold} (preset fast)" in line
     assert "stability_threshold=2 (additional_config)" in line
+    assert config.model_config.hf_config.head_memory_mb == 64
+    assert "logits of a step take at most 64 MB" in line
+    assert f"at most {config.scheduler_config.max_num_seqs} at once" in line
 
 
 def test_a_plain_configuration_serves_the_checkpoints_rule(

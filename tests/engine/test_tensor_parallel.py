@@ -28,7 +28,14 @@ if __name__ == "__main__":
         enforce_eager=True, kv_cache_memory_bytes=64 << 20,
     )
     prompts = ["hello world", "the quick brown fox jumps over the lazy dog"]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True, seed=1))
+    common = {"max_tokens": 64, "ignore_eos": True, "seed": 1}
+    asked = [
+        SamplingParams(**common),
+        SamplingParams(**common),
+        SamplingParams(**common, top_p=0.97),
+        SamplingParams(**common, top_k=20, min_p=0.001, extra_args=json.loads(sys.argv[3])),
+    ]
+    outputs = llm.generate(prompts * 2, asked)
     print(json.dumps([output.outputs[0].token_ids for output in outputs]))
     llm.llm_engine.engine_core.shutdown()
 """
@@ -38,7 +45,10 @@ def tokens(checkpoint: Path, ranks: int) -> list[list[int]]:
     # Without its own core a rank would wait for the other one's.
     cores = "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:ranks])
     result = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(checkpoint), str(ranks)],
+        [
+            *(sys.executable, "-c", GENERATE, str(checkpoint), str(ranks)),
+            json.dumps({"diffusion_soft_embedding_top_k": 8}),
+        ],
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores},
         capture_output=True,
         text=True,
@@ -59,4 +69,5 @@ def test_two_ranks_write_the_same_tokens_as_one(tmp_path: Path, vocab: int) -> N
     checkpoint = conditioned_checkpoint(tmp_path, replace(SPEC, vocab=vocab))
     alone, together = tokens(checkpoint, 1), tokens(checkpoint, 2)
     assert together == alone
-    assert [len(one) for one in alone] == [64, 64]
+    assert [len(one) for one in alone] == [64] * 4
+    assert len({tuple(one) for one in alone}) == 4

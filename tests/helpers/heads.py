@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from threading import Barrier, Thread
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ def make_rewrite(
     allowed = torch.where(half(canvases, 1) & half(canvases, width), ids(canvases, width), -1)
     text = ids(canvases, width)
     text[:, 1::3] = text[:, ::3]  # ids that are listed more than once, with the same numbers
-    scale, offset = 1 + torch.rand(vocab, generator=generator), torch.rand(vocab)
+    scale = 1 + torch.rand(vocab, generator=generator)
+    offset = torch.rand(vocab, generator=generator)
     forbidden = torch.where(half(rows, width), ids(rows, width), -1)
     # Some rows may not say what alone they may say.
     canvas = torch.arange(canvases).repeat_interleave(length)
@@ -159,3 +161,38 @@ def assert_same_shape(ours: CanvasStats, other: CanvasStats) -> None:
         one, two = getattr(ours, field.name), getattr(other, field.name)
         assert one.shape == two.shape, field.name
         assert one.dtype == two.dtype, field.name
+
+
+def over_ranks(case: Case, ranks: int, call) -> list:
+    """Run ``call(head)`` once a rank, on its part of the embedding, and exchange what they send."""
+    barrier, sent = Barrier(ranks), [None] * ranks
+
+    def exchange(rank: int, values: Tensor) -> Tensor:
+        sent[rank] = values.clone()
+        barrier.wait(timeout=60)
+        together = torch.stack(sent)
+        barrier.wait(timeout=60)
+        return together
+
+    size = len(case.embedding) // ranks
+    results: list = [None] * ranks
+
+    def run(rank: int) -> None:
+        own = case.embedding[rank * size : (rank + 1) * size]
+        vocabulary = replace(
+            case.vocabulary(),
+            output=own,
+            embedding=own,
+            first=rank * size,
+            gather=lambda values: exchange(rank, values),
+            add=lambda values: exchange(rank, values).sum(dim=0),
+        )
+        head = StreamingHead(vocabulary=vocabulary, whole=case.reference(), budget=1 << 28)
+        results[rank] = call(head)
+
+    threads = [Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

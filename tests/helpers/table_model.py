@@ -229,10 +229,14 @@ class Engine:
         inner = self.head
 
         def head(
-            hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None
+            hidden: Tensor,
+            temperature: Tensor,
+            noise: Noise,
+            rewrite: Rewrite | None,
+            soft_top_k: Tensor | None,
         ) -> CanvasStats:
             seen.append((temperature, noise, rewrite))
-            return inner(hidden, temperature, noise, rewrite)
+            return inner(hidden, temperature, noise, rewrite, soft_top_k)
 
         self.head = head  # type: ignore[assignment]
         return seen

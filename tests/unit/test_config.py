@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.config import SAMPLER_CLASS, describe, served_rules
+from vllm_diffusion.config import SAMPLER_CLASS, describe, head_memory, served_rules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.params import DiffusionParams, requested_rule
@@ -225,6 +225,9 @@ def test_reference_is_the_published_rule_whatever_the_engine_gives_by_default():
     published = replace(PUBLISHED, t_max=0.9, max_steps=24)
     assert requested_rule(DiffusionParams(preset=REFERENCE), rules) == published
     assert rules.default != published
+    near = rules_of(additional={"soft_embedding_top_k": 16})
+    assert requested_rule(DiffusionParams(preset=REFERENCE), near) == PUBLISHED
+    assert {near.default.soft_embedding_top_k, near.presets["fast"].soft_embedding_top_k} == {16}
     again = rules_of(additional={"preset": REFERENCE})
     assert again.default == PUBLISHED
 
@@ -268,8 +271,14 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
     )
     assert describe(rules.default, origins) == (
         "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_generation_config), "
-        "entropy_bound=0.1, confidence_threshold=0.005, stability_threshold=2 (additional_config)"
+        "entropy_bound=0.1, confidence_threshold=0.005, stability_threshold=2 (additional_config), "
+        "soft_embedding_top_k=0"
     )
+
+
+def test_the_heads_memory_is_no_constant_of_a_rule():
+    assert rules_of(additional={"head_memory_mb": 64}) == rules_of()
+    assert [head_memory(asked) for asked in (None, {}, {"head_memory_mb": 64})] == [256, 256, 64]
 
 
 # ---- options that cannot be served ----
@@ -288,6 +297,10 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
         ({"stability_threshold": 2**40}, "stability_threshold must be at most 1024"),
         ({"max_steps": True}, "max_steps must be a positive integer, got True"),
         ({"entropy_bound": "0.1"}, "entropy_bound must be a finite number of at least 0"),
+        ({"soft_embedding_top_k": 4}, "soft_embedding_top_k must be 0 for all ids, or an integer"),
+        ({"head_memory_mb": 0}, "head_memory_mb must be a positive integer, got 0"),
+        ({"head_memory_mb": True}, "head_memory_mb must be a positive integer, got True"),
+        ({"head_memory_mb": "1GB"}, "head_memory_mb must be a positive integer, got '1GB'"),
         ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],

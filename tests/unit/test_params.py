@@ -72,6 +72,7 @@ RULES = ServedRules(default=RULE, presets={"reference": RULE, "fast": FAST})
 OPTIONS = (
     "diffusion_preset, "
     "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
+    "diffusion_soft_embedding_top_k, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
     "diffusion_telemetry, diffusion_template, diffusion_suffix, diffusion_draft, "
@@ -99,6 +100,7 @@ def test_options_become_fields():
         "diffusion_entropy_bound": 0.0,
         "diffusion_confidence_threshold": 1.5,
         "diffusion_stability_threshold": 0,
+        "diffusion_soft_embedding_top_k": 16,
         "diffusion_seed_canvas": [4, 5, 6],
         "diffusion_pinned": [0, 2],
         "diffusion_read_only": 1,
@@ -116,6 +118,7 @@ def test_options_become_fields():
         entropy_bound=0.0,
         confidence_threshold=1.5,
         stability_threshold=0,
+        soft_embedding_top_k=16,
         seed_canvas=(4, 5, 6),
         pinned=(0, 2),
         read_only=True,
@@ -234,6 +237,9 @@ def test_a_ramp_that_ends_at_zero_may_not_begin_there():
     [
         ({"diffusion_stability_threshold": 3}, "at most the served 2, got 3"),
         ({"diffusion_stability_threshold": -1}, "an integer of at least 0, got -1"),
+        ({"diffusion_soft_embedding_top_k": 7}, "an integer from 8 to 64, got 7"),
+        ({"diffusion_soft_embedding_top_k": 65}, "0 for all ids, or an integer from 8 to 64"),
+        ({"diffusion_soft_embedding_top_k": True}, "an integer from 8 to 64, got True"),
         ({"diffusion_t_min": 0.9}, "diffusion_t_max (0.8) must not be below diffusion_t_min (0.9)"),
         ({"diffusion_preset": "fast", "diffusion_t_min": 0.7}, "diffusion_t_max (0.6) must not be"),
         ({"diffusion_preset": "quick"}, f"one of {', '.join(PRESETS)}, got 'quick'"),

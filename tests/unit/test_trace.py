@@ -130,11 +130,16 @@ class Live:
                     request.start += request.width
 
     def _head(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: None = None
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: None = None,
+        soft_top_k: Tensor | None = None,
     ) -> CanvasStats:
         """Surer with every step, with ties, zeros, and an argmax that settles."""
         assert rewrite is None
-        del temperature
+        del temperature, soft_top_k
         rows = len(hidden)
         sure = 0.3 ** noise.step.numpy()
         entropy = self.rng.exponential(sure) * (self.rng.random(rows) < 0.9)

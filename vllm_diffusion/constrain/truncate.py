@@ -1,22 +1,21 @@
 """min_p, top_k and top_p on temperature-scaled logits.
 
-All three are thresholds: an id stays if its logit reaches the row's threshold, so ties stay
-together and the result depends on no order. A head that sees the vocabulary in tiles can find the
-same threshold.
+All three are thresholds: an id stays if its logit reaches the row's least one that stays, so ties
+stay together and the result depends on no order. A head that sees the vocabulary in tiles finds the
+same one, see ``head.cut``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vllm_diffusion.records import Truncation
+from vllm_diffusion.records import Truncation
 
-# An order takes several times the memory of its logits: few rows of a large vocabulary at once.
-_SORTED_AT_ONCE: Final = 1 << 23
+# An order takes many times the memory of its logits: few rows of a large vocabulary at once.
+_SORTED_AT_ONCE: Final = 1 << 20
 
 
 def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
@@ -33,28 +32,47 @@ def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
         [R, V] fp32, a new tensor.
     """
     rows = max(1, _SORTED_AT_ONCE // scaled.shape[1]) if truncation.sorts else max(1, len(scaled))
-    thresholds = [
-        _threshold(scaled[part], truncation, canvas[part])
-        for start in range(0, len(scaled), rows)
-        for part in (slice(start, start + rows),)
-    ]
-    return scaled.masked_fill(scaled < torch.cat(thresholds), -torch.inf)
+    parts = [slice(start, start + rows) for start in range(0, len(scaled), rows)]
+    limits = [_limit(scaled[part], of_rows(truncation, canvas[part])) for part in parts]
+    return scaled.masked_fill(scaled < torch.cat(limits), -torch.inf)
 
 
-def _threshold(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
-    """[R, 1] the least logit that stays."""
+def of_rows(truncation: Truncation, canvas: Tensor) -> Truncation:
+    """The same by row: canvas [R] int64."""
+    return Truncation(
+        min_p=truncation.min_p[canvas],
+        top_k=truncation.top_k[canvas],
+        top_p=truncation.top_p[canvas],
+        sorts=truncation.sorts,
+    )
+
+
+def nucleus(ordered: Tensor, weight: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
+    """[R, 1] the least logit of the smallest set that reaches top_p, -inf where top_p is 1.
+
+    An id belongs to the set while those before it fall short; the best one always does.
+
+    Args:
+        ordered: [R, N] logits, best first.
+        weight: [R, N] in proportion to their probabilities, 0 for those that are out already.
+        total: [R, 1] fp64, the weight of all ids, listed or not.
+        top_p: [R] fp32.
+    """
+    # In fp64: a running sum over a large vocabulary in fp32 would move the border.
+    before = weight.cumsum(dim=1, dtype=torch.float64) - weight
+    inside = (before < top_p[:, None] * total).sum(dim=1, keepdim=True).clamp(min=1) - 1
+    return torch.where(top_p[:, None] < 1, ordered.gather(1, inside), -torch.inf)
+
+
+def _limit(scaled: Tensor, cut: Truncation) -> Tensor:
+    """[R, 1] the least logit that stays, of a cut by row."""
     best = scaled.amax(dim=1, keepdim=True)
-    threshold = best + truncation.min_p[canvas].log()[:, None]
-    if truncation.sorts:
+    limit = best + cut.min_p[:, None].log()
+    if cut.sorts:
         ordered = scaled.sort(dim=1, descending=True).values
-        last = truncation.top_k[canvas].clamp(max=scaled.shape[1]) - 1
-        threshold = torch.maximum(threshold, ordered.gather(1, last[:, None]))
-        kept = ordered.masked_fill(ordered < threshold, -torch.inf)
-        mass = kept.softmax(dim=1)
-        # The smallest set that reaches top_p: an id belongs to it while those before it fall short.
-        before = mass.cumsum(dim=1) - mass
-        top_p = truncation.top_p[canvas][:, None]
-        inside = (before < top_p).sum(dim=1, keepdim=True).clamp(min=1) - 1
-        nucleus = torch.where(top_p < 1, ordered.gather(1, inside), -torch.inf)
-        threshold = torch.maximum(threshold, nucleus)
-    return threshold
+        last = cut.top_k[:, None].clamp(max=scaled.shape[1]) - 1
+        limit = torch.maximum(limit, ordered.gather(1, last))
+        weight = (ordered - best).exp_().masked_fill_(ordered < limit, 0.0)
+        total = weight.sum(dim=1, keepdim=True, dtype=torch.float64)
+        limit = torch.maximum(limit, nucleus(ordered, weight, total, cut.top_p))
+    return limit

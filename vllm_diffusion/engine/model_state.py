@@ -29,7 +29,7 @@ from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
-from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
 from vllm_diffusion.records import ServedRules
@@ -47,10 +47,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
     from vllm_diffusion.head import Head
-
-# What a step's logits may take: all the tiles of the streaming head, each fp32 tensor of
-# [rows, vocab] that the reference head holds at once.
-_HEAD_BYTES = 256 * 2**20
 
 
 class CanvasModelState(ModelState):
@@ -115,14 +111,17 @@ class CanvasModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
         """Replace vLLM's sampler by the one that denoises."""
         vocab_size = self.model_config.get_vocab_size()
+        # What a step's logits may take: all the tiles of the streaming head, or all the rows that
+        # the reference head holds at once.
+        budget = self.model_config.hf_config.head_memory_mb * 2**20
         whole = ReferenceHead(
             logits=self.model.logits,
             soft_embedding=self.model.soft_embedding,
-            max_rows=max(1, _HEAD_BYTES // (4 * vocab_size)),
+            max_rows=max(1, budget // (COPIES * 4 * vocab_size)),
         )
         head: Head = whole
         if (vocabulary := self.model.vocabulary()) is not None:
-            head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=_HEAD_BYTES)
+            head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=budget)
         canvas_sampler = CanvasSampler(
             self.model,
             self.pool,
@@ -130,6 +129,7 @@ class CanvasModelState(ModelState):
             sampler.req_states,
             constraints=self.constraints,
             logprobs=self.logprobs,
+            head_bytes=budget,
         )
         if self._recorder is not None:
             canvas_sampler.observe = self._recorder.observe

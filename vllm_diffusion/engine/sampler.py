@@ -57,6 +57,7 @@ class CanvasSampler:
         req_states: RequestState,
         constraints: ConstraintTable,
         logprobs: CanvasLogprobs,
+        head_bytes: int,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -64,6 +65,7 @@ class CanvasSampler:
         self.req_states = req_states
         self.constraints = constraints
         self.logprobs = logprobs
+        self.head_bytes = head_bytes
         self.rule: Rule | None = None
         self.observe: Observer | None = None
 
@@ -210,11 +212,15 @@ class CanvasSampler:
     def _run_widest_head(self, hidden: Tensor) -> None:
         """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""
         # A host's memory is not divided by this profile, and a full batch would take it seconds.
-        canvases = 1 if hidden.device.type == "cpu" else self.pool.num_slots
+        on_host = hidden.device.type == "cpu"
+        canvases = 1 if on_host else self.pool.num_slots
+        # Some requests let the head take all that it may have, which these rows do not: a cut.
+        reserved = hidden.new_empty(0 if on_host else self.head_bytes, dtype=torch.uint8)
         rows = hidden[:1].expand(canvases * self.pool.canvas_length, -1)
         counter = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         noise = Noise(seed=counter[:, None].expand(-1, 2), position=counter, step=counter)
         self.head(rows, torch.ones_like(counter, dtype=torch.float32), noise)
+        del reserved
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return async_tensor_h2d(values.astype(np.int64), device=self.pool.device)

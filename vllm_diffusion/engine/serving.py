@@ -17,7 +17,7 @@ from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusi
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
-from vllm_diffusion.config import describe, served_rules
+from vllm_diffusion.config import describe, head_memory, served_rules
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.trace.record import trace_folder
@@ -36,15 +36,20 @@ SCHEDULER = "vllm_diffusion.engine.scheduler.canvas_scheduler"
 
 def rules_of(vllm_config: VllmConfig) -> tuple[ServedRules, dict[str, str]]:
     """The decoding rules of this engine and who changed them, see ``config.served_rules``."""
-    model_config, additional = vllm_config.model_config, vllm_config.additional_config
+    model_config = vllm_config.model_config
     return served_rules(
         model_config.try_get_generation_config(),
         source=f"generation config {model_config.generation_config!r} of {model_config.model}",
         override=model_config.override_generation_config,
         max_denoising_steps=vllm_config.diffusion_config.max_denoising_steps,
-        # Another platform may put an object of its own there.
-        additional=additional.get("diffusion") if isinstance(additional, dict) else None,
+        additional=_ours(vllm_config),
     )
+
+
+def _ours(vllm_config: VllmConfig) -> object:
+    """``additional_config["diffusion"]``; another platform may put an object of its own there."""
+    additional = vllm_config.additional_config
+    return additional.get("diffusion") if isinstance(additional, dict) else None
 
 
 class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
@@ -80,6 +85,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         if cuda.chosen():
             logger.info("The head runs in CUDA on GPUs, not in Triton.")
         vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
+        memory = head_memory(_ours(vllm_config))
+        vllm_config.model_config.hf_config.head_memory_mb = memory
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
@@ -101,12 +108,15 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             # An image attends to itself in both directions, so all of it must run in one step.
             scheduler.disable_chunked_mm_input = True
         logger.info(
-            "vllm-diffusion %s serves %s: canvas of %d, %s; patches %s; "
+            "vllm-diffusion %s serves %s: canvas of %d, at most %d at once, %s; logits of a step "
+            "take at most %d MB; patches %s; "
             "VLLM_DIFFUSION=0 turns it off",
             __version__,
             vllm_config.model_config.architecture,
             canvas,
+            scheduler.max_num_seqs,
             describe(rules.default, origins),
+            memory,
             ", ".join(ledger.active()),
         )
 

@@ -14,7 +14,12 @@ class Head(Protocol):
     """Turns the final hidden states of R canvas rows into their statistics."""
 
     def __call__(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None = None
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
     ) -> CanvasStats:
         """Statistics of softmax(rewritten(softcap(hidden @ E^T)) / temperature).
 
@@ -24,6 +29,9 @@ class Head(Protocol):
             noise: the key of every row's sample.
             rewrite: what requests change, see ``constrain.rewrite``; every statistic is of the
                 changed distribution. Its temperature is already in ``temperature``.
+            soft_top_k: [R] int64, how many of the most likely ids the soft embedding is the mean
+                of, their probabilities renormalised: an approximation. 0, or None for all rows, is
+                all of them, exactly; -1 says that nobody reads it, and it is 0.
         """
         ...
 

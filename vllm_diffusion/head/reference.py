@@ -7,18 +7,26 @@ Memory is bounded by running at most ``max_rows`` rows of the vocabulary at a ti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_rows
-from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
+from vllm_diffusion.head.soft import most_likely
+from vllm_diffusion.records import CanvasStats, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from vllm_diffusion.records import Noise, Rewrite
+
+# fp32 tensors of [rows, vocab] that exist at once at the highest, a cut of the rows included.
+# Measured by tests/unit/head/test_memory.py.
+COPIES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +41,22 @@ class ReferenceHead:
     """Rows whose [rows, V] fp32 tensors may exist at once."""
 
     def __call__(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None = None
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
     ) -> CanvasStats:
         """See ``Head``."""
-        parts = [
-            self._rows(
-                hidden[rows],
-                temperature[rows],
-                noise.rows(rows),
-                None if rewrite is None else rewrite.rows(rows),
-            )
-            for rows in self._chunks(hidden)
-        ]
-        return parts[0] if len(parts) == 1 else CanvasStats.concatenate(parts)
+        rows = Rows(
+            hidden=hidden,
+            temperature=temperature,
+            noise=noise,
+            rewrite=rewrite,
+            soft_top_k=soft_top_k,
+        )
+        return CanvasStats.concatenate([self._rows(part) for part in rows.chunks(self.max_rows)])
 
     def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
         """See ``Head``."""
@@ -90,25 +101,21 @@ class ReferenceHead:
             for start in range(0, hidden.shape[0], self.max_rows)
         ]
 
-    def _rows(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None
-    ) -> CanvasStats:
-        logits = self.logits(hidden)
-        if rewrite is not None:
-            logits = rewrite_logits(logits, rewrite)
+    def _rows(self, rows: Rows) -> CanvasStats:
+        logits = self.logits(rows.hidden)
+        if rows.rewrite is not None:
+            logits = rewrite_logits(logits, rows.rewrite)
         return row_statistics(
             logits,
-            temperature,
-            rewrite,
-            draw=lambda prob: sample_rows(prob, noise),
+            rows,
+            draw=lambda prob: sample_rows(prob, rows.noise),
             soft_embedding=self.soft_embedding,
         )
 
 
 def row_statistics(
     logits: Tensor,
-    temperature: Tensor,
-    rewrite: Rewrite | None,
+    rows: Rows,
     *,
     draw: Callable[[Tensor], Tensor],
     soft_embedding: Callable[[Tensor], Tensor],
@@ -117,19 +124,19 @@ def row_statistics(
 
     Args:
         logits: [R, N] fp32, or fp64 for the truth; rewritten.
-        temperature: [R] fp32.
-        rewrite: of these rows; what comes before the temperature is done.
+        rows: these rows; of their rewrite, what comes before the temperature is done.
         draw: [R, N] probabilities -> [R] int64, a column a row.
         soft_embedding: [R, N] probabilities -> [R, H].
     """
-    scaled = logits / temperature[:, None]
+    rewrite = rows.rewrite
+    scaled = logits / rows.temperature[:, None]
     if rewrite is not None:
         scaled = truncate_logits(scaled, rewrite)
     log_prob = scaled.log_softmax(dim=-1)
     prob = log_prob.exp()
     # -inf logits (masked ids) have probability 0 and contribute 0, not 0 * -inf.
     lowest = torch.finfo(log_prob.dtype).min
-    entropy = -(prob * log_prob.clamp(min=lowest)).sum(dim=-1)
+    entropy = -log_prob.clamp_(min=lowest).mul_(prob).sum(dim=-1)
     top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
     second = top[:, 1] if top.shape[1] > 1 else torch.zeros_like(top[:, 0])
     argmax, sample = scaled.argmax(dim=-1), draw(prob)
@@ -141,5 +148,16 @@ def row_statistics(
         entropy=entropy,
         top_prob=top[:, 0],
         margin=top[:, 0] - second,
-        soft_embedding=soft_embedding(prob),
+        soft_embedding=soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k)),
     )
+
+
+def _of_most_likely(prob: Tensor, argmax: Tensor, count: Tensor | None) -> Tensor:
+    """What a soft embedding weighs its ids with, see ``Head``."""
+    if count is None:
+        return prob
+    chosen = most_likely(prob, count)
+    chosen.scatter_(1, argmax[:, None], value=True)
+    kept = prob * chosen
+    some = torch.where(chosen.all(dim=1), 1.0, kept.sum(dim=1))
+    return kept.div_(some[:, None]) * (count >= 0)[:, None]

@@ -64,7 +64,7 @@ def sample_listed(weight: Tensor, ids: Tensor, vocab: int, noise: Noise) -> Tens
 
     Args:
         weight: [R, N] fp32, of the listed ids.
-        ids: [N] int64, ascending.
+        ids: [N] or [R, N] int64, ascending.
         vocab: ids there are.
         noise: the key of every row.
 
@@ -73,8 +73,8 @@ def sample_listed(weight: Tensor, ids: Tensor, vocab: int, noise: Noise) -> Tens
     """
     num_tiles = -(-vocab // TILE)
     gumbel_uniform, cdf_uniform = tile_uniforms(noise, num_tiles)
-    tile_of = ids // TILE
-    mass = weight.new_zeros(len(weight), num_tiles).index_add_(1, tile_of, weight)
+    tile_of = (ids // TILE).expand(weight.shape)
+    mass = weight.new_zeros(len(weight), num_tiles).scatter_add_(1, tile_of, weight)
     tile = tile_scores(mass, gumbel_uniform).argmax(dim=-1, keepdim=True)
     cumulative = torch.where(tile_of == tile, weight, 0.0).cumsum(dim=-1)
     return _first_above(cumulative, cdf_uniform.gather(1, tile)[:, 0] * cumulative[:, -1])

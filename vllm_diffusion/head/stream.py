@@ -2,7 +2,8 @@
 
     rows that are pinned             one id is left: nothing to compute
     rows with a short list of ids    only those columns of the embedding
-    rows whose distribution is cut   the reference head: a cut needs the order of the whole row
+    rows whose distribution is cut   the best ids of the row where they are all that is left of it,
+                                     else tiles without what is cut off, see ``cut``
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
 The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
@@ -14,15 +15,20 @@ exchanges statistics, [R] each, and the [R, H] soft embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.constrain.window import TiledRewrite, rewrite_listed
-from vllm_diffusion.head import native, sample, tile
+from vllm_diffusion.head import cut, native, sample, tile
+from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.reference import row_statistics
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_listed, tile_uniforms
+from vllm_diffusion.head.soft import SoftEmbedding
 from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
 
@@ -41,12 +47,15 @@ LISTED_AT_MOST: Final = 4096
 # the torch form; the others need fewer. Measured by tests/unit/head/test_memory.py.
 _TILE_COPIES: Final = 6
 
-_STREAMED, _WHOLE, _PINNED = -1, -2, -3  # kinds of rows; from 0 on: the canvas whose list counts
+# Beside them, the best ids of a row while it is read.
+_LIST_BYTES: Final = 128 * cut.LISTED
+
+_STREAMED, _CUT, _PINNED = -1, -2, -3  # kinds of rows; from 0 on: the canvas whose list counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingHead:
-    """Same results as ``whole``, which takes the rows that need all of their logits at once."""
+    """Same results as ``whole``, which only says what of its nature is [R, vocab]."""
 
     vocabulary: Vocabulary
     whole: ReferenceHead
@@ -54,25 +63,30 @@ class StreamingHead:
     """Bytes that the tiles of a step may take, beside what is O(R * H)."""
 
     def __call__(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None = None
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
     ) -> CanvasStats:
         """See ``Head``."""
+        rows = Rows(
+            hidden=hidden,
+            temperature=temperature,
+            noise=noise,
+            rewrite=rewrite,
+            soft_top_k=soft_top_k,
+        )
         if rewrite is None or (kinds := self._kinds(rewrite)) is None:
-            return self._chunked(hidden, temperature, noise, rewrite)
+            return self._streamed(rows)
+        ways = {_STREAMED: self._streamed, _CUT: self._cut, _PINNED: self._pinned}
         places, parts = [], []
         for kind in torch.unique(kinds).tolist():
             index = (kinds == kind).nonzero()[:, 0]
-            mine = hidden[index], temperature[index], noise.rows(index), rewrite.rows(index)
-            if kind == _STREAMED:
-                part = self._chunked(*mine)
-            elif kind == _WHOLE:
-                part = self.whole(*mine)
-            elif kind == _PINNED:
-                part = self._pinned(mine[0], mine[3])
-            else:
-                part = self._listed(kind, *mine)
+            way = ways.get(kind) or partial(self._listed, kind)
             places.append(index)
-            parts.append(part)
+            parts.append(way(rows.take(index)))
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(hidden))
 
     def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
@@ -80,7 +94,7 @@ class StreamingHead:
         count = min(count, self.vocabulary.size)
         parts = []
         for rows in self._chunks(hidden):
-            best = _Best(count)
+            best = Best(count)
             for _, first, logits in self._tiles(hidden[rows], rewrite.rows(rows)):
                 best.add(logits, first)
             values, ids = best.over_ranks(self.vocabulary)
@@ -113,9 +127,9 @@ class StreamingHead:
         if rewrite.allowed is None and rewrite.truncation is None and rewrite.pinned is None:
             return None
         kinds = torch.full_like(rewrite.canvas, _STREAMED)
-        if (cut := rewrite.truncation) is not None:
-            cuts = (cut.min_p > 0) | (cut.top_k < self.vocabulary.size) | (cut.top_p < 1)
-            kinds = torch.where(cuts[rewrite.canvas], _WHOLE, kinds)
+        if (asked := rewrite.truncation) is not None:
+            cuts = (asked.min_p > 0) | (asked.top_k < self.vocabulary.size) | (asked.top_p < 1)
+            kinds = torch.where(cuts[rewrite.canvas], _CUT, kinds)
         if rewrite.allowed is not None:
             listed = (rewrite.allowed >= 0).sum(dim=1)
             short = (listed > 0) & (listed <= LISTED_AT_MOST)
@@ -124,89 +138,152 @@ class StreamingHead:
             kinds = torch.where(rewrite.pinned >= 0, _PINNED, kinds)
         return kinds if bool((kinds != _STREAMED).any()) else None
 
-    def _pinned(self, hidden: Tensor, rewrite: Rewrite) -> CanvasStats:
+    def _pinned(self, rows: Rows) -> CanvasStats:
         """Rows that have one id left."""
-        assert rewrite.pinned is not None
-        certain = torch.ones(len(hidden), device=hidden.device)
-        ids, place = torch.unique(rewrite.pinned, return_inverse=True)
+        assert rows.rewrite is not None
+        assert rows.rewrite.pinned is not None
+        only, certain = rows.rewrite.pinned, torch.ones_like(rows.temperature)
+        read = certain if rows.soft_top_k is None else (rows.soft_top_k >= 0).float()
         return CanvasStats(
-            argmax=rewrite.pinned,
-            sample=rewrite.pinned,
+            argmax=only,
+            sample=only,
             entropy=torch.zeros_like(certain),
             top_prob=certain,
             margin=certain,
-            soft_embedding=self.vocabulary.mean_of(torch.eye(len(ids), device=ids.device), ids)[
-                place
-            ],
+            soft_embedding=self.vocabulary.mean_of(read[:, None], only[:, None]),
         )
 
-    def _listed(
-        self, canvas: int, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite
-    ) -> CanvasStats:
+    def _listed(self, canvas: int, rows: Rows) -> CanvasStats:
         """Rows of one canvas that may say nothing but a few ids."""
-        assert rewrite.allowed is not None
-        ids = torch.unique(rewrite.allowed[canvas])
+        assert rows.rewrite is not None
+        assert rows.rewrite.allowed is not None
+        ids = torch.unique(rows.rewrite.allowed[canvas])
         ids = ids[ids >= 0]
-        logits = rewrite_listed(self.vocabulary.logits_of(hidden, ids), rewrite, ids)
+
+        def chosen(part: Rows) -> CanvasStats:
+            assert part.rewrite is not None
+            logits = self.vocabulary.logits_of(part.hidden, ids)
+            return self._among(part, ids, rewrite_listed(logits, part.rewrite, ids))
+
+        at_once = self._at_once(_TILE_COPIES * 4 * 2 * len(ids))
+        return CanvasStats.concatenate([chosen(part) for part in rows.chunks(at_once)])
+
+    def _among(self, rows: Rows, ids: Tensor, logits: Tensor) -> CanvasStats:
+        """Of rows whose every id that is left is among ``ids`` [N] or [R, N], ascending."""
         stats = row_statistics(
             logits,
-            temperature,
-            rewrite,
-            draw=lambda weight: sample_listed(weight, ids, self.vocabulary.size, noise),
+            rows,
+            draw=lambda weight: sample_listed(weight, ids, self.vocabulary.size, rows.noise),
             soft_embedding=lambda weight: self.vocabulary.mean_of(weight, ids),
         )
         return stats.renamed(ids)
 
+    # ---- rows whose distribution is cut ----
+
+    def _cut(self, rows: Rows) -> CanvasStats:
+        """Rows that keep the ids above a limit."""
+        wide, places, parts = [], [], []
+        start = 0
+        for part in rows.chunks(self._at_once(_TILE_COPIES * 4 * sample.TILE + _LIST_BYTES)):
+            index = torch.arange(start, start + len(part), device=part.hidden.device)
+            start += len(part)
+            found = self._survivors(part)
+            done = found.complete.nonzero()[:, 0]
+            rest = (~found.complete).nonzero()[:, 0]
+            if len(done):
+                places.append(index[done])
+                parts.append(self._survived(part.take(done), found, done))
+            if len(rest):
+                wide.append((index[rest], found.values[rest, 0]))
+        if wide:
+            index = torch.cat([rest for rest, _ in wide])
+            places.append(index)
+            parts.append(self._wide(rows.take(index), torch.cat([best for _, best in wide])))
+        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
+
+    def _survivors(self, rows: Rows) -> cut.Survivors:
+        assert rows.rewrite is not None
+        assert rows.rewrite.truncation is not None
+        asked = of_rows(rows.rewrite.truncation, rows.rewrite.canvas)
+        tiles = self._tiles(rows.hidden, rows.rewrite)
+        return cut.survivors(tiles, rows.temperature, asked, self.vocabulary)
+
+    def _survived(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
+        """Rows whose every id that stays has been found."""
+        assert rows.rewrite is not None
+        values = found.values[index]
+        out = values / rows.temperature[:, None] < found.limit[index, None]
+        # They come best first: what no row keeps can go.
+        most = len(out[0]) - int(out.sum(dim=1).amin())
+        ids, order = found.ids[index, :most].sort(dim=1)
+        logits = values.masked_fill(out, -torch.inf)[:, :most].gather(1, order)
+        rest = replace(rows, rewrite=replace(rows.rewrite, truncation=None))
+        return self._among(rest, ids, logits)
+
+    def _wide(self, rows: Rows, best: Tensor) -> CanvasStats:
+        """Rows that keep more ids than are listed."""
+        limits, start = [], 0
+        for part in rows.chunks(
+            self._at_once(2 * _TILE_COPIES * 4 * sample.TILE + cut.TABLE_BYTES)
+        ):
+            assert part.rewrite is not None
+            assert part.rewrite.truncation is not None
+            limits.append(
+                cut.limits(
+                    partial(self._tiles, part.hidden, part.rewrite),
+                    best[start : start + len(part)],
+                    part.temperature,
+                    of_rows(part.rewrite.truncation, part.rewrite.canvas),
+                    self.vocabulary,
+                )
+            )
+            start += len(part)
+        return self._streamed(rows, torch.cat(limits))
+
     # ---- the stream ----
 
-    def _chunks(self, hidden: Tensor) -> Iterator[slice]:
+    def _at_once(self, bytes_a_row: int) -> int:
         """Rows whose tiles fit the budget; a wider step reads the embedding more than once."""
-        at_once = max(1, self.budget // (_TILE_COPIES * 4 * sample.TILE))
+        return max(1, self.budget // bytes_a_row)
+
+    def _chunks(self, hidden: Tensor) -> Iterator[slice]:
+        at_once = self._at_once(_TILE_COPIES * 4 * sample.TILE)
         for start in range(0, len(hidden), at_once):
             yield slice(start, start + at_once)
 
-    def _chunked(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None
-    ) -> CanvasStats:
-        parts = [
-            self._streamed(
-                hidden[rows],
-                temperature[rows],
-                noise.rows(rows),
-                None if rewrite is None else rewrite.rows(rows),
-            )
-            for rows in self._chunks(hidden)
-        ]
-        return parts[0] if len(parts) == 1 else CanvasStats.concatenate(parts)
+    def _streamed(self, rows: Rows, limit: Tensor | None = None) -> CanvasStats:
+        """Rows over the whole vocabulary, without what is below ``limit`` [R] fp32."""
+        parts, start = [], 0
+        for part in rows.chunks(self._at_once(_TILE_COPIES * 4 * sample.TILE)):
+            mine = None if limit is None else limit[start : start + len(part), None]
+            parts.append(self._stream(part, mine))
+            start += len(part)
+        return CanvasStats.concatenate(parts)
 
-    def _streamed(
-        self, hidden: Tensor, temperature: Tensor, noise: Noise, rewrite: Rewrite | None
-    ) -> CanvasStats:
-        vocabulary, dtype = self.vocabulary, self.vocabulary.embedding.dtype
-        gumbel, inside = tile_uniforms(noise, -(-vocabulary.size // sample.TILE))
-        running = RunningStats.of_nothing(len(hidden), hidden.device)
-        soft = torch.zeros(len(hidden), vocabulary.embedding.shape[1], device=hidden.device)
-        for number, first, logits in self._tiles(hidden, rewrite, cap=rewrite is not None):
-            rows = slice(first - vocabulary.first, first - vocabulary.first + logits.shape[1])
+    def _stream(self, rows: Rows, limit: Tensor | None) -> CanvasStats:
+        vocabulary, rewrite, temperature = self.vocabulary, rows.rewrite, rows.temperature
+        gumbel, inside = tile_uniforms(rows.noise, -(-vocabulary.size // sample.TILE))
+        running = RunningStats.of_nothing(len(rows), temperature.device)
+        soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
+        for number, first, logits in self._tiles(rows.hidden, rewrite, cap=rewrite is not None):
+            if limit is not None:
+                logits.masked_fill_(logits / temperature[:, None] < limit, -torch.inf)
+            if rewrite is not None:
+                tile.without_infinities(logits)
+            soft.see(logits, first)
             weight, shrink = _absorb(logits)(
                 running,
-                logits if rewrite is None else tile.without_infinities(logits),
+                logits,
                 first=first,
                 softcap=vocabulary.softcap if rewrite is None else None,
                 temperature=temperature,
                 uniforms=(gumbel[:, number], inside[:, number]),
             )
-            soft.mul_(shrink[:, None])
-            if dtype == torch.float32:
-                soft.addmm_(weight, vocabulary.embedding[rows])
-            else:
-                soft.add_(weight.to(dtype) @ vocabulary.embedding[rows])
+            soft.add(weight, shrink, first)
         together, shrink = running.over_ranks(temperature, vocabulary)
-        soft = vocabulary.add(soft.mul_((shrink / together.mass)[:, None]))
-        greedy = None if rewrite is None else rewrite.greedy
         drawn = together.sample
-        if rewrite is not None and greedy is not None:
-            drawn = torch.where(greedy[rewrite.canvas], together.argmax, drawn)
+        if rewrite is not None and rewrite.greedy is not None:
+            drawn = torch.where(rewrite.greedy[rewrite.canvas], together.argmax, drawn)
         beside = ((together.second - together.top) / temperature).exp()
         return CanvasStats(
             argmax=together.argmax,
@@ -214,7 +291,9 @@ class StreamingHead:
             entropy=together.mass.log() - together.moment / together.mass,
             top_prob=1 / together.mass,
             margin=(1 - beside) / together.mass,
-            soft_embedding=soft.to(dtype) * vocabulary.scale,
+            soft_embedding=soft.over_ranks(
+                together, shrink, temperature, capped=rewrite is not None
+            ),
         )
 
     def _tiles(
@@ -254,11 +333,11 @@ class StreamingHead:
         vocabulary = self.vocabulary
         if ids is None:
             asked = tokens[:, None]
-            best = _Best(min(count, vocabulary.size))
+            best = Best(min(count, vocabulary.size))
         else:
             beside = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
             asked = torch.cat([tokens[:, None], beside], dim=1)
-            best = _Best(0)
+            best = Best(0)
             if among:
                 distinct, place = torch.unique(asked, return_inverse=True)
                 values = vocabulary.logits_of(hidden, distinct).gather(1, place)
@@ -305,30 +384,3 @@ def _scored(ids: Tensor, values: Tensor, total: Tensor, field: Tensor, *, raw: b
     """Scores among ``field`` alone, the chosen id in the first column of ``values``."""
     ranks = (field >= values[:, :1]).sum(dim=1)
     return TokenScores(ids=ids, values=values if raw else values - total[:, None], ranks=ranks)
-
-
-class _Best:
-    """The largest logits of every row so far."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._values: list[Tensor] = []
-        self._ids: list[Tensor] = []
-
-    def add(self, logits: Tensor, first: int) -> None:
-        """Take [R, n] logits of the ids from ``first`` on in."""
-        best = logits.topk(min(self._count, logits.shape[1]), dim=1)
-        self._keep([*self._values, best.values], [*self._ids, best.indices + first])
-
-    def over_ranks(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """[R, count] values and ids, best first."""
-        values = vocabulary.gather(self._values[0])
-        ids = vocabulary.gather(self._ids[0].float()).long()
-        self._keep(list(values), list(ids))
-        return self._values[0], self._ids[0]
-
-    def _keep(self, values: list[Tensor], ids: list[Tensor]) -> None:
-        together = torch.cat(values, dim=1)
-        best = together.topk(min(self._count, together.shape[1]), dim=1)
-        self._values = [best.values]
-        self._ids = [torch.cat(ids, dim=1).gather(1, best.indices)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import embedding_bag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,10 +62,18 @@ class Vocabulary:
         return self.capped(self.add(logits))
 
     def mean_of(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """[R, N] fp32 and [N] int64 -> [R, H]: weights @ embeddings of the ids, scaled."""
+        """[R, N] fp32 and [N] or [R, N] int64 -> [R, H]: weights @ embeddings of the ids, scaled.
+
+        Ids by row are few: each takes its row of the embedding from memory.
+        """
         place, here = self._places(ids)
-        rows = self.embedding[place].masked_fill_(~here[:, None], 0.0)
-        return self.add(weight.to(rows.dtype) @ rows) * self.scale
+        weight = weight.to(self.embedding.dtype)
+        if ids.dim() == 1:
+            rows = self.embedding[place].masked_fill_(~here[:, None], 0.0)
+            return self.add(weight @ rows) * self.scale
+        weight = weight.masked_fill(~here, 0.0)
+        mean = embedding_bag(place, self.embedding, mode="sum", per_sample_weights=weight)
+        return self.add(mean) * self.scale
 
     def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of this rank that hold the ids, and which of them it holds at all."""

@@ -95,6 +95,7 @@ class Recorder:
         """
         asked = constraints or Constraints()
         low, high = pool.seed[slot].tolist()
+        top_k = pool.soft_top_k
         header = Trace(
             request_id=request_id,
             seed=low | high << 32,
@@ -105,6 +106,7 @@ class Recorder:
                 entropy_bound=float(pool.entropy_bound[slot]),
                 confidence_threshold=float(pool.confidence_threshold[slot]),
                 stability_threshold=int(pool.stability[slot]),
+                soft_embedding_top_k=0 if top_k is None else int(top_k[slot]),
             ),
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from vllm_diffusion.constrain import truncate as module
-from vllm_diffusion.constrain.truncate import truncate
+from vllm_diffusion.constrain.truncate import nucleus, truncate
 from vllm_diffusion.records import Truncation
 
 ROWS, VOCAB = 40, 60
@@ -55,6 +55,15 @@ def test_min_p(min_p: float) -> None:
     assert torch.equal(
         truncate(logits, cut(min_p=min_p), FIRST), MinPLogitsWarper(min_p)(None, logits)
     )
+
+
+@pytest.mark.parametrize(
+    ("top_p", "least"), [(0.25, 3), (0.5, 3), (0.5625, 2), (0.75, 2), (1, -torch.inf)]
+)
+def test_a_set_that_reaches_top_p_exactly_takes_no_more(top_p: float, least: float) -> None:
+    ordered, weight = torch.tensor([[3.0, 2, 1]]), torch.tensor([[0.5, 0.25, 0.125]])
+    total = torch.ones(1, 1, dtype=torch.float64)
+    assert nucleus(ordered, weight, total, torch.tensor([float(top_p)])).item() == least
 
 
 def test_the_order_is_min_p_then_top_k_then_top_p_of_what_is_left() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.heads import Case, assert_no_worse, assert_same_shape, assert_same_tokens, make_case
+from helpers.heads import (
+    Case,
+    assert_no_worse,
+    assert_same_shape,
+    assert_same_tokens,
+    make_case,
+    over_ranks,
+)
 
 from vllm_diffusion.head import sample, stream
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.records import Rewrite
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TILES = [16, 128, sample.TILE]
 
@@ -238,43 +241,6 @@ def test_scores_are_those_of_the_reference(how: dict, budget: int) -> None:
 
 
 # ---- ranks ----
-
-
-def over_ranks(case: Case, ranks: int, call) -> list:
-    """Run ``call(head)`` once a rank, on its part of the embedding, and exchange what they send."""
-    from threading import Barrier, Thread
-
-    barrier, sent = Barrier(ranks), [None] * ranks
-
-    def exchange(rank: int, values: Tensor) -> Tensor:
-        sent[rank] = values.clone()
-        barrier.wait(timeout=60)
-        together = torch.stack(sent)
-        barrier.wait(timeout=60)
-        return together
-
-    size = len(case.embedding) // ranks
-    results: list = [None] * ranks
-
-    def run(rank: int) -> None:
-        own = case.embedding[rank * size : (rank + 1) * size]
-        vocabulary = replace(
-            case.vocabulary(),
-            output=own,
-            embedding=own,
-            first=rank * size,
-            gather=lambda values: exchange(rank, values),
-            add=lambda values: exchange(rank, values).sum(dim=0),
-        )
-        head = StreamingHead(vocabulary=vocabulary, whole=case.reference(), budget=1 << 28)
-        results[rank] = call(head)
-
-    threads = [Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 @pytest.mark.parametrize("rewrite", [False, True])

@@ -1,0 +1,112 @@
+"""The soft embedding of rows that are read a tile at a time: [R, H], and what it is the mean of.
+
+of all ids       the product of a tile's weights and its part of the embedding, tile by tile
+of the k best    an approximation that requests may ask for: no product, k rows of the embedding
+of none          nobody will read it
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.head.best import Best
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.head.tile import RunningStats
+    from vllm_diffusion.head.vocabulary import Vocabulary
+
+
+class SoftEmbedding:
+    """Sees every tile before and after ``tile.absorb``.
+
+    Args:
+        vocabulary: of this rank.
+        top_k: [R] int64, see ``Head``; None where all rows take all ids.
+        like: [R] fp32, somewhere on the device.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, top_k: Tensor | None, like: Tensor) -> None:
+        self._vocabulary = vocabulary
+        self._exact: slice | Tensor = slice(None)
+        self._near: Tensor | None = None
+        self._rows = rows = len(like)
+        if top_k is not None:
+            self._exact = (top_k == 0).nonzero()[:, 0]
+            rows = len(self._exact)
+            near = (top_k > 0).nonzero()[:, 0]
+            if len(near):
+                self._near, self._count = near, top_k[near]
+                self._best = Best(min(int(self._count.max()) + 1, vocabulary.size))
+        self._soft = like.new_zeros(rows, vocabulary.embedding.shape[1])
+
+    def see(self, logits: Tensor, first: int) -> None:
+        """Take in the logits [R, n] of the ids from ``first`` on, before they are used up."""
+        if self._near is not None:
+            here = logits if len(self._near) == self._rows else logits[self._near]
+            self._best.add(here, first)
+
+    def add(self, weight: Tensor, shrink: Tensor, first: int) -> None:
+        """Take in what ``tile.absorb`` made of them."""
+        if not len(self._soft):
+            return
+        start = first - self._vocabulary.first
+        embedding = self._vocabulary.embedding[start : start + weight.shape[1]]
+        if len(self._soft) < self._rows:
+            weight, shrink = weight[self._exact], shrink[self._exact]
+        self._soft.mul_(shrink[:, None])
+        if embedding.dtype == torch.float32:
+            self._soft.addmm_(weight, embedding)
+        else:
+            self._soft.add_(weight.to(embedding.dtype) @ embedding)
+
+    def over_ranks(
+        self, together: RunningStats, shrink: Tensor, temperature: Tensor, *, capped: bool
+    ) -> Tensor:
+        """[R, H] model dtype, scaled like an embedding, of all ranks.
+
+        Args:
+            together, shrink: what ``RunningStats.over_ranks`` says.
+            temperature: [R] fp32.
+            capped: the logits seen had been softcapped.
+        """
+        vocabulary, dtype = self._vocabulary, self._vocabulary.embedding.dtype
+        exact = self._exact
+        soft = self._soft.mul_((shrink / together.mass)[exact, None])
+        # Scaled first: one rounding, and the only large one, see benchmarks/head.py.
+        soft = (vocabulary.add(soft) * vocabulary.scale).to(dtype)
+        if len(soft) == self._rows:
+            return soft
+        every = soft.new_zeros(self._rows, soft.shape[1])
+        every[exact] = soft
+        if (near := self._near) is not None:
+            values, ids = self._best.over_ranks(vocabulary)
+            if not capped:
+                values = vocabulary.capped(values)
+            chosen = most_likely(values, self._count)
+            # Where more than so many are equally good, the argmax alone.
+            ids = torch.where(chosen.any(dim=1, keepdim=True), ids, together.argmax[near, None])
+            chosen |= ~chosen.any(dim=1, keepdim=True)
+            weight = (values - values[:, :1]).div_(temperature[near, None]).exp_() * chosen
+            every[near] = vocabulary.mean_of(weight / weight.sum(dim=1, keepdim=True), ids)
+        return every
+
+
+def most_likely(values: Tensor, count: Tensor) -> Tensor:
+    """[R, N] bool: what a soft embedding of ``count`` ids is the mean of.
+
+    Of equal values at the end none is taken if not all can be, so that nothing else decides which;
+    where that leaves nothing, nothing is marked.
+
+    Args:
+        values: [R, N], larger is likelier.
+        count: [R] int64, 0 for all.
+    """
+    if int(count.max()) <= 0:
+        return torch.ones_like(values, dtype=torch.bool)
+    best = values.topk(min(int(count.max()) + 1, values.shape[1]), dim=1).values
+    next_best = best.gather(1, count.clamp(0, best.shape[1] - 1)[:, None])
+    return (values > next_best) | ((count <= 0) | (count >= values.shape[1]))[:, None]
