@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
 _CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
+_FUSED_COMMIT: Final = "fused_commit"
 
 # Constants that a generation config calls otherwise, or holds elsewhere.
 _IN_GENERATION: Final = {
@@ -96,6 +97,15 @@ def served_rules(
     origins |= dict.fromkeys(PRESETS[preset], f"preset {preset}")
     origins |= dict.fromkeys(options, "additional_config")
     return rules, origins
+
+
+def fused_commit(additional: object) -> bool:
+    """Whether commits are fused where the engine can and the request does not say, see `params`.
+
+    Args:
+        additional: ``additional_config["diffusion"]``, which ``served_rules`` has let through.
+    """
+    return bool(additional.get(_FUSED_COMMIT, True)) if isinstance(additional, dict) else True
 
 
 def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
@@ -191,7 +201,7 @@ def _incoherent(rule: RuleConstants) -> list[str]:
 
 
 def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
-    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong with them."""
+    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong there."""
     if additional is None:
         return REFERENCE, {}, []
     where = 'additional_config["diffusion"]'
@@ -201,11 +211,11 @@ def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
     for name, value in additional.items():
         if name == "canvas_length":
             problems.append(f"{where} names canvas_length, which --diffusion-config sets")
-        elif name not in {"preset", *_CONSTANTS}:
-            accepted = ", ".join(("preset", *_CONSTANTS))
+        elif name not in {"preset", _FUSED_COMMIT, *_CONSTANTS}:
+            accepted = ", ".join(("preset", *_CONSTANTS, _FUSED_COMMIT))
             problems.append(f"{where} has no {name!r}; accepted: {accepted}")
         elif expected := malformed(name, value):
             problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")
-        else:
+        elif name != _FUSED_COMMIT:
             options[name] = value
     return options.pop("preset", REFERENCE), options, problems

@@ -131,7 +131,7 @@ def test_an_abort_at_any_step_frees_everything_and_disturbs_nobody(
 
     requests = [make_request("a", 20, 200), make_request("b", 40, 70)]
     tokens = drive(scheduler, worker, requests, canvas=CANVAS, depth=depth, between=abort)
-    assert len(tokens["a"]) in {0, 32}
+    assert len(tokens["a"]) in {0, 32, 64}
     assert len(tokens["b"]) == 70
     assert widths_of(worker, "b") == [32, 32, 32]
     assert_nothing_is_left(scheduler)
@@ -195,11 +195,16 @@ def test_a_narrow_last_canvas_needs_no_more_than_its_rows(
 
 
 @pytest.mark.parametrize(("budget", "held"), [(51, True), (52, False)])
-def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(budget: int, *, held: bool):
+def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(
+    config: VllmConfig, budget: int, *, held: bool
+):
     # Rare in a running engine: an image's encoder can make a prompt wait behind younger canvases.
+    served = config
+
     class Bare(WholeCanvasMixin):
         max_num_scheduled_tokens, num_spec_tokens, max_model_len = budget, CANVAS, 512
         current_step = 5
+        vllm_config = served
 
     prompt, canvas = make_request("prompt", 30, 10), make_request("canvas", 40, 96)
     prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40

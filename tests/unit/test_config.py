@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.config import SAMPLER_CLASS, describe, served_rules
+from vllm_diffusion.config import SAMPLER_CLASS, describe, fused_commit, served_rules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.params import DiffusionParams, requested_rule
@@ -276,6 +276,24 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
 
 
 @pytest.mark.parametrize(
+    ("additional", "fused"),
+    [
+        (None, True),
+        ({}, True),
+        ({"fused_commit": True, "max_steps": 3}, True),
+        ({"fused_commit": False}, False),
+        ({"fused_commit": 0}, False),
+    ],
+)
+def test_whether_commits_are_fused_is_no_constant_of_the_rule(
+    additional: dict[str, Any] | None, *, fused: bool
+):
+    rules = rules_of(additional=additional)
+    assert rules.default == replace(PUBLISHED, max_steps=rules.default.max_steps)
+    assert fused_commit(additional) is fused
+
+
+@pytest.mark.parametrize(
     ("additional", "problem"),
     [
         ("fast", "additional_config[\"diffusion\"] must be an object, got 'fast'"),
@@ -288,6 +306,7 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
         ({"stability_threshold": 2**40}, "stability_threshold must be at most 1024"),
         ({"max_steps": True}, "max_steps must be a positive integer, got True"),
         ({"entropy_bound": "0.1"}, "entropy_bound must be a finite number of at least 0"),
+        ({"fused_commit": "on"}, "fused_commit must be a boolean (or 0/1), got 'on'"),
         ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],
