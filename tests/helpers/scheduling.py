@@ -51,6 +51,7 @@ class Canvas:
     request: str
     start: int
     widths: tuple[int, ...]  # rows of every forward
+    tokens: int  # given
 
 
 @dataclass(slots=True)
@@ -157,11 +158,10 @@ class CountingWorker:
         return tokens
 
     def _emit(self, request: str, slot: _Slot) -> list[int]:
-        start, width = slot.computed, slot.widths[-1]
-        self.canvases.append(Canvas(request, start, tuple(slot.widths)))
+        start, count = slot.computed, max(1, slot.widths[-1] - self.partial)
+        self.canvases.append(Canvas(request, start, tuple(slot.widths), count))
         slot.widths = []
-        stop = self.stop_at.get(request, -1)
-        behind = start + max(1, width - self.partial)
+        stop, behind = self.stop_at.get(request, -1), start + count
         return [STOP if position == stop else TEXT for position in range(start, behind)]
 
 
