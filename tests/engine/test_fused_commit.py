@@ -7,16 +7,19 @@ request between the step that gives a canvas and the forward that commits it.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.engines import engine_config
 from helpers.inside import Inside
 from helpers.parity import ENGINE, SPEC, make_prompt
 from helpers.probe import Probe
 from vllm import SamplingParams
 
 from vllm_diffusion import step as step_module
+from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.records import Commit, Decision
 
 if TYPE_CHECKING:
@@ -339,6 +342,30 @@ def test_a_next_turn_finds_the_canvases_that_were_committed(llm: LLM) -> None:
 
 
 # ---- who decides ----
+
+
+def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
+    config = engine_config(parity_checkpoint)
+    assert Fusion.of(config) == Fusion(why_not=None, served=True)
+    for part, name, value, reason in (
+        ("scheduler_config", "async_scheduling", True, "asynchronous"),
+        ("scheduler_config", "scheduler_cls", "somebody.Elses", "somebody.Elses"),
+        ("device_config", "device_type", "cuda", "one sequence"),
+    ):
+        changed = copy.copy(config)
+        setattr(changed, part, copy.copy(getattr(config, part)))
+        setattr(getattr(changed, part), name, value)
+        found = Fusion.of(changed)
+        assert reason in str(found.why_not)
+        assert not found.holds_for({"diffusion_fused_commit": True})
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_request_decides_before_its_server(*, served: bool) -> None:
+    fusion = Fusion(why_not=None, served=served)
+    assert fusion.holds_for(None) is fusion.holds_for({"seed": 1}) is served
+    for asked in (True, False, 1, 0):
+        assert fusion.holds_for({"diffusion_fused_commit": asked}) is bool(asked)
 
 
 def test_a_server_that_does_not_fuse(engine: Callable[..., LLM], parity_checkpoint: Path) -> None:
