@@ -127,8 +127,10 @@ class WholeCanvasMixin:
                 budget -= min(budget, request.num_tokens - request.num_computed_tokens)
                 continue
             width = self._canvas_rows(request, computed + owed)
-            if owed and owed <= budget < owed + width:
-                request.spec_token_ids = []  # that is, no canvas rows in this step
+            both = owed + width <= budget and request.spec_token_ids
+            if 0 < owed <= budget and not both:
+                # No canvas rows in this step, nor in a later one if this one passes it over.
+                request.spec_token_ids = []
                 self._commit_alone.add(request.request_id)
                 width = 0
             if owed + width > budget or self._width_unsettled(request):
