@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Forwards:
-    """Counts the forwards of one request."""
+    """Counts the forwards of one request of an engine that tells nothing of them."""
 
     steps: list[int] = field(default_factory=list)
     commits: int = 0
@@ -84,25 +84,19 @@ def ask_ours(
     """
     from vllm_diffusion.engine.sampler import CanvasSampler
 
-    counted: dict[int, Forwards] = defaultdict(Forwards)
-
-    def observe(pool: Any, batch: Any, stats: Any, decision: Any) -> None:
-        del stats, decision
-        for slot in batch.slots.tolist():
-            low, high = pool.seed[slot].tolist()
-            forwards = counted[low + (high << 32)]
-            if pool.causal[slot]:
-                forwards.commit()
-            else:
-                forwards.denoise()
-
     llm = start_vllm(checkpoint)
     sampler = sampler_of(llm)
     assert isinstance(sampler, CanvasSampler)
-    sampler.rule, sampler.observe = rule, observe
+    sampler.rule = rule
     seeds = [seed * 1_000_003 + number for number in range(len(items))]
-    outputs = generate(llm, items, seeds, options)
-    return [finish(output, counted[key]) for output, key in zip(outputs, seeds, strict=True)]
+    outputs = generate(llm, items, seeds, {"diffusion_telemetry": True, **options})
+    answers = []
+    for output in outputs:
+        told = output.outputs[0].diffusion
+        steps = [canvas.steps for canvas in told.canvases]
+        assert sum(steps) == told.denoise_forwards, "a canvas was lost: give the engine memory"
+        answers.append(finish(output, Forwards(steps=steps, commits=told.commit_forwards)))
+    return answers
 
 
 def ask_native(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer]:

@@ -4,8 +4,9 @@
         [--checkpoint trained|random|DIR] [--quick] [--json FILE]
 
 Draws requests with any mix of parameters, each with its own seed, over chats that share beginnings,
-and lets engines answer them that group them differently: alone and in order; three at once,
-shuffled, prompts cut into small pieces and taken from the prefix cache; sixteen at once, shuffled.
+and lets engines answer them that group them differently: alone and in order, a forward of its own
+for every commit; three at once, shuffled, prompts cut into small pieces and taken from the prefix
+cache; sixteen at once, shuffled; commits beside the next canvas's first step in the last two.
 Every token is compared with that of the first engine. The generator is that of the tests
 (tests/helpers/random_requests.py).
 
@@ -119,6 +120,7 @@ def report(ways: Sequence[Way], made: Sequence[tuple[Tokens, float]], options: A
                 "token budget": way.budget,
                 "order": "shuffled" if way.shuffled else "as drawn",
                 "prefix cache": "on" if way.cached else "off",
+                "commits": "fused" if way.fused else "separate",
                 "requests": len(tokens),
                 "differing": len(wrong),
                 "tokens": sum(len(each) for request in tokens for each in request),

@@ -194,13 +194,11 @@ def vllm_engine(engine: str, plan: Plan) -> Callable[[int], Run]:
     )
     sampling = SamplingParams(max_tokens=plan.new_tokens, ignore_eos=True)
 
+    # Native counts a request's commit forward as a denoising step; ours has both kinds by name.
+    counter = "vllm:diffusion_" + ("forwards" if engine == "ours" else "num_denoising_steps")
+
     def forwards() -> float:
-        # vLLM counts a request's commit forward as a denoising step.
-        return sum(
-            metric.value
-            for metric in llm.get_metrics()
-            if metric.name == "vllm:diffusion_num_denoising_steps"
-        )
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == counter)
 
     def run(concurrency: int) -> Run:
         before = forwards()

@@ -8,13 +8,15 @@ the same seeds as far as its engine takes any. The first arm is what the others 
 item by item: `diff` is the difference in points of exact match with its standard error.
 
     ours:PRESET    this plugin under a preset of `vllm_diffusion/denoise/presets.py`, or under the
-                   published rule with other constants, `entropy_bound=0.3,t_min=0.2`; cut-2,
-                   cut-4, freeze-0.6 and no-renoise are known to be bad and must be seen to be
+                   published rule with other options of a request, `entropy_bound=0.3,t_min=0.2`
+                   or `fused_commit=false`; cut-2, cut-4, freeze-0.6 and no-renoise are known to be
+                   bad and must be seen to be
     native         vLLM's own DiffusionGemma on our CPU stand-ins for its Triton kernels
     transformers   DiffusionGemmaForBlockDiffusion.generate, one item after the other
 
 TPF_all counts emitted tokens before the end of the turn, without padding, over every forward after
-the prompt's: denoising and committing. TPF_denoise leaves the commits out.
+the prompt's: denoising and committing, one that does both being one. TPF_denoise leaves out those
+that only commit.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def main() -> None:
         action="append",
         type=known_preset,
         metavar="NAME",
-        help=f"{', '.join(NAMES)}, or constants as name=value,...; of ours; repeatable",
+        help=f"{', '.join(NAMES)}, or options as name=value,...; of ours; repeatable",
     )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="repeatable")
     parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
@@ -106,9 +108,9 @@ def main() -> None:
 
 
 def known_preset(text: str) -> str:
-    """The text, if it is the name of a preset or a list of constants."""
+    """The text, if it is the name of a preset or a list of options."""
     if text not in NAMES and "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}, nor constants")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}, nor options")
     return text
 
 

@@ -1,10 +1,13 @@
 """CanvasPool: the device state of every canvas, one row a slot, and the life of a row.
 
     admit -> begin -> (advance)* -> finish -> commit -> begin ...  -> admit (the slot's next owner)
+    admit -> begin -> (advance)* -> finish, begin ...                 a fused slot
 
 A slot is causal while its rows write the KV of known text (prompt, or a finished canvas being
-committed) and bidirectional while its canvas is denoised. Nothing here reads a tensor back to the
-host: which slots finish or commit is data, selected with ``where``.
+committed) and bidirectional while its canvas is denoised. A fused slot gives the tokens of a canvas
+in the step that finishes it, and its next canvas begins at once: the rows that write the KV of the
+finished one are text that the engine runs beside the next, see ``engine.fusion``. Nothing here
+reads a tensor back to the host: which slots finish or commit is data, selected with ``where``.
 """
 
 from __future__ import annotations
@@ -39,10 +42,12 @@ class CanvasPool:
         step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
         first_step: [S] int64, where it began: above 0 if it began from a draft.
         count: [S] int64, tokens a finished canvas commits; rows: [S, L] int64, the row that each of
-            them comes from. Both are read between its last step and its commit alone.
+            them comes from. Both are read from its last step to its commit alone.
         reason: [S] int64, what the last step named as a ``StopReason``.
         entropy: [S] fp32, nats, mean entropy of the canvas in the last step.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
+        fused: [S] bool, canvases give their tokens in their last step, and are never committed
+            by themselves.
         seed: [S, 2] int64, words of the request seed.
         max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
             [S] fp32; t_min, t_max: [S] fp64, see ``linear_temperature`` for why.
@@ -87,6 +92,7 @@ class CanvasPool:
         self.reason = integers()
         self.entropy = floats(0.0)
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
+        self.fused = torch.zeros_like(self.causal)
         self.seed = integers(2)
         self.max_steps = integers()
         self.stability = integers() + constants.stability_threshold
@@ -102,7 +108,14 @@ class CanvasPool:
         """See the class; known without asking the device."""
         return self._soft_top_k if self._approximate else None
 
-    def admit(self, slot: int, *, seed: int, constants: RuleConstants | None = None) -> None:
+    def admit(
+        self,
+        slot: int,
+        *,
+        seed: int,
+        constants: RuleConstants | None = None,
+        fused: bool = False,
+    ) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
 
         Everything the previous owner left behind that a later step could read is overwritten here
@@ -113,6 +126,7 @@ class CanvasPool:
             seed: key of the request's noise, 64 bits.
             constants: the rule this request asked for, its stability at most what is remembered;
                 None for the pool's own.
+            fused: its canvases give their tokens in their last step.
         """
         rule = constants or self.constants
         low, high = split_seed(seed)
@@ -131,6 +145,7 @@ class CanvasPool:
         self.step[slot].fill_(0)
         self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)
+        self.fused[slot].fill_(fused)
 
     def begin(self, slots: Tensor, position: Tensor) -> None:
         """Start a canvas whose first row stands at an absolute position.
@@ -165,34 +180,40 @@ class CanvasPool:
 
         A denoising slot takes the decision and, when finished, turns causal with what it commits
         as the next input: its argmax, or what the decision says. A committing slot emits that and
-        begins the next canvas behind it. Both are computed for every row and selected, so the host
-        never waits.
+        begins the next canvas behind it; a fused slot does so in the step that finishes. All of it
+        is computed for every row and selected, so the host never waits.
         """
         slots = batch.slots
         committing = self.causal[slots]
         row_committing = committing[:, None]
         finished = decision.finished & ~committing
-
-        emission = Emission(
-            tokens=self.tokens[slots],
-            count=torch.where(committing, self.count[slots], 0),
-            steps=torch.where(committing, self.step[slots] - self.first_step[slots], 0),
-            reason=self.reason[slots],
-            entropy=self.entropy[slots],
-        )
+        fused = finished & self.fused[slots]
+        emits, waits = committing | fused, finished & ~fused
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
+        commit = decision.commit or self._whole(batch, argmax)
+        entropy = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
+        # What a separate commit emits was settled one forward ago and has waited in the pool.
+        taken = self.step[slots] - self.first_step[slots] + fused.long()
+        count = torch.where(committing, self.count[slots], commit.count)
+        emission = Emission(
+            tokens=torch.where(row_committing, self.tokens[slots], commit.tokens),
+            count=torch.where(emits, count, 0),
+            steps=torch.where(emits, taken, 0),
+            reason=torch.where(committing, self.reason[slots], decision.reason),
+            entropy=torch.where(committing, self.entropy[slots], entropy),
+        )
+
         tokens = decision.next_tokens
-        # Most steps commit nothing. Only where state lives on the host is it free to look.
-        if committing.device.type != "cpu" or committing.any():
+        # Most steps emit nothing. Only where state lives on the host is it free to look.
+        if emits.device.type != "cpu" or emits.any():
             behind = batch.position + emission.count[:, None]
             next_canvas = initial_canvas(self.seed[slots], behind, self.vocab_size)
-            tokens = torch.where(row_committing, next_canvas, tokens)
-        commit = decision.commit or self._whole(batch, argmax)
-        self.tokens[slots] = torch.where(finished[:, None], commit.tokens, tokens)
+            tokens = torch.where(emits[:, None], next_canvas, tokens)
+        self.tokens[slots] = torch.where(waits[:, None], commit.tokens, tokens)
         self.count[slots], self.rows[slots] = commit.count, commit.rows
         self.argmax[slots] = argmax
-        self._remember(slots, argmax, committing)
+        self._remember(slots, argmax, emits)
 
         # A finished canvas is committed with plain embeddings and a new one starts from zero, so
         # only a canvas that goes on carries its belief over.
@@ -201,20 +222,19 @@ class CanvasPool:
             goes_on[:, None, None], stats.soft_embedding, 0
         ).to(self.soft_embedding.dtype)
         # What a committing slot holds here has just been emitted.
-        self.reason[slots] = decision.reason
-        self.entropy[slots] = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
-        self.step[slots] = torch.where(committing, 0, self.step[slots] + 1)
-        self.first_step[slots] = torch.where(committing, 0, self.first_step[slots])
-        self.causal[slots] = finished
+        self.reason[slots], self.entropy[slots] = decision.reason, entropy
+        self.step[slots] = torch.where(emits, 0, self.step[slots] + 1)
+        self.first_step[slots] = torch.where(emits, 0, self.first_step[slots])
+        self.causal[slots] = waits
         return emission
 
     def _whole(self, batch: CanvasBatch, argmax: Tensor) -> Commit:
         rows = torch.arange(self.canvas_length, device=argmax.device)
         return Commit(tokens=argmax, rows=rows.expand_as(argmax), count=batch.width)
 
-    def _remember(self, slots: Tensor, argmax: Tensor, committing: Tensor) -> None:
-        """Shift the history of the denoising slots by one step, forget that of the committing."""
+    def _remember(self, slots: Tensor, argmax: Tensor, emits: Tensor) -> None:
+        """Shift the history of the slots by one step, forget that of a canvas that is over."""
         if self.history.shape[1] == 0:
             return
         shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)
-        self.history[slots] = torch.where(committing[:, None, None], -1, shifted)
+        self.history[slots] = torch.where(emits[:, None, None], -1, shifted)

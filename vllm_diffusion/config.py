@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
 _CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
+_FUSED_COMMIT: Final = "fused_commit"
 
 HEAD_MEMORY: Final = "head_memory_mb"
 _HEAD_MEMORY_MB: Final = 256
@@ -99,6 +100,15 @@ def served_rules(
     origins |= dict.fromkeys(PRESETS[preset], f"preset {preset}")
     origins |= dict.fromkeys(options, "additional_config")
     return rules, origins
+
+
+def fused_commit(additional: object) -> bool:
+    """Whether commits are fused where the engine can and the request does not say, see `params`.
+
+    Args:
+        additional: ``additional_config["diffusion"]``, which ``served_rules`` has let through.
+    """
+    return bool(additional.get(_FUSED_COMMIT, True)) if isinstance(additional, dict) else True
 
 
 def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
@@ -200,7 +210,7 @@ def _incoherent(rule: RuleConstants) -> list[str]:
 
 
 def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
-    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong with them."""
+    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong there."""
     if additional is None:
         return REFERENCE, {}, []
     where = 'additional_config["diffusion"]'
@@ -213,11 +223,11 @@ def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
         elif name == HEAD_MEMORY:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
-        elif name not in {"preset", *_CONSTANTS}:
-            accepted = ", ".join(("preset", *_CONSTANTS, HEAD_MEMORY))
+        elif name not in {"preset", _FUSED_COMMIT, *_CONSTANTS}:
+            accepted = ", ".join(("preset", *_CONSTANTS, _FUSED_COMMIT, HEAD_MEMORY))
             problems.append(f"{where} has no {name!r}; accepted: {accepted}")
         elif expected := malformed(name, value):
             problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")
-        else:
+        elif name != _FUSED_COMMIT:
             options[name] = value
     return options.pop("preset", REFERENCE), options, problems

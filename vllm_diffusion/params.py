@@ -75,6 +75,8 @@ class DiffusionParams:
     """Of a text with holes."""
     noise_level: float | None = None
     """Share of noise in the draft or seed canvas; None: the seed canvas as it is."""
+    fused_commit: bool | None = None
+    """A finished canvas is committed beside the first step of the next, where the engine can."""
     telemetry: bool = False
     """The answer says what its canvases took, see ``telemetry``."""
 
@@ -105,7 +107,7 @@ _NUMBERS: Final = {
     "confidence_threshold": False,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
-_SWITCHES: Final = ("read_only", "constrained", "telemetry")
+_SWITCHES: Final = ("read_only", "constrained", "fused_commit", "telemetry")
 _OPTIONS: Final = {
     f"{PREFIX}{field}": field
     for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES, *fill.OPTIONS)

@@ -13,7 +13,8 @@
       Decision ---- observe    whoever wants to watch, see ``trace``
             |  canvas          the pool moves on: next input, history, self-conditioning, phase
             v
-      Emission                 tokens of the canvases whose KV was committed in this forward
+      Emission                 tokens of the canvases whose KV was committed in this forward;
+                               of those it finished, where commits are fused
 
 The rule is the published one of DiffusionGemma (entropy-bounded sampling, arXiv 2505.24857). Takes
 tensors, gives tensors, never waits for the device, knows nothing of requests or of vLLM.

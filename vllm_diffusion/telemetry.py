@@ -48,13 +48,16 @@ class Report:
     asked: bool
     """Whether the answer is to say it; otherwise it is for the metrics alone."""
     denoise_forwards: int
+    """A fused one, which also commits the canvas before, is one of them."""
     commit_forwards: int
+    rows: int
+    """Of all these forwards together."""
     canvas: CanvasReport | None
     """None where the request ended without committing one."""
 
     def to_wire(self) -> list[Any]:
         """Give a flat list of numbers and strings, for vLLM's serializer."""
-        head = [self.asked, self.denoise_forwards, self.commit_forwards]
+        head = [self.asked, self.denoise_forwards, self.commit_forwards, self.rows]
         canvas = self.canvas
         if canvas is None:
             return head
@@ -63,14 +66,20 @@ class Report:
     @staticmethod
     def from_wire(wire: list[Any]) -> Report:
         """Read what ``to_wire`` gave."""
-        asked, denoise, commit, *rest = wire
+        asked, denoise, commit, rows, *rest = wire
         canvas = None
         if rest:
             steps, stopped_by, entropy, tokens = rest
             canvas = CanvasReport(
                 steps=steps, stopped_by=stopped_by, entropy=entropy, tokens=tokens
             )
-        return Report(asked=asked, denoise_forwards=denoise, commit_forwards=commit, canvas=canvas)
+        return Report(
+            asked=asked,
+            denoise_forwards=denoise,
+            commit_forwards=commit,
+            rows=rows,
+            canvas=canvas,
+        )
 
 
 @dataclass(slots=True)
@@ -80,11 +89,13 @@ class Telemetry:
     canvases: list[CanvasReport] = field(default_factory=list)
     denoise_forwards: int = 0
     commit_forwards: int = 0
+    rows: int = 0
 
     def add(self, report: Report) -> None:
         """Take in what happened since the last report."""
         self.denoise_forwards += report.denoise_forwards
         self.commit_forwards += report.commit_forwards
+        self.rows += report.rows
         if report.canvas is not None:
             self.canvases.append(report.canvas)
 
@@ -99,6 +110,7 @@ class Telemetry:
             "canvases": [asdict(canvas) for canvas in self.canvases],
             "denoise_forwards": self.denoise_forwards,
             "commit_forwards": self.commit_forwards,
+            "rows": self.rows,
         }
 
 
@@ -107,6 +119,7 @@ class _Count:
     asked: bool
     denoise: int = 0
     commit: int = 0
+    rows: int = 0
 
 
 class Meter:
@@ -115,11 +128,12 @@ class Meter:
     def __init__(self) -> None:
         self._counts: dict[str, _Count] = {}
 
-    def ran(self, request_id: str, *, commits: bool, asked: bool) -> None:
-        """Count one forward of the request's canvas."""
+    def ran(self, request_id: str, *, rows: int, commits: bool, asked: bool) -> None:
+        """Count one forward of the request's rows, which commits a canvas or denoises one."""
         count = self._counts.get(request_id)
         if count is None:
             count = self._counts[request_id] = _Count(asked)
+        count.rows += rows
         if commits:
             count.commit += 1
         else:
@@ -139,6 +153,7 @@ class Meter:
             asked=count.asked,
             denoise_forwards=count.denoise,
             commit_forwards=count.commit,
+            rows=count.rows,
             canvas=canvas,
         )
 

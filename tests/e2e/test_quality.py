@@ -67,3 +67,18 @@ def test_ours_answers_as_well_as_transformers_and_native_loses_on_long_sums(tmp_
     assert loss > 2 * error > 0, table
     assert found["ours:reference.all.exact"] > 75, table
     assert found["ours:reference.all.finished"] > 95, table
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_fused_commits_save_forwards_and_change_no_answer(tmp_path):
+    arms = [f"fused_commit={form}" for form in ("false", "true")]
+    arguments = [word for arm in arms for word in ("--preset", arm)]
+    found, table = quality(tmp_path, *arguments, "--task", "chain", "--n", str(ITEMS))
+    separate, fused = (f"ours:{arm}.chain" for arm in arms)
+    assert found[f"{fused}.diff"] == found[f"{fused}.diff_error"] == 0, table
+    for same in ("exact", "finished", "steps", "TPF_denoise"):
+        assert found[f"{fused}.{same}"] == found[f"{separate}.{same}"], table
+    # Sixteen pairs of canvases fit into a step, so no commit goes ahead alone.
+    assert found[f"{fused}.TPF_all"] == found[f"{fused}.TPF_denoise"], table
+    assert found[f"{separate}.TPF_all"] < 0.95 * found[f"{fused}.TPF_all"], table

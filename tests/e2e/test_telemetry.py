@@ -79,8 +79,10 @@ def counted(raw: httpx.Client) -> dict[tuple[str, str], float]:
 def check(told: dict[str, Any], tokens: int = TOKENS) -> None:
     canvases = told["canvases"]
     assert sum(canvas["tokens"] for canvas in canvases) in range(tokens, tokens + CANVAS)
-    assert told["commit_forwards"] == len(canvases)
     assert told["denoise_forwards"] == sum(canvas["steps"] for canvas in canvases)
+    # Commits share a forward with the next canvas; the last one is not needed.
+    assert told["commit_forwards"] == 0
+    assert told["rows"] == CANVAS * (told["denoise_forwards"] + len(canvases) - 1)
     for canvas in canvases:
         assert canvas["stopped_by"] in {"settled", "steps"}
         assert 0 < canvas["steps"] <= 48
@@ -118,7 +120,7 @@ def test_every_choice_tells_its_own_streamed_or_not(
     canvases = [canvas for each in twice for canvas in each["canvases"]]
     denoised = sum(each["denoise_forwards"] for each in twice)
     assert grown["forwards_total", "denoise"] == denoised
-    assert grown["forwards_total", "commit"] == len(canvases)
+    assert grown["forwards_total", "commit"] == 0
     assert grown["denoise_steps_per_canvas_sum", ""] == denoised
     assert grown["denoise_steps_per_canvas_count", ""] == len(canvases)
     for reason in ("settled", "steps"):
@@ -157,7 +159,8 @@ def test_a_stop_string_ends_the_telling_where_it_ends_the_answer(raw: httpx.Clie
     (choice,) = post(raw, "completions", COMPLETION, ASKED, {"stop": stop})["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["stop_reason"] == stop
-    assert len(choice["diffusion"]["canvases"]) == choice["diffusion"]["commit_forwards"] == 1
+    assert len(choice["diffusion"]["canvases"]) == 1
+    assert choice["diffusion"]["denoise_forwards"] == choice["diffusion"]["canvases"][0]["steps"]
 
 
 def test_responses_tell_it_too(raw: httpx.Client):

@@ -199,12 +199,16 @@ def test_a_canvas_of_its_own_width_ends_where_it_should(llm: LLM):
     assert tokens_of(run(llm, extra_args=width, max_tokens=9)) == tokens_of(answer)[:9]
 
 
-def test_max_steps_bounds_the_forwards_of_a_canvas(llm: LLM):
+@pytest.mark.parametrize("fused", [True, False])
+def test_max_steps_bounds_the_forwards_of_a_canvas(llm: LLM, *, fused: bool):
     prompt = len(llm.get_tokenizer().encode(PROMPT, add_special_tokens=False))
     with Inside(llm).recorded_steps() as steps:
-        run(llm, extra_args={"diffusion_max_steps": 3}, max_tokens=64)
-    # The prompt, then twice three denoising steps and a commit.
-    assert [sum(step.values()) for step in steps] == [prompt] + [CANVAS] * 8
+        wish = {"diffusion_max_steps": 3, "diffusion_fused_commit": fused}
+        run(llm, extra_args=wish, max_tokens=64)
+    # The prompt, then twice three denoising steps and a commit; or the first commit beside the
+    # fourth step, and no second one.
+    rows = [1, 1, 1, 2, 1, 1] if fused else [1] * 8
+    assert [sum(step.values()) for step in steps] == [prompt, *(CANVAS * each for each in rows)]
 
 
 def test_children_of_n_have_seeds_of_their_own_and_come_again(llm: LLM, fresh: Fresh):
@@ -339,7 +343,8 @@ def test_chat_answers_and_counts(llm: LLM):
     assert answer.prompt_token_ids == rendered
 
 
-def test_metrics_count_denoising_steps_positions_and_tokens(llm: LLM):
+@pytest.mark.parametrize("fused", [True, False])
+def test_metrics_count_denoising_steps_positions_and_tokens(llm: LLM, *, fused: bool):
     def counters() -> dict[str, float]:
         return {
             metric.name: metric.value
@@ -348,9 +353,11 @@ def test_metrics_count_denoising_steps_positions_and_tokens(llm: LLM):
         }
 
     before = counters()
-    run(llm, extra_args={"diffusion_max_steps": 3}, max_tokens=64)
+    wish = {"diffusion_max_steps": 3, "diffusion_fused_commit": fused}
+    run(llm, extra_args=wish, max_tokens=64)
     moved = {name: value - before.get(name, 0) for name, value in counters().items()}
-    # vLLM counts the commit forward as a step.
-    assert moved["vllm:diffusion_num_denoising_steps"] == 8
-    assert moved["vllm:diffusion_num_canvas_positions"] == 8 * CANVAS
+    # vLLM counts a commit of its own as a step.
+    steps = 6 if fused else 8
+    assert moved["vllm:diffusion_num_denoising_steps"] == steps
+    assert moved["vllm:diffusion_num_canvas_positions"] == steps * CANVAS
     assert moved["vllm:diffusion_num_committed_tokens"] == 64

@@ -179,7 +179,8 @@ def test_prompt_logprobs_beside_canvases_and_in_chunks(
 def test_an_aborted_request_leaves_no_logprobs_behind(llm: LLM) -> None:
     plain = run(llm, {"logprobs": 1})[0].outputs[0]
     engine = llm.llm_engine
-    asking = SamplingParams(max_tokens=CANVAS, logprobs=5, extra_args={"diffusion_max_steps": 1})
+    wish = {"diffusion_max_steps": 1, "diffusion_fused_commit": False}
+    asking = SamplingParams(max_tokens=CANVAS, logprobs=5, extra_args=wish)
     names = [f"aborted-{number}" for number in range(8)]
     for name in names:
         engine.add_request(name, {"prompt_token_ids": make_prompt(9)}, asking)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,6 +29,7 @@ class Asked:
     prompt: list[int]
     seed: int
     reference: OracleRun
+    fused: bool | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -36,7 +37,7 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def asked(oracle: Oracle) -> list[Asked]:
+def questions(oracle: Oracle) -> list[Asked]:
     """Short and long prompts, one to three canvases."""
     requests = []
     for number, (length, canvases) in enumerate(
@@ -46,6 +47,12 @@ def asked(oracle: Oracle) -> list[Asked]:
         seed, reference = decided_run(oracle, prompt, 10 + number, canvases=canvases)
         requests.append(Asked(prompt, seed, reference))
     return requests
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "separate"])
+def asked(request: pytest.FixtureRequest, questions: list[Asked]) -> list[Asked]:
+    """The same, with a forward of its own for every commit or without."""
+    return [replace(each, fused=request.param) for each in questions]
 
 
 @pytest.fixture
@@ -59,7 +66,12 @@ def submit(llm: LLM, name: str, request: Asked) -> None:
     llm.llm_engine.add_request(
         name,
         {"prompt_token_ids": request.prompt},
-        SamplingParams(seed=request.seed, max_tokens=request.max_tokens, ignore_eos=True),
+        SamplingParams(
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+            extra_args={"diffusion_fused_commit": request.fused},
+        ),
     )
 
 
@@ -126,8 +138,8 @@ def test_arriving_while_others_write(llm: LLM, asked: list[Asked], gap: int) -> 
 def test_prompt_canvas_and_commit_in_one_forward(
     llm: LLM, asked: list[Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A step's budget of three canvases: prompts come in pieces and canvases wait for each other.
-    monkeypatch.setattr(scheduler_of(llm), "max_num_scheduled_tokens", 3 * CANVAS)
+    # A step's budget of four canvases: prompts come in pieces and canvases wait for each other.
+    monkeypatch.setattr(scheduler_of(llm), "max_num_scheduled_tokens", 4 * CANVAS)
     commits = asked[0].reference.steps[0] + 1
     arrivals = [(0, asked[0])]
     # One long prompt after another keeps a prompt in flight when the first canvas commits.
@@ -146,7 +158,7 @@ def test_more_requests_than_slots(
     monkeypatch.setattr(scheduler_of(llm), "max_num_active_reqs", 2)
     with Probe() as probe:
         texts = run(llm, [(0, request) for request in asked])
-    assert max(f.prompts + f.canvases + f.commits for f in probe.forwards) <= 2
+    assert max(forward.requests for forward in probe.forwards) <= 2
     assert_all(texts, probe, asked)
 
 
@@ -163,6 +175,14 @@ def test_an_abort_in_mid_canvas_leaves_nothing_behind(
     assert not begun[-1][-1].finished, "its canvas was finished before the abort"
     assert texts.pop(1) == []
     assert_all(texts, probe, [stays, follows])
+
+
+def test_a_batch_that_fuses_some_of_its_commits(llm: LLM, asked: list[Asked]) -> None:
+    requests = [replace(each, fused=index % 2 == 0) for index, each in enumerate(asked)]
+    with Probe() as probe:
+        texts = run(llm, [(0, request) for request in requests])
+    assert any(f.canvases + f.commits > f.requests for f in probe.forwards)
+    assert_all(texts, probe, requests)
 
 
 def test_preemption_by_a_tiny_cache(

@@ -62,7 +62,7 @@ def widths_of(worker: CountingWorker, request: str) -> list[int]:
     """The width of each of the request's canvases, checked to be one width each, end to end."""
     canvases = [canvas for canvas in worker.canvases if canvas.request == request]
     for canvas, following in itertools.pairwise(canvases):
-        assert following.start == canvas.start + canvas.widths[0]
+        assert following.start == canvas.start + canvas.tokens
     for canvas in canvases:
         assert len(set(canvas.widths)) == 1, f"cut in the middle of its life: {canvas}"
     return [canvas.widths[0] for canvas in canvases]
@@ -131,10 +131,68 @@ def test_an_abort_at_any_step_frees_everything_and_disturbs_nobody(
 
     requests = [make_request("a", 20, 200), make_request("b", 40, 70)]
     tokens = drive(scheduler, worker, requests, canvas=CANVAS, depth=depth, between=abort)
-    assert len(tokens["a"]) in {0, 32}
+    assert len(tokens["a"]) in {0, 32, 64}
     assert len(tokens["b"]) == 70
     assert widths_of(worker, "b") == [32, 32, 32]
     assert_nothing_is_left(scheduler)
+
+
+# ---- commits ----
+
+
+def rows_of(worker: CountingWorker, request: str) -> list[int]:
+    return [rows[request] for rows in worker.forwards if request in rows]
+
+
+@BOTH
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_a_commit_runs_beside_the_next_canvas_where_it_can(
+    config: VllmConfig, scheduler_class: type[Scheduler], depth: int, *, fused: bool | None
+):
+    scheduler, worker = make_scheduler(config, scheduler_class), CountingWorker()
+    tokens = drive(
+        scheduler, worker, [make_request("a", 10, 64, fused=fused)], canvas=CANVAS, depth=depth
+    )
+    assert len(tokens["a"]) == 64
+    beside = scheduler_class is CanvasScheduler and fused is not False
+    expected = [10, 32, 32, 32, 64, 32, 32] if beside else [10, *[32] * 8]
+    # With steps in flight some run after the request has ended.
+    assert rows_of(worker, "a")[: len(expected)] == expected
+    assert len(rows_of(worker, "a")) - len(expected) in range(depth)
+    assert worker.ran["a", "fused"] == beside
+
+
+def test_a_canvas_that_gives_a_part_is_committed_beside_the_next(config: VllmConfig):
+    scheduler, worker = make_scheduler(config, CanvasScheduler), CountingWorker(partial=12)
+    tokens = drive(scheduler, worker, [make_request("a", 10, 60)], canvas=CANVAS)
+    assert len(tokens["a"]) == 60
+    assert rows_of(worker, "a") == [10, 32, 32, 32, 52, 32, 32, 52, 32, 32]
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(63, [32, 32]), (64, [64])])
+def test_a_commit_goes_ahead_where_both_do_not_fit(
+    config: VllmConfig, budget: int, rows: list[int]
+):
+    scheduler, worker = make_scheduler(config, CanvasScheduler, budget=budget), CountingWorker()
+    drive(scheduler, worker, [make_request("a", 10, 64)], canvas=CANVAS)
+    assert rows_of(worker, "a") == [10, 32, 32, 32, *rows, 32, 32]
+
+
+def test_beside_a_narrow_last_canvas_there_is_room_for_a_commit(config: VllmConfig):
+    scheduler = make_scheduler(config, CanvasScheduler, budget=38, max_model_len=128)
+    worker = CountingWorker()
+    drive(scheduler, worker, [make_request("a", 90, 99)], canvas=CANVAS)
+    assert rows_of(worker, "a") == [38, 38, 14, 32, 32, 32, 38, 6, 6]
+
+
+def test_a_commit_that_does_not_fit_waits_with_its_canvas(config: VllmConfig):
+    scheduler, worker = make_scheduler(config, CanvasScheduler, budget=70), CountingWorker()
+    requests = [make_request("a", 10, 64), make_request("b", 10, 64), make_request("c", 10, 64)]
+    drive(scheduler, worker, requests, canvas=CANVAS)
+    for name in "abc":
+        assert worker.ran[name, "denoise"] + worker.ran[name, "fused"] == 6
+        assert worker.ran[name, "fused"] + worker.ran[name, "commit"] == 1
+    assert sum(worker.ran[name, "commit"] for name in "abc") > 0
 
 
 # ---- budget ----
@@ -195,11 +253,16 @@ def test_a_narrow_last_canvas_needs_no_more_than_its_rows(
 
 
 @pytest.mark.parametrize(("budget", "held"), [(51, True), (52, False)])
-def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(budget: int, *, held: bool):
+def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(
+    config: VllmConfig, budget: int, *, held: bool
+):
     # Rare in a running engine: an image's encoder can make a prompt wait behind younger canvases.
+    served = config
+
     class Bare(WholeCanvasMixin):
         max_num_scheduled_tokens, num_spec_tokens, max_model_len = budget, CANVAS, 512
         current_step = 5
+        vllm_config = served
 
     prompt, canvas = make_request("prompt", 30, 10), make_request("canvas", 40, 96)
     prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40
@@ -249,6 +312,7 @@ request_shapes = st.lists(
         st.sampled_from([None, 1, 7, 16, 32]),  # its own width
         st.one_of(st.none(), st.integers(0, 100)),  # a stop token so far into the answer
         st.one_of(st.none(), st.integers(0, 60)),  # aborted before this step
+        st.sampled_from([None, True, False]),  # commits beside the next canvas
     ),
     min_size=1,
     max_size=7,
@@ -267,16 +331,18 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
         spare_blocks=st.integers(0, 40),
         slots=st.integers(1, 5),
         steps=st.integers(1, 4),
+        partial=st.sampled_from([0, 0, 3, 31]),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
     def check(
         *,
-        shapes: list[tuple[int, int, int | None, int | None, int | None]],
+        shapes: list[tuple[int, int, int | None, int | None, int | None, bool | None]],
         budget: int,
         max_model_len: int,
         spare_blocks: int,
         slots: int,
         steps: int,
+        partial: int,
         policy: str,
     ) -> None:
         scheduler = make_scheduler(
@@ -292,11 +358,11 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
         names = [f"r{index}" for index in range(len(shapes))]
         stops = {
             name: prompt + stop
-            for name, (prompt, _, _, stop, _) in zip(names, shapes, strict=True)
+            for name, (prompt, _, _, stop, _, _) in zip(names, shapes, strict=True)
             if stop is not None
         }
         aborts = {name: shape[4] for name, shape in zip(names, shapes, strict=True)}
-        worker = CountingWorker(steps=steps, stop_at=stops)
+        worker = CountingWorker(steps=steps, stop_at=stops, partial=partial)
 
         def abort(number: int) -> None:
             for name, when in aborts.items():
@@ -304,12 +370,13 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
                     scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
         requests = [
-            make_request(name, prompt, max_tokens, width=width, priority=prompt % 3)
-            for name, (prompt, max_tokens, width, _, _) in zip(names, shapes, strict=True)
+            make_request(name, prompt, max_tokens, width=width, fused=fused, priority=prompt % 3)
+            for name, (prompt, max_tokens, width, _, _, fused) in zip(names, shapes, strict=True)
         ]
         tokens = drive(scheduler, worker, requests, canvas=CANVAS, depth=depth, between=abort)
 
-        for name, (prompt, max_tokens, width, stop, when) in zip(names, shapes, strict=True):
+        for name, shape in zip(names, shapes, strict=True):
+            prompt, max_tokens, width, stop, when, _ = shape
             for canvas in (each for each in worker.canvases if each.request == name):
                 expected = min(width or CANVAS, max_model_len - canvas.start)
                 assert set(canvas.widths) == {expected}, canvas

@@ -21,7 +21,8 @@ class Rows:
 
     computed: int
     length: int
-    canvas: bool = False
+    canvas: int = 0
+    """How many of them, the last ones, are canvas rows."""
     spans: tuple[tuple[int, int], ...] = ()
 
 
@@ -42,7 +43,7 @@ def test_text_is_one_causal_segment():
 
 
 def test_a_canvas_is_one_segment_whatever_images_its_prompt_had():
-    assert plan(Rows(40, 32, canvas=True, spans=((3, 20),))) == [Segment(0, 0, 32, 72, CANVAS)]
+    assert plan(Rows(40, 32, canvas=32, spans=((3, 20),))) == [Segment(0, 0, 32, 72, CANVAS)]
 
 
 def test_an_image_between_texts():
@@ -71,8 +72,15 @@ def test_an_image_that_ends_or_begins_at_the_border_of_a_step_is_not_in_it():
     assert plan(Rows(14, 6, spans=((4, 14), (20, 25)))) == [Segment(0, 0, 6, 20, CAUSAL)]
 
 
+def test_commit_rows_are_text_before_the_canvas():
+    assert plan(Rows(40, 49, canvas=32)) == [
+        Segment(0, 0, 17, 57, CAUSAL),
+        Segment(0, 17, 32, 89, CANVAS),
+    ]
+
+
 def test_requests_follow_each_other():
-    assert plan(Rows(9, 2), Rows(40, 32, canvas=True), Rows(0, 5, spans=((1, 3),))) == [
+    assert plan(Rows(9, 2), Rows(40, 32, canvas=32), Rows(0, 5, spans=((1, 3),))) == [
         Segment(0, 0, 2, 11, CAUSAL),
         Segment(1, 2, 32, 72, CANVAS),
         Segment(2, 34, 1, 1, CAUSAL),
@@ -85,7 +93,8 @@ def test_requests_follow_each_other():
 def rows(draw: st.DrawFn) -> Rows:
     borders = sorted(draw(st.sets(st.integers(0, 60), max_size=6)))
     spans = tuple(zip(borders[::2], borders[1::2], strict=False))
-    return Rows(draw(st.integers(0, 40)), draw(st.integers(1, 30)), draw(st.booleans()), spans)
+    length = draw(st.integers(1, 30))
+    return Rows(draw(st.integers(0, 40)), length, draw(st.integers(0, length)), spans)
 
 
 @settings(derandomize=True, database=None)
@@ -108,11 +117,12 @@ def test_every_row_has_one_segment_and_the_right_rule(requests: list[Rows]):
     for number, position, segment in found:
         request = requests[number]
         inside = [span for span in request.spans if span[0] <= position < span[1]]
-        if request.canvas:
+        text_end = request.computed + request.length - request.canvas
+        if position >= text_end:
             assert segment.visibility is CANVAS
         elif inside:
             assert segment.visibility is SPAN
             assert segment.span_start == inside[0][0]
-            assert segment.end == min(inside[0][1], request.computed + request.length)
+            assert segment.end == min(inside[0][1], text_end)
         else:
             assert segment.visibility is CAUSAL

@@ -77,11 +77,11 @@ def config(tiny_checkpoint: Path) -> VllmConfig:
 
 
 class TellingWorker(CountingWorker):
-    """Also hands over the record of every commit, and counts forwards by request and kind."""
+    """Also hands over the record of every canvas that leaves, and counts rows."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.ran: Counter[tuple[str, str]] = Counter()
+        self.rows: Counter[str] = Counter()
 
     def execute(self, scheduled: SchedulerOutput) -> tuple[ModelRunnerOutput, DraftTokenIds | None]:
         output, drafts = super().execute(scheduled)
@@ -89,8 +89,8 @@ class TellingWorker(CountingWorker):
         for index, (request, tokens) in enumerate(
             zip(output.req_ids, output.sampled_token_ids, strict=True)
         ):
-            if scheduled.scheduled_spec_decode_tokens.get(request):
-                self.ran[request, "commit" if tokens else "denoise"] += 1
+            if self.decodes(request):
+                self.rows[request] += scheduled.num_scheduled_tokens[request]
             if tokens:
                 output.sampling_masks[index] = CanvasReport(  # type: ignore[index]
                     steps=self.steps, stopped_by="settled", entropy=0.5, tokens=len(tokens)
@@ -118,6 +118,7 @@ def reports_of(
     return reports
 
 
+@pytest.mark.parametrize("budget", [512, 60], ids=["roomy", "commits go ahead"])
 @pytest.mark.parametrize(
     ("scheduler_class", "depth"), [(CanvasScheduler, 1), (AsyncCanvasScheduler, 2)]
 )
@@ -126,16 +127,20 @@ def test_reports_add_up_to_what_the_worker_ran(
     monkeypatch: pytest.MonkeyPatch,
     scheduler_class: type[Scheduler],
     depth: int,
+    budget: int,
 ):
     # Little room, and canvases that do not grow together: one is cut short for another.
-    scheduler = make_scheduler(config, scheduler_class, blocks=36)
+    scheduler = make_scheduler(config, scheduler_class, blocks=36, budget=budget)
     reports = reports_of(scheduler, monkeypatch)
-    requests = [make_request(f"r{number}", 30 + 50 * number, 70) for number in range(4)]
+    fused = {number: [None, False][number % 2] for number in range(4)}
+    requests = [
+        make_request(f"r{number}", 30 + 50 * number, 70, fused=fused[number]) for number in range(4)
+    ]
     worker = TellingWorker(steps=3)
     drive(scheduler, worker, requests, canvas=32, depth=depth)
     assert_nothing_is_left(scheduler)
     started_over = {}
-    for request in requests:
+    for number, request in enumerate(requests):
         told = Telemetry()
         for report in reports[request.request_id]:
             assert report is not None
@@ -144,13 +149,20 @@ def test_reports_add_up_to_what_the_worker_ran(
         name = request.request_id
         assert told.commit_forwards == worker.ran[name, "commit"]
         # With two steps in flight the last one runs after the answer has ended, for nothing.
-        assert worker.ran[name, "denoise"] - told.denoise_forwards in range(depth)
+        denoised = worker.ran[name, "denoise"] + worker.ran[name, "fused"]
+        assert denoised - told.denoise_forwards in range(depth)
+        assert worker.rows[name] - told.rows in range(0, 32 * depth, 32)
         assert all(canvas.tokens == 32 for canvas in told.canvases)
-        assert len(told.canvases) in {told.commit_forwards, told.commit_forwards - 1}
+        assert len(told.canvases) == 3
+        if depth > 1 or fused[number] is False:
+            assert told.commit_forwards == 3
+        else:
+            assert worker.ran[name, "fused"] + told.commit_forwards <= 2
+            assert (budget > 64) == (told.commit_forwards == 0)
         started_over[name] = told.denoise_forwards - 3 * len(told.canvases)
     # One preempted between two canvases starts none over.
     assert {name for name, lost in started_over.items() if lost} <= worker.preempted
-    assert any(started_over.values()), "no canvas was cut short"
+    assert any(started_over.values()) or budget < 64, "no canvas was cut short"
     assert not scheduler._meter._meter._counts, "a request was not forgotten"
 
 
@@ -202,7 +214,7 @@ def test_a_mixed_batch_with_preemption_tells_what_ran(llm: LLM):
     asking = [number % 2 == 0 for number in range(6)]
     wishes: list[dict[str, Any]] = [ASK if asks else {} for asks in asking]
     wishes[2] = ASK | {"diffusion_max_steps": 2}
-    wishes[4] = ASK | {"diffusion_canvas_length": 7}
+    wishes[4] = ASK | {"diffusion_canvas_length": 7, "diffusion_fused_commit": False}
     wants = [
         sampling(2**41 + number, max_tokens=3 * CANVAS, extra_args=wish)
         for number, wish in enumerate(wishes)
@@ -210,18 +222,21 @@ def test_a_mixed_batch_with_preemption_tells_what_ran(llm: LLM):
     with Probe() as probe:
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], wants)
     assert probe.preemptions > 0, "the cache was large enough for all: nothing was preempted"
-    ran, committed = 0, 0
+    ran, committed, apart = 0, 0, 0
     for number, answer in enumerate(answers):
         run = probe.run(2**41 + number)
         steps = sum(len(attempt) for attempt in run.attempts)
+        separate = wishes[number].get("diffusion_fused_commit") is False
         ran, committed = ran + steps, committed + len(run.commits)
+        apart += separate * len(run.commits)
         assert answer.kv_transfer_params is None
         if not asking[number]:
             assert not hasattr(answer.outputs[0], KEY)
             continue
         told = told_in(answer.outputs[0])
         assert told.denoise_forwards == steps
-        assert told.commit_forwards == len(run.commits) == len(told.canvases)
+        assert told.commit_forwards == separate * len(run.commits)
+        assert len(run.commits) == len(told.canvases)
         assert [canvas.steps for canvas in told.canvases] == [len(each) for each in run.canvases]
         assert [canvas.tokens for canvas in told.canvases] == [
             len(tokens) for _, tokens in run.commits
@@ -231,12 +246,12 @@ def test_a_mixed_batch_with_preemption_tells_what_ran(llm: LLM):
     after = metrics()
     grown = {name: after[name] - before.get(name, 0.0) for name in after}
     assert grown["vllm:diffusion_forwards_total", "denoise"] == ran
-    assert grown["vllm:diffusion_forwards_total", "commit"] == committed
+    assert grown["vllm:diffusion_forwards_total", "commit"] == apart
     assert grown["vllm:diffusion_denoise_steps_per_canvas_count", ""] == committed
     assert grown["vllm:diffusion_canvas_entropy_count", ""] == committed
     assert grown["vllm:diffusion_tokens_per_forward_count", ""] == len(answers)
     # vLLM's own counter has both kinds.
-    assert grown["vllm:diffusion_num_denoising_steps_total", ""] == ran + committed
+    assert grown["vllm:diffusion_num_denoising_steps_total", ""] == ran + apart
 
 
 def test_every_one_of_several_answers_tells_its_own(llm: LLM):

@@ -56,8 +56,9 @@ class ProbedContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbedForward:
-    """What shared one forward, in requests."""
+    """What shared one forward, in requests; a fused one is among canvases and commits."""
 
+    requests: int
     prompts: int
     canvases: int
     commits: int
@@ -70,7 +71,7 @@ class ProbedRun:
     attempts: list[list[ProbedStep]] = field(default_factory=list)
     """Canvases in the order they began; preemption makes one begin again."""
     commits: list[tuple[int, list[int]]] = field(default_factory=list)
-    """(start, tokens) of every commit forward."""
+    """(start, tokens) of every canvas that left: in its commit, or if fused in its last step."""
     contexts: dict[int, ProbedContext] = field(default_factory=dict)
     """The cache at the start of the canvas at this position (its latest attempt)."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Probe:
         self._batch: InputBatch | None = None
         self._metadata: dict[str, Any] = {}
         self._layers: dict[str, Any] = {}
-        self._causal: list[bool] = []
+        self._canvas_rows: list[int] = []
         self._pool: CanvasPool | None = None
         self._decided: list[tuple[CanvasStats, Decision]] = []
 
@@ -136,7 +137,10 @@ class Probe:
             self._batch, self._metadata, self._pool = input_batch, metadata, state.pool
             self._layers = state.vllm_config.compilation_config.static_forward_context
             # The flag as this forward has it: advance turns it.
-            self._causal = state.pool.causal[input_batch.idx_mapping].tolist()
+            causal = state.pool.causal[input_batch.idx_mapping].tolist()
+            drafts = input_batch.num_draft_tokens_per_req
+            drafts = [0] * len(causal) if drafts is None else drafts.tolist()
+            self._canvas_rows = [0 if c else d for c, d in zip(causal, drafts, strict=True)]
             return metadata
 
         return prepare_attn
@@ -198,6 +202,8 @@ class Probe:
                         finished=bool(decision.finished[row]),
                     )
                 )
+                if emission.count[row]:
+                    run.commits.append((start, emission.tokens[row, :width].tolist()))
             return emission
 
         return advance
@@ -222,16 +228,16 @@ class Probe:
         prompts = int(batch.is_prefilling_np[: batch.num_reqs].sum())
         self.forwards.append(
             ProbedForward(
+                requests=batch.num_reqs,
                 prompts=prompts,
-                canvases=self._causal.count(False),
-                commits=self._causal.count(True) - prompts,
+                canvases=sum(rows > 0 for rows in self._canvas_rows),
+                commits=int((batch.num_scheduled_tokens > self._canvas_rows).sum()) - prompts,
             )
         )
         starts = batch.query_start_loc_np.tolist()
         for index, slot in enumerate(batch.idx_mapping_np.tolist()):
-            if not self._causal[index]:
-                continue
-            run, rows = self._run_of(pool, slot), slice(starts[index], starts[index + 1])
+            rows = slice(starts[index], starts[index + 1] - self._canvas_rows[index])
+            run = self._run_of(pool, slot)
             run.hidden.update(zip(positions[rows].tolist(), hidden[rows].clone(), strict=True))
             if batch.is_prefilling_np[index]:
                 run.prompt_chunks.append(rows.stop - rows.start)

@@ -35,6 +35,8 @@ class Way:
     """Whether requests arrive in another order than they were drawn in."""
     cached: bool
     """Whether beginnings that were computed before are taken from the prefix cache."""
+    fused: bool
+    """Whether a commit shares a forward with the next canvas."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -45,13 +47,14 @@ class Way:
             "enable_prefix_caching": self.cached,
             # A picture would have to fit into a step.
             "limit_mm_per_prompt": {"image": 0, "video": 0},
+            "additional_config": {"diffusion": {"fused_commit": self.fused}},
         }
 
 
 WAYS: Final = (
-    Way(seqs=1, budget=2048, shuffled=False, cached=False),
-    Way(seqs=3, budget=256, shuffled=True, cached=True),
-    Way(seqs=16, budget=2048, shuffled=True, cached=True),
+    Way(seqs=1, budget=2048, shuffled=False, cached=False, fused=False),
+    Way(seqs=3, budget=256, shuffled=True, cached=True, fused=True),
+    Way(seqs=16, budget=2048, shuffled=True, cached=True, fused=True),
 )
 """Alone; three at once in small pieces; many at once."""
 

@@ -9,7 +9,7 @@ asynchronous scheduling does on a GPU.
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_diffusion.engine.scheduler import CanvasScheduler
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -44,31 +46,45 @@ STOP = 101
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """One canvas from its first forward to its commit, as the worker saw it."""
+    """One canvas from its first forward to where its tokens leave, as the worker saw it."""
 
     request: str
     start: int
     widths: tuple[int, ...]  # rows of every forward
+    tokens: int  # given
 
 
 @dataclass(slots=True)
 class _Slot:
     prefill: int
     computed: int
+    fused: bool
+    owed: int = 0
+    """Tokens that left and are not computed."""
     widths: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class CountingWorker:
-    """Takes scheduled steps in order; a canvas takes ``steps`` forwards and one to commit."""
+    """Takes scheduled steps in order; a canvas takes ``steps`` forwards and one to commit.
+
+    Unless commits are fused: its rows then come back with the next canvas, or alone.
+    """
 
     steps: int = 3
+    fuses: bool = False
+    """Whether the scheduler can fuse commits; ``drive`` knows."""
+    partial: int = 0
+    """Every canvas commits so many tokens less than its width, at least one."""
     stop_at: Mapping[str, int] = field(default_factory=dict)
     """Request -> absolute position at which STOP is committed."""
     canvases: list[Canvas] = field(default_factory=list)
     forwards: list[dict[str, int]] = field(default_factory=list)
     slots: dict[str, _Slot] = field(default_factory=dict)
     preempted: set[str] = field(default_factory=set)
+    ran: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Forwards by request and kind: denoise, commit, fused."""
+    _decoded: set[str] = field(default_factory=set)
 
     def execute(self, scheduled: SchedulerOutput) -> tuple[ModelRunnerOutput, DraftTokenIds | None]:
         """Run one step; everything a canvas must never meet is an assertion here."""
@@ -78,8 +94,17 @@ class CountingWorker:
             self.slots.pop(gone, None)
         for new in scheduled.scheduled_new_reqs:
             assert new.prefill_token_ids is not None
-            self.slots[new.req_id] = _Slot(len(new.prefill_token_ids), new.num_computed_tokens)
+            options = new.sampling_params.extra_args or {}
+            fused = self.fuses and options.get("diffusion_fused_commit", True)
+            self.slots[new.req_id] = _Slot(
+                len(new.prefill_token_ids), new.num_computed_tokens, fused
+            )
         self.forwards.append(dict(scheduled.num_scheduled_tokens))
+        self._decoded = {
+            request
+            for request, slot in self.slots.items()
+            if slot.computed >= slot.prefill and request in scheduled.num_scheduled_tokens
+        }
         sampled = [
             self._run(request, rows, len(scheduled.scheduled_spec_decode_tokens.get(request, ())))
             for request, rows in scheduled.num_scheduled_tokens.items()
@@ -92,8 +117,14 @@ class CountingWorker:
         )
         return output, DraftTokenIds(requests, [[]] * len(requests))
 
+    def decodes(self, request: str) -> bool:
+        """Whether the rows of the step were behind the request's prompt."""
+        return request in self._decoded
+
     def _run(self, request: str, rows: int, drafts: int) -> list[int]:
         slot = self.slots[request]
+        if slot.fused and slot.computed >= slot.prefill:
+            return self._run_fused(request, slot, rows, drafts)
         if not drafts:
             slot.computed += rows
             assert slot.computed <= slot.prefill, (
@@ -103,13 +134,35 @@ class CountingWorker:
         assert slot.computed >= slot.prefill, f"{request}: a canvas before the end of the prompt"
         assert rows == drafts, f"{request}: {rows} rows for a canvas of {drafts}"
         slot.widths.append(rows)
-        if len(slot.widths) <= self.steps:
+        commits = len(slot.widths) > self.steps
+        self.ran[request, "commit" if commits else "denoise"] += 1
+        if not commits:
             return []
-        start, slot.computed = slot.computed, slot.computed + rows
-        self.canvases.append(Canvas(request, start, tuple(slot.widths)))
+        tokens = self._emit(request, slot)
+        slot.computed += len(tokens)
+        return tokens
+
+    def _run_fused(self, request: str, slot: _Slot, rows: int, drafts: int) -> list[int]:
+        text = rows - drafts
+        assert text == slot.owed, f"{request}: {text} commit rows where {slot.owed} are owed"
+        slot.computed, slot.owed = slot.computed + text, 0
+        kind = "denoise" if not text else "fused" if drafts else "commit"
+        self.ran[request, kind] += 1
+        if not drafts:
+            return []
+        slot.widths.append(drafts)
+        if len(slot.widths) < self.steps:
+            return []
+        tokens = self._emit(request, slot)
+        slot.owed = len(tokens)
+        return tokens
+
+    def _emit(self, request: str, slot: _Slot) -> list[int]:
+        start, count = slot.computed, max(1, slot.widths[-1] - self.partial)
+        self.canvases.append(Canvas(request, start, tuple(slot.widths), count))
         slot.widths = []
-        stop = self.stop_at.get(request, -1)
-        return [STOP if position == stop else TEXT for position in range(start, start + rows)]
+        stop, behind = self.stop_at.get(request, -1), start + count
+        return [STOP if position == stop else TEXT for position in range(start, behind)]
 
 
 @cache
@@ -166,15 +219,22 @@ def make_scheduler(
 
 
 def make_request(
-    name: str, prompt: int, max_tokens: int, *, width: int | None = None, priority: int = 0
+    name: str,
+    prompt: int,
+    max_tokens: int,
+    *,
+    width: int | None = None,
+    fused: bool | None = None,
+    priority: int = 0,
 ) -> Request:
     """A request of ``prompt`` tokens that nobody else's prefix equals."""
     init_none_hash(sha256)
+    options = {"diffusion_canvas_length": width, "diffusion_fused_commit": fused}
     sampling = SamplingParams(
         max_tokens=max_tokens,
         ignore_eos=True,
         stop_token_ids=[STOP],
-        extra_args={"diffusion_canvas_length": width} if width else None,
+        extra_args={name: value for name, value in options.items() if value is not None} or None,
     )
     return Request(
         request_id=name,
@@ -208,6 +268,7 @@ def drive(
         limit: more steps than this are a hang.
     """
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    worker.fuses = isinstance(scheduler, CanvasScheduler)
     for request in requests:
         scheduler.add_request(request)
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()

@@ -40,6 +40,7 @@ STATE = (
     "step",
     "first_step",
     "causal",
+    "fused",
     "seed",
     "max_steps",
 )
@@ -104,10 +105,10 @@ def assert_unchanged(pool: CanvasPool, slot: int, before: dict[str, Tensor]) -> 
         assert torch.equal(getattr(pool, name)[slot], value), f"slot {slot}: {name} changed"
 
 
-def begun_pool(*slots: int) -> CanvasPool:
+def begun_pool(*slots: int, fused: bool = False) -> CanvasPool:
     pool = make_pool()
     for slot in slots:
-        pool.admit(slot, seed=1000 + slot)
+        pool.admit(slot, seed=1000 + slot, fused=fused)
     pool.begin(torch.tensor(slots), positions(*(10 * slot for slot in slots)))
     return pool
 
@@ -410,3 +411,63 @@ def test_a_slot_forgets_the_draft_of_its_last_owner(leave: str) -> None:
     else:
         pool.begin(slot, positions(0))
     assert (int(pool.step[0]), int(pool.first_step[0])) == (0, 0)
+
+
+def test_a_fused_canvas_leaves_in_its_last_step_and_the_next_begins_behind_it() -> None:
+    pool = begun_pool(0, 1, fused=True)
+    batch = make_batch([0, 1], [0, 10], [LENGTH, 3])
+    entropy = torch.full((2, LENGTH), 2.0)
+    entropy[1, :3] = torch.tensor([0.5, 0.25, 0.0])
+    for finished in (False, True):
+        decision = replace(
+            make_decision(batch, 77, False, finished),
+            reason=torch.tensor([StopReason.STEPS, StopReason.STEPS]),
+        )
+        emission = pool.apply(batch, replace(make_stats(batch, 30), entropy=entropy), decision)
+        assert emission.count.tolist() == [0, 3 * finished]
+    assert emission.tokens[1].tolist() == [40] * LENGTH
+    assert emission.steps.tolist() == [0, 2]
+    assert int(emission.reason[1]) == StopReason.STEPS
+    assert float(emission.entropy[1]) == 0.25
+    assert pool.causal[[0, 1]].tolist() == [False, False]
+    expected = initial_canvas(pool.seed[[1]], positions(13), VOCAB)
+    assert torch.equal(pool.tokens[[1]], expected)
+    assert pool.step[[0, 1]].tolist() == [2, 0]
+    assert bool((pool.history[1] == -1).all())
+    assert bool((pool.soft_embedding[1] == 0).all())
+    assert bool((pool.tokens[0] == 77).all())
+    assert bool((pool.soft_embedding[0] == 30).all())
+
+
+def test_a_fused_slot_of_a_draft_counts_its_steps_from_there() -> None:
+    pool = begun_pool(1, fused=True)
+    slots, batch = torch.tensor([1]), make_batch([1], [10])
+    pool.begin_from(slots, torch.tensor([True]), torch.full((1, LENGTH), 5), torch.tensor([4]))
+    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True))
+    assert emission.steps.tolist() == [1]
+    assert (int(pool.step[1]), int(pool.first_step[1])) == (0, 0)
+
+
+def test_fused_and_separate_slots_end_alike_a_forward_apart() -> None:
+    pool = begun_pool(0, 1)
+    pool.fused[1] = True
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
+    commit = Commit(tokens=tokens, rows=tokens % LENGTH, count=torch.tensor([3, 5]))
+    batch = make_batch([0, 1], [0, 10])
+    decision = replace(make_decision(batch, 77, True, True), commit=commit)
+    first = pool.apply(batch, make_stats(batch, 30), decision)
+    assert first.count.tolist() == [0, 5]
+    assert torch.equal(first.tokens[1], tokens[1])
+    begun = snapshot(pool, 1)
+    alone = make_batch([0], [0])
+    second = pool.apply(alone, make_stats(alone, 99), make_decision(alone, 88, False))
+    assert second.count.tolist() == [3]
+    assert_unchanged(pool, 1, begun)
+    behind = initial_canvas(pool.seed[[0, 1]], positions(3, 15), VOCAB)
+    assert torch.equal(pool.tokens[[0, 1]], behind)
+
+
+def test_a_slot_forgets_that_its_last_owner_was_fused() -> None:
+    pool = begun_pool(0, fused=True)
+    pool.admit(0, seed=1)
+    assert not bool(pool.fused[0])

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.config import SAMPLER_CLASS, describe, head_memory, served_rules
+from vllm_diffusion.config import (
+    SAMPLER_CLASS,
+    describe,
+    fused_commit,
+    head_memory,
+    served_rules,
+)
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.params import DiffusionParams, requested_rule
@@ -285,6 +291,24 @@ def test_the_heads_memory_is_no_constant_of_a_rule():
 
 
 @pytest.mark.parametrize(
+    ("additional", "fused"),
+    [
+        (None, True),
+        ({}, True),
+        ({"fused_commit": True, "max_steps": 3}, True),
+        ({"fused_commit": False}, False),
+        ({"fused_commit": 0}, False),
+    ],
+)
+def test_whether_commits_are_fused_is_no_constant_of_the_rule(
+    additional: dict[str, Any] | None, *, fused: bool
+):
+    rules = rules_of(additional=additional)
+    assert rules.default == replace(PUBLISHED, max_steps=rules.default.max_steps)
+    assert fused_commit(additional) is fused
+
+
+@pytest.mark.parametrize(
     ("additional", "problem"),
     [
         ("fast", "additional_config[\"diffusion\"] must be an object, got 'fast'"),
@@ -301,6 +325,7 @@ def test_the_heads_memory_is_no_constant_of_a_rule():
         ({"head_memory_mb": 0}, "head_memory_mb must be a positive integer, got 0"),
         ({"head_memory_mb": True}, "head_memory_mb must be a positive integer, got True"),
         ({"head_memory_mb": "1GB"}, "head_memory_mb must be a positive integer, got '1GB'"),
+        ({"fused_commit": "on"}, "fused_commit must be a boolean (or 0/1), got 'on'"),
         ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],

@@ -75,8 +75,8 @@ OPTIONS = (
     "diffusion_soft_embedding_top_k, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
-    "diffusion_telemetry, diffusion_template, diffusion_suffix, diffusion_draft, "
-    "diffusion_noise_level"
+    "diffusion_fused_commit, diffusion_telemetry, diffusion_template, diffusion_suffix, "
+    "diffusion_draft, diffusion_noise_level"
 )
 
 
@@ -105,6 +105,7 @@ def test_options_become_fields():
         "diffusion_pinned": [0, 2],
         "diffusion_read_only": 1,
         "diffusion_constrained": False,
+        "diffusion_fused_commit": 0,
         "diffusion_telemetry": 1,
     }
     parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rules=RULES)
@@ -122,6 +123,7 @@ def test_options_become_fields():
         seed_canvas=(4, 5, 6),
         pinned=(0, 2),
         read_only=True,
+        fused_commit=False,
         telemetry=True,
         constrained=False,
     )

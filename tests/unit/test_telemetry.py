@@ -11,9 +11,10 @@ CANVAS = CanvasReport(steps=3, stopped_by="settled", entropy=0.25, tokens=32)
 
 
 def run(meter: Meter, name: str, forwards: str, *, asked: bool = True) -> None:
-    """d denoises, c commits."""
+    """d denoises, c commits, f does both; a canvas has 32 rows."""
     for kind in forwards:
-        meter.ran(name, commits=kind == "c", asked=asked)
+        rows = 64 if kind == "f" else 32
+        meter.ran(name, rows=rows, commits=kind == "c", asked=asked)
 
 
 def test_a_report_counts_what_ran_since_the_last_one():
@@ -21,16 +22,24 @@ def test_a_report_counts_what_ran_since_the_last_one():
     run(meter, "a", "dddc")
     run(meter, "b", "dd", asked=False)
     assert meter.report("a", CANVAS) == Report(
-        asked=True, denoise_forwards=3, commit_forwards=1, canvas=CANVAS
+        asked=True, denoise_forwards=3, commit_forwards=1, rows=128, canvas=CANVAS
     )
     assert meter.report("a", None) is None
     run(meter, "a", "d")
     assert meter.report("a", None) == Report(
-        asked=True, denoise_forwards=1, commit_forwards=0, canvas=None
+        asked=True, denoise_forwards=1, commit_forwards=0, rows=32, canvas=None
     )
     assert meter.report("b", CANVAS) == Report(
-        asked=False, denoise_forwards=2, commit_forwards=0, canvas=CANVAS
+        asked=False, denoise_forwards=2, commit_forwards=0, rows=64, canvas=CANVAS
     )
+
+
+def test_a_fused_forward_is_one_with_the_rows_of_both():
+    meter = Meter()
+    run(meter, "a", "fdd")
+    report = meter.report("a", CANVAS)
+    assert report is not None
+    assert (report.denoise_forwards, report.commit_forwards, report.rows) == (3, 0, 128)
 
 
 def test_a_canvas_that_starts_over_counts_twice():
@@ -54,15 +63,15 @@ def test_a_request_that_is_gone_is_forgotten():
 
 def test_a_report_survives_the_wire():
     for canvas in (CANVAS, None):
-        report = Report(asked=True, denoise_forwards=3, commit_forwards=1, canvas=canvas)
+        report = Report(asked=True, denoise_forwards=3, commit_forwards=1, rows=9, canvas=canvas)
         assert Report.from_wire(json.loads(json.dumps(report.to_wire()))) == report
 
 
 def test_an_answer_adds_its_reports_up():
     told = Telemetry()
     for canvas in (CANVAS, CanvasReport(steps=48, stopped_by="steps", entropy=None, tokens=7)):
-        told.add(Report(asked=True, denoise_forwards=5, commit_forwards=1, canvas=canvas))
-    told.add(Report(asked=True, denoise_forwards=2, commit_forwards=0, canvas=None))
+        told.add(Report(asked=True, denoise_forwards=5, commit_forwards=1, rows=6, canvas=canvas))
+    told.add(Report(asked=True, denoise_forwards=2, commit_forwards=0, rows=5, canvas=None))
     assert told.forwards == 14
     assert told.as_dict() == {
         "canvases": [
@@ -71,6 +80,7 @@ def test_an_answer_adds_its_reports_up():
         ],
         "denoise_forwards": 12,
         "commit_forwards": 2,
+        "rows": 17,
     }
 
 

@@ -92,9 +92,11 @@ class Live:
         *,
         seed: int | None = None,
         max_steps: int | None = None,
+        fused: bool = False,
     ) -> Request:
         rule = replace(self.pool.constants, max_steps=max_steps or self.pool.constants.max_steps)
-        self.pool.admit(slot, seed=SEED + slot if seed is None else seed, constants=rule)
+        seed = SEED + slot if seed is None else seed
+        self.pool.admit(slot, seed=seed, constants=rule, fused=fused)
         self.recorder.begin(self.pool, slot, name)
         position = start + torch.arange(LENGTH)[None]
         self.pool.begin(torch.tensor([slot]), position)
@@ -123,10 +125,11 @@ class Live:
             )
             for row, slot in enumerate(slots):
                 request = self.requests[slot]
-                if causal[slot]:
+                if emission.count[row]:
+                    steps = taken[slot] + (not causal[slot])
                     tokens = emission.tokens[row, : request.width].tolist()
-                    assert int(emission.steps[row]) == taken[slot]
-                    request.commits.append((request.start, tokens, taken[slot]))
+                    assert int(emission.steps[row]) == steps
+                    request.commits.append((request.start, tokens, steps))
                     request.start += request.width
 
     def _head(
@@ -208,9 +211,15 @@ def assert_recorded(trace: Trace, live: Request) -> None:
             assert mine.accepted.tolist() == theirs.accept
             assert mine.finished is theirs.finished
             assert mine.committing is False
-    commits = [canvas.commit for canvas in trace.canvases if canvas.commit]
-    assert [(c.start, c.argmax.tolist(), c.step) for c in commits] == live.commits
-    for commit in commits:
+    left = [canvas for canvas in trace.canvases if canvas.tokens is not None]
+    assert [(c.start, c.tokens.tolist(), len(c.steps)) for c in left] == live.commits
+    commits = [canvas.commit for canvas in left]
+    assert commits == [None] * len(left) if trace.fused else all(commits)
+    for canvas, commit in zip(left, commits, strict=True):
+        if commit is None:
+            continue
+        assert (commit.start, commit.step) == (canvas.start, len(canvas.steps))
+        assert commit.argmax.tolist() == canvas.tokens.tolist()
         assert commit.committing
         assert not commit.finished
         for nothing in (commit.sample, commit.entropy, commit.top_prob, commit.accepted):
@@ -225,7 +234,7 @@ def assert_replayed(replayed: Replay, live: Request) -> None:
         assert canvas.next_tokens.tolist() == [s.next_tokens for s in seen]
         assert canvas.steps == len(seen)
         assert canvas.censored is not seen[-1].finished
-        if canvas.recorded.commit:
+        if canvas.recorded.tokens is not None:
             assert canvas.tokens is not None
             start, tokens, steps = next(committed)
             assert (canvas.recorded.start, canvas.tokens.tolist()) == (start, tokens)
@@ -248,6 +257,7 @@ def assert_replayed(replayed: Replay, live: Request) -> None:
     threshold=st.sampled_from([0.0, 0.02, 0.5]),
     stability=st.integers(0, 3),
     steps=st.integers(1, 16),
+    fused=st.booleans(),
 )
 def test_any_recorded_batch_replays_bit_for_bit(
     *,
@@ -259,6 +269,7 @@ def test_any_recorded_batch_replays_bit_for_bit(
     threshold: float,
     stability: int,
     steps: int,
+    fused: bool,
 ) -> None:
     rule = replace(
         CONSTANTS,
@@ -278,6 +289,7 @@ def test_any_recorded_batch_replays_bit_for_bit(
                 widths[slot],
                 seed=seeds[slot],
                 max_steps=limits[slot],
+                fused=fused and slot % 2 == 0,
             )
         for taken in range(steps):
             # Uneven company, as requests arrive and wait.

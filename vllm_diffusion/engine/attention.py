@@ -6,8 +6,9 @@
              row sees the same prefix, its last W - 1 positions, and the whole canvas
 
 A segment is an attention sequence of its own over its request's block table, so one request may be
-several: text, image, text. Backends that can only take whole requests get the same visibility as
-ranges (``attention_gpu``).
+several: text, image, text; or a finished canvas's commit rows and the next canvas. Every layer
+writes the keys of all rows before any row looks, so a segment sees those before it. Backends that
+can only take whole requests get the same visibility as ranges (``attention_gpu``).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Segment:
 def plan_segments(
     query_start: Sequence[int],
     seq_lens: Sequence[int],
-    canvas: Sequence[bool],
+    canvas: Sequence[int],
     spans: Sequence[Sequence[tuple[int, int]]],
 ) -> list[Segment]:
     """Cut every request's rows into segments, in row order.
@@ -58,17 +59,14 @@ def plan_segments(
     Args:
         query_start: N + 1 row offsets.
         seq_lens: N absolute positions behind each request's last row.
-        canvas: N flags, the request's rows are canvas rows.
+        canvas: N counts, how many of the request's rows, the last ones, are canvas rows.
         spans: for each request the half-open absolute ranges that attend bidirectionally, ascending
             and disjoint; ranges outside the rows of this step are ignored.
     """
     segments = []
     for request, end in enumerate(seq_lens):
         row, stop = query_start[request], query_start[request + 1]
-        position = end - (stop - row)
-        if canvas[request]:
-            segments.append(Segment(request, row, stop - row, end, Visibility.CANVAS))
-            continue
+        position, text_end = end - (stop - row), end - canvas[request]
 
         def add(
             upto: int, visibility: Visibility, span_start: int = 0, request: int = request
@@ -80,11 +78,12 @@ def plan_segments(
                 row, position = row + length, upto
 
         for first, behind in spans[request]:
-            if behind <= position or first >= end:
+            if behind <= position or first >= text_end:
                 continue
             add(first, Visibility.CAUSAL)
-            add(min(behind, end), Visibility.SPAN, first)
-        add(end, Visibility.CAUSAL)
+            add(min(behind, text_end), Visibility.SPAN, first)
+        add(text_end, Visibility.CAUSAL)
+        add(end, Visibility.CANVAS)
     return segments
 
 

@@ -1,9 +1,10 @@
-"""Log-probabilities of committed tokens: taken where a canvas finishes, sent with its commit.
+"""Log-probabilities of committed tokens: taken where a canvas finishes, sent with its tokens.
 
 What is committed is the argmax of a canvas's last step, or what is left of it, so its
-log-probabilities are those of that step's logits. vLLM wants them with the tokens, which leave one
-forward later, so they wait here by slot. Nothing is computed for batches in which nobody asks; one
-that asks waits for the device once a step, to learn which canvases have finished.
+log-probabilities are those of that step's logits. vLLM wants them with the tokens. Those of a
+separate commit leave one forward later, so they wait here by slot. Nothing is computed for batches
+in which nobody asks; one that asks waits for the device once a step, to learn which canvases have
+finished.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
     from vllm_diffusion.params import DiffusionParams
-    from vllm_diffusion.records import CanvasBatch, TokenScores
+    from vllm_diffusion.records import CanvasBatch, Emission, TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,64 +64,72 @@ class CanvasLogprobs:
         self._asked.pop(slot, None)
         self._waiting.pop(slot, None)
 
-    def committed(self, slots: Sequence[int]) -> LogprobsTensors | None:
-        """What belongs to the tokens that leave in this step; call before ``finished``.
-
-        A canvas that has finished is committed the next time its slot runs, so every slot of the
-        step that waits emits now.
-
-        Args:
-            slots: of the requests of the step, in their order; -1 for one without canvas rows.
-        """
-        first, parts, start = [], [], 0
-        for slot in slots:
-            first.append(start)
-            if (scores := self._waiting.pop(slot, None)) is not None:
-                parts.append(scores)
-                start += scores.ids.shape[0]
-        if not parts:
-            return None
-        # Requests may ask for different counts; vLLM reads no more of a row than its request wants.
-        width = max(part.ids.shape[1] for part in parts)
-        return LogprobsTensors(
-            logprob_token_ids=torch.cat([_padded(part.ids, width, 0) for part in parts]),
-            logprobs=torch.cat([_padded(part.values, width, -torch.inf) for part in parts]),
-            selected_token_ranks=torch.cat([part.ranks for part in parts]),
-            cu_num_generated_tokens=first,
-        )
-
-    def finished(
+    def leaving(
         self,
+        requests: Sequence[int],
         slots: Sequence[int],
         batch: CanvasBatch,
         hidden: Tensor,
+        emission: Emission,
         *,
         pool: CanvasPool,
         head: Head,
-    ) -> None:
-        """Score the canvases that this step has finished; call after ``advance``.
+    ) -> LogprobsTensors | None:
+        """Score the canvases that this step has finished; what belongs to the tokens that leave.
+
+        A canvas that waits for its commit is committed the next time its slot runs, so every slot
+        of the step that waits emits now.
 
         Args:
+            requests: slots of the requests of the step, in their order; -1 for one without canvas
+                rows.
             slots: the B slots of the batch, on the host.
             batch: the same batch on the device.
             hidden: [B, L, H], the step's hidden rows.
+            emission: what the batch emits.
             pool: the canvases, one step on.
             head: gives the scores.
         """
         if self._asked.keys().isdisjoint(slots):
-            return
-        # A canvas that has just committed denoises again, so a causal one has just finished.
-        done, counts = pool.causal[batch.slots].tolist(), pool.count[batch.slots].tolist()
+            return None
+        leaves = {slot: self._waiting.pop(slot) for slot in slots if slot in self._waiting}
+        waits = pool.causal[batch.slots]
+        fused = pool.fused[batch.slots] & (emission.count > 0)
+        said = torch.where(fused[:, None], emission.tokens, pool.tokens[batch.slots])
+        done, at_once = (waits | fused).tolist(), fused.tolist()
+        counts = pool.count[batch.slots].tolist()
         for row, slot in enumerate(slots):
             if done[row] and (asked := self._asked.get(slot)) is not None:
-                self._waiting[slot] = head.scores(
+                scores = head.scores(
                     hidden[row, pool.rows[slot, : counts[row]]],
-                    pool.tokens[slot, : counts[row]],
+                    said[row, : counts[row]],
                     count=asked.count,
                     ids=asked.ids,
                     among=asked.among,
                     raw_logits=self.raw_logits,
                 )
+                (leaves if at_once[row] else self._waiting)[slot] = scores
+        return _in_order([leaves.get(slot) for slot in requests])
+
+
+def _in_order(scores: Sequence[TokenScores | None]) -> LogprobsTensors | None:
+    """The scores of the requests of a step as vLLM takes them; None if there are none."""
+    first, parts, start = [], [], 0
+    for each in scores:
+        first.append(start)
+        if each is not None:
+            parts.append(each)
+            start += each.ids.shape[0]
+    if not parts:
+        return None
+    # Requests may ask for different counts; vLLM reads no more of a row than its request wants.
+    width = max(part.ids.shape[1] for part in parts)
+    return LogprobsTensors(
+        logprob_token_ids=torch.cat([_padded(part.ids, width, 0) for part in parts]),
+        logprobs=torch.cat([_padded(part.values, width, -torch.inf) for part in parts]),
+        selected_token_ranks=torch.cat([part.ranks for part in parts]),
+        cu_num_generated_tokens=first,
+    )
 
 
 def _padded(values: Tensor, width: int, value: float) -> Tensor:

@@ -13,6 +13,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
@@ -27,6 +28,7 @@ from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
@@ -80,6 +82,7 @@ class CanvasModelState(ModelState):
             vocab_size=self.pool.vocab_size,
             device=device,
         )
+        self._fusion = Fusion.of(vllm_config)
         self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
         self._recorder = self._make_recorder()
@@ -154,7 +157,8 @@ class CanvasModelState(ModelState):
         params = admitted_params(sampling.extra_args)
         seed = request_seed(noise_seed(sampling), new_req_data.req_id)
         rule = requested_rule(params, self.rules)
-        self.pool.admit(req_index, seed=seed, constants=rule)
+        fused = self._fusion.holds_for(sampling.extra_args)
+        self.pool.admit(req_index, seed=seed, constants=rule, fused=fused)
         asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
         if params.noise_level is not None:
             asked = begun_from_draft(
@@ -240,10 +244,13 @@ class CanvasModelState(ModelState):
         # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
         from vllm_diffusion.engine.attention_cpu import segmented_metadata
 
+        # A slot that is not causal may still run text alone, or before its canvas.
+        drafts = input_batch.num_draft_tokens_per_req
+        canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
         segments = plan_segments(
             input_batch.query_start_loc_np.tolist(),
             input_batch.seq_lens[: causal.shape[0]].tolist(),
-            (causal == 0).tolist(),
+            np.where(causal.numpy() == 0, canvas, 0).tolist(),
             self._image_spans(input_batch),
         )
         return {
@@ -300,8 +307,9 @@ class CanvasModelState(ModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, Tensor]:
         """Embeddings of all rows; canvas rows get their self-conditioning mixed in."""
-        del req_states
         num_tokens = input_batch.num_tokens
+        if self._fusion.why_not is None:
+            self._write_committed(input_batch, req_states)
         embeds = self._inputs_embeds[: input_batch.num_tokens_after_padding]
         embeds[:num_tokens] = self._embed(input_batch.input_ids[:num_tokens])
         canvas_rows = self.model.canvas_rows
@@ -318,6 +326,18 @@ class CanvasModelState(ModelState):
             canvas_rows[rows] = is_canvas
         self.model.sampler_takes_hidden = True
         return {"inputs_embeds": embeds}
+
+    def _write_committed(self, input_batch: InputBatch, req_states: RequestState) -> None:
+        """Fill in the tokens of finished canvases that this forward commits, behind any prompt."""
+        if (drafts := input_batch.num_draft_tokens_per_req) is None:
+            return  # a profiling run
+        rows = input_batch.num_scheduled_tokens - drafts
+        text = req_states.all_token_ids.gpu
+        for request in np.flatnonzero((rows > 0) & ~input_batch.is_prefilling_np):
+            first, count = input_batch.query_start_loc_np[request], rows[request]
+            position = input_batch.num_computed_tokens_np[request]
+            tokens = text[input_batch.idx_mapping_np[request], position : position + count]
+            input_batch.input_ids[first : first + count] = tokens
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         if self._images is None:

@@ -7,6 +7,10 @@ accounts with: how many tokens a request gained, and how many of its rows do not
     canvas rows       gained 0, none counts        -> the same positions run again next step
     commit rows       gained what is committed, which counts
                                                    -> the next canvas begins behind it
+
+Of a request whose commits are fused no canvas row ever counts. The step that finishes a canvas
+gains it, and the next canvas begins; the finished one's rows come back as text, which counts, and
+of which nothing is asked here.
 """
 
 from __future__ import annotations
@@ -108,7 +112,11 @@ class CanvasSampler:
             rewrite = self.constraints.rewrite(
                 slots,
                 batch,
-                text=self._text(input_batch.num_computed_tokens_np[decoding]),
+                text=self._text(
+                    input_batch.num_computed_tokens_np[decoding]
+                    + input_batch.num_scheduled_tokens[decoding]
+                    - widths[decoding]
+                ),
                 argmax=self.pool.argmax,
                 step=self.pool.step - self.pool.first_step,
             )
@@ -123,14 +131,22 @@ class CanvasSampler:
                 observe=self.observe,
             )
             running = input_batch.idx_mapping_np[:num_reqs]
-            scored = self.logprobs.committed(np.where(widths, running, -1).tolist())
-            self.logprobs.finished(slots, batch, canvases, pool=self.pool, head=self.head)
+            scored = self.logprobs.leaving(
+                np.where(widths, running, -1).tolist(),
+                slots,
+                batch,
+                canvases,
+                emission,
+                pool=self.pool,
+                head=self.head,
+            )
             self._begin_behind_commit(slots, batch, emission)
             tokens[index] = emission.tokens.int()
             gained[index] = emission.count.int()
-            rejected[index] = (batch.width - emission.count).int()
+            counts = torch.where(self.pool.fused[batch.slots], 0, emission.count)
+            rejected[index] = (batch.width - counts).int()
             committed = CommittedCanvases.of(emission, index, num_reqs)
-        self._begin_after_prompt(input_batch, widths == 0)
+        self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
         all_slots = input_batch.idx_mapping
         self.req_states.draft_tokens[all_slots, :length] = self.pool.tokens[all_slots]
         return SamplerOutput(
@@ -186,8 +202,8 @@ class CanvasSampler:
     def _begin_behind_commit(
         self, owners: Sequence[int], batch: CanvasBatch, emission: Emission
     ) -> None:
-        """Give the canvases that begin behind a committed one their part of a long draft."""
-        # Most steps commit nothing. Only where state lives on the host is it free to look.
+        """Give the canvases that begin behind an emitted one their part of a long draft."""
+        # Most steps emit nothing. Only where state lives on the host is it free to look.
         if emission.count.device.type == "cpu" and not emission.count.any():
             return
         if self.constraints.has_draft(owners):
@@ -205,7 +221,7 @@ class CanvasSampler:
         """[S, N] prompt and committed tokens of every slot, N enough for the slots of the step.
 
         Args:
-            computed: tokens that the requests of the step may have computed at most.
+            computed: tokens before the canvases of the step, at most.
         """
         return self.req_states.all_token_ids.gpu[:, : max(1, int(computed.max()))]
 

@@ -2,7 +2,11 @@
 
 The stock running loop clips a request's rows to what is left of the step's token budget. For a
 prompt that is chunked prefill; for a canvas it would change its width in the middle of its life.
-Here a canvas that does not fit waits a step.
+Here a canvas that does not fit waits a step. Where a finished canvas is to be committed beside its
+successor and only the commit rows fit, those go ahead alone.
+
+The stock scheduler takes tokens that left for computed. Those of a fused commit are not yet: they
+are taken back from its count, and its own arithmetic then schedules them and a canvas behind them.
 
 The stock scheduler also takes it that a prompt's last step gives a token, with which the prompt's
 log-probabilities can leave, and ends the engine if it does not. A canvas gives its tokens many
@@ -11,6 +15,7 @@ steps later; until then the log-probabilities wait here. Everything else is vLLM
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.diffusion_scheduler import (
@@ -19,6 +24,7 @@ from vllm.v1.core.sched.diffusion_scheduler import (
     diffusion_canvas_width,
 )
 
+from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.telemetry import StepMeter
 
 if TYPE_CHECKING:
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 # Fields of vLLM's ModelRunnerOutput that hold something about prompts, by request id.
 _ABOUT_PROMPTS: Final = ("prompt_logprobs_dict", "prompt_token_id_logprobs_dict")
@@ -44,6 +52,8 @@ class WholeCanvasMixin:
         super().__init__(*args, **kwargs)
         self._held: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
         self._meter = StepMeter()
+        self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
+        self._commit_alone: set[str] = set()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
@@ -56,14 +66,41 @@ class WholeCanvasMixin:
         """Take in a step's result; what is known about a prompt leaves with its first tokens."""
         for name in _ABOUT_PROMPTS:
             self._send_with_tokens(name, model_runner_output)
+        committing = self._account(scheduler_output, model_runner_output)
         committed = self._meter.take(
-            scheduler_output, model_runner_output, self.requests, everybody=self.log_stats
+            scheduler_output,
+            model_runner_output,
+            self.requests,
+            committing=committing,
+            everybody=self.log_stats,
         )
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
         self._meter.send(outputs, committed, self.requests)
         return outputs
+
+    def _account(self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> set[str]:
+        """Count as not computed what was given before its commit; whose forward was a commit."""
+        committing = self._commit_alone & scheduled.num_scheduled_tokens.keys()
+        for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
+            if (request := self.requests.get(req_id)) is None or not tokens:
+                continue
+            if self._fuses(request):
+                request.num_computed_tokens -= len(tokens)
+            else:
+                committing.add(req_id)
+        return committing
+
+    def _fuses(self, request: Request) -> bool:
+        params = request.sampling_params
+        return params is not None and self._fusion.holds_for(params.extra_args)
+
+    def _owed(self, request: Request) -> int:
+        """Tokens that a finished canvas gave and no forward has committed."""
+        if request.is_prefill_chunk or request.num_computed_tokens < request.num_prompt_tokens:
+            return 0
+        return request.num_tokens - request.num_computed_tokens if self._fuses(request) else 0
 
     def _send_with_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
         held = self._held[name]
@@ -82,25 +119,33 @@ class WholeCanvasMixin:
         # The running loop serves requests in this order and takes what fits, so walking the same
         # order with the same arithmetic tells who would be cut.
         budget = self.max_num_scheduled_tokens
+        self._commit_alone.clear()
         for request in self.running:
-            if request.num_computed_tokens - request.num_output_placeholders < request.num_tokens:
+            computed = request.num_computed_tokens - request.num_output_placeholders
+            owed = self._owed(request)
+            if computed + owed < request.num_tokens:
                 budget -= min(budget, request.num_tokens - request.num_computed_tokens)
                 continue
-            width = self._canvas_rows(request)
-            if width > budget or self._width_unsettled(request):
+            width = self._canvas_rows(request, computed + owed)
+            both = owed + width <= budget and request.spec_token_ids
+            if 0 < owed <= budget and not both:
+                # No canvas rows in this step, nor in a later one if this one passes it over.
+                request.spec_token_ids = []
+                self._commit_alone.add(request.request_id)
+                width = 0
+            if owed + width > budget or self._width_unsettled(request):
                 # schedule() advances current_step before it compares, so + 2 skips this call alone;
                 # max keeps a longer wait that pipeline parallelism may have set.
                 request.next_decode_eligible_step = max(
                     request.next_decode_eligible_step, self.current_step + 2
                 )
             else:
-                budget -= width
+                budget -= owed + width
 
-    def _canvas_rows(self: Any, request: Request) -> int:
+    def _canvas_rows(self: Any, request: Request, start: int) -> int:
         """Rows the request's canvas takes in a step; fewer than its width only at max_model_len."""
-        committed = request.num_computed_tokens - request.num_output_placeholders
         width = diffusion_canvas_width(request, self.num_spec_tokens)
-        return min(width, self.max_model_len - committed)
+        return min(width, self.max_model_len - start)
 
     def _width_unsettled(self: Any, request: Request) -> bool:
         """True while a step in flight leaves open where a canvas near max_model_len starts.
@@ -128,6 +173,8 @@ def canvas_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
 
     A function, because whether scheduling is asynchronous is decided after the name is set.
     """
+    if (why_not := Fusion.of(vllm_config).why_not) is not None:
+        logger.info("Every finished canvas takes a forward for its commit: %s.", why_not)
     asynchronous = vllm_config.scheduler_config.async_scheduling
     scheduler = AsyncCanvasScheduler if asynchronous else CanvasScheduler
     return scheduler(vllm_config=vllm_config, **kwargs)

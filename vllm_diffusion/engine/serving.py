@@ -18,6 +18,7 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
 from vllm_diffusion.config import describe, head_memory, served_rules
+from vllm_diffusion.engine.fusion import SCHEDULER
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.trace.record import trace_folder
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import ServedRules
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-SCHEDULER = "vllm_diffusion.engine.scheduler.canvas_scheduler"
 
 
 def rules_of(vllm_config: VllmConfig) -> tuple[ServedRules, dict[str, str]]:
@@ -100,7 +99,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         elif scheduler.scheduler_cls != SCHEDULER:
             logger.warning(
                 "scheduler_cls=%s is kept; unless it derives from %s.WholeCanvasMixin, canvases "
-                "are cut where the token budget or max_model_len ends.",
+                "are cut where the token budget or max_model_len ends. Commits are not fused.",
                 scheduler.scheduler_cls,
                 SCHEDULER.rpartition(".")[0],
             )

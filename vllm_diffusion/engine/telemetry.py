@@ -20,6 +20,8 @@ from vllm_diffusion.records import StopReason
 from vllm_diffusion.telemetry import KEY, CanvasReport, Meter, is_asked
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from torch import Tensor
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
@@ -95,6 +97,7 @@ class StepMeter:
         output: ModelRunnerOutput,
         requests: dict[str, Request],
         *,
+        committing: AbstractSet[str],
         everybody: bool,
     ) -> dict[str, CanvasReport]:
         """Count a step that ran and take the worker's record off its output.
@@ -105,6 +108,7 @@ class StepMeter:
             scheduled: what the step was to run.
             output: what came of it; loses the worker's record.
             requests: those the scheduler knows.
+            committing: those whose rows did nothing but commit a canvas.
             everybody: count all requests, for the metrics, rather than only those that ask.
 
         Returns:
@@ -113,16 +117,15 @@ class StepMeter:
         by_index: Any = output.sampling_masks or {}
         output.sampling_masks = None
         committed = {}
-        for request_id in scheduled.scheduled_spec_decode_tokens:
+        for request_id in scheduled.scheduled_spec_decode_tokens.keys() | committing:
             if (request := requests.get(request_id)) is None or request.sampling_params is None:
                 continue
             asked = is_asked(request.sampling_params.extra_args)
             if not (asked or everybody):
                 continue
-            index = output.req_id_to_index[request_id]
-            tokens = output.sampled_token_ids[index]
-            self._meter.ran(request_id, commits=bool(tokens), asked=asked)
-            if index in by_index:
+            rows = scheduled.num_scheduled_tokens[request_id]
+            self._meter.ran(request_id, rows=rows, commits=request_id in committing, asked=asked)
+            if (index := output.req_id_to_index[request_id]) in by_index:
                 committed[request_id] = by_index[index]
         return committed
 

@@ -73,7 +73,7 @@ _TITLE: Final = (
 
 def _header(path: str, trace: Trace) -> str:
     rule = trace.rule
-    committed = sum(canvas.width for canvas in trace.canvases if canvas.commit is not None)
+    committed = sum(canvas.width for canvas in trace.canvases if canvas.tokens is not None)
     return (
         f"{path}: request {trace.request_id!r}, seed {trace.seed}, "
         f"by vllm-diffusion {trace.plugin_version}\n"
@@ -96,8 +96,8 @@ def _row(number: int, canvas: Canvas) -> str:
 
 
 def _outcome(canvas: Canvas) -> str:
-    if canvas.commit is not None:
-        return "committed"
+    if canvas.tokens is not None:
+        return "committed" if canvas.commit is not None else "emitted"
     return "finished" if canvas.finished else "interrupted"
 
 

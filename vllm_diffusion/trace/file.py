@@ -58,7 +58,7 @@ class Step:
     start: int  # absolute position of the first row
     step: int  # where the canvas is in its schedule; one that began from a draft begins later
     committing: bool  # phase: commit, or denoise
-    finished: bool  # the rule stops here: the canvas's next forward commits
+    finished: bool  # the rule stops here; without fused commits the next forward commits
     input_crc: int  # ``checksum`` of the input canvas
     argmax: NDArray[np.int32]  # [W]
     sample: NDArray[np.int32]  # [W]
@@ -75,12 +75,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Canvas:
-    """One canvas from its first denoising step to its commit, or to where it was interrupted."""
+    """One canvas from its first denoising step to its end, or to where it was interrupted."""
 
     steps: tuple[Step, ...]
     """The denoising steps; at least one."""
     commit: Step | None
-    """None where the request was preempted, aborted or closed first."""
+    """None if commits are fused, or if the request was preempted, aborted or closed first."""
+    tokens: NDArray[np.int32] | None
+    """[W], the argmax that it ended with; None if the request was interrupted first."""
 
     @property
     def start(self) -> int:
@@ -111,6 +113,7 @@ class Trace:
     prompt_length: int = 0  # tokens
     seed_canvas: tuple[int, ...] = ()  # first input behind the prompt instead of noise; -1 is noise
     guarded: bool = False  # bad words may have kept a canvas from finishing where the rule said so
+    fused: bool = False  # a canvas ends with its last step, and its commit is no step of its own
     steps: tuple[Step, ...] = ()
 
     @property
@@ -118,16 +121,20 @@ class Trace:
         """The steps by canvas."""
         grouped: list[list[Step]] = []
         for step in self.steps:
-            if not grouped or grouped[-1][-1].committing:
+            if not grouped or self._ends(grouped[-1][-1]):
                 grouped.append([])
             grouped[-1].append(step)
         return tuple(
             Canvas(
                 steps=tuple(step for step in steps if not step.committing),
                 commit=steps[-1] if steps[-1].committing else None,
+                tokens=steps[-1].argmax if self._ends(steps[-1]) else None,
             )
             for steps in grouped
         )
+
+    def _ends(self, step: Step) -> bool:
+        return step.finished if self.fused else step.committing
 
 
 def checksum(tokens: NDArray[np.int32]) -> int:
@@ -152,6 +159,7 @@ def to_bytes(trace: Trace) -> bytes:
         "prompt_length": trace.prompt_length,
         "seed_canvas": trace.seed_canvas,
         "guarded": trace.guarded,
+        "fused": trace.fused,
     }
     steps = trace.steps
     arrays: dict[str, NDArray[Any]] = {
@@ -225,11 +233,14 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
     if packed.shape != (-(-positions // 8),):
         raise ValueError(f"accepted has {packed.shape} bytes for {positions} positions")
     columns["accepted"] = np.unpackbits(packed, count=positions).astype(np.bool_)
-    # A canvas begins where the recording does, or behind the commit of another.
+    # Of recordings made before there were fused commits none is fused.
+    fused = header.get("fused", False)
+    # A canvas begins where the recording does, or behind the end of another.
     commits, steps = columns["committing"], columns["step"]
-    if not count or commits[0] or (commits[1:] & commits[:-1]).any():
+    if not count or commits[0] or (commits[1:] & (commits[:-1] | fused)).any():
         raise ValueError("a canvas without a beginning")
-    if ((np.diff(steps) != 1) & ~commits[:-1]).any():
+    ends = columns["finished"] if fused else commits
+    if ((np.diff(steps) != 1) & ~ends[:-1]).any():
         raise ValueError("a canvas with steps missing")
     if width.min() < 1 or width.max() > header["canvas_length"]:
         raise ValueError(f"widths {width.min()}..{width.max()} of {header['canvas_length']}")
@@ -256,5 +267,6 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
         prompt_length=header["prompt_length"],
         seed_canvas=tuple(header["seed_canvas"]),
         guarded=header["guarded"],
+        fused=fused,
         steps=tuple(step(index) for index in range(count)),
     )

@@ -114,6 +114,7 @@ class Recorder:
             prompt_length=prompt_length,
             seed_canvas=tuple(asked.seed_canvas),
             guarded=bool(asked.bad_words),
+            fused=bool(pool.fused[slot]),
         )
         self._open[slot] = _Recording(header)
 

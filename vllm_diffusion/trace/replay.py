@@ -52,9 +52,9 @@ class ReplayedCanvas:
     @property
     def same_tokens(self) -> bool | None:
         """What the rule commits is what was committed; None where either did not get that far."""
-        if self.tokens is None or self.recorded.commit is None:
+        if self.tokens is None or self.recorded.tokens is None:
             return None
-        return np.array_equal(self.tokens, self.recorded.commit.argmax)
+        return np.array_equal(self.tokens, self.recorded.tokens)
 
     @property
     def reproduced(self) -> bool:
@@ -95,6 +95,8 @@ class Replay:
 
 def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Replay:
     """Run a rule on a trace.
+
+    Whether its commits were fused changes nothing: the canvases are the same.
 
     For other constants of the rule: ``replay(dataclasses.replace(trace, rule=constants))``.
     Temperatures came before the statistics and cannot be changed any more. A canvas of a guarded
