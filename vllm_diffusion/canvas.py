@@ -34,6 +34,7 @@ class CanvasPool:
     Attributes (S slots, L canvas length, K steps remembered, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
         argmax: [S, L] int64, the model's best guess after the last step.
+        top_prob: [S, L] fp32, its probability; 0 before the first step of a canvas.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
         step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
@@ -44,8 +45,9 @@ class CanvasPool:
         entropy: [S] fp32, nats, mean entropy of the canvas in the last step.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
         seed: [S, 2] int64, words of the request seed.
-        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
-            [S] fp32; t_min, t_max: [S] fp64, see ``linear_temperature`` for why.
+        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold,
+            hold_threshold, doubt_threshold: [S] fp32; t_min, t_max: [S] fp64, see
+            ``linear_temperature`` for why.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class CanvasPool:
 
         self.tokens = integers(canvas_length)
         self.argmax = integers(canvas_length)
+        self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
         steps = constants.stability_threshold if remembered is None else remembered
         self.history = integers(steps, canvas_length)
         self.soft_embedding = torch.zeros(
@@ -93,6 +96,8 @@ class CanvasPool:
         self.t_max = floats(constants.t_max, torch.float64)
         self.entropy_bound = floats(constants.entropy_bound)
         self.confidence_threshold = floats(constants.confidence_threshold)
+        self.hold_threshold = floats(constants.hold_threshold)
+        self.doubt_threshold = floats(constants.doubt_threshold)
 
     def admit(self, slot: int, *, seed: int, constants: RuleConstants | None = None) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
@@ -116,6 +121,8 @@ class CanvasPool:
         self.t_max[slot].fill_(rule.t_max)
         self.entropy_bound[slot].fill_(rule.entropy_bound)
         self.confidence_threshold[slot].fill_(rule.confidence_threshold)
+        self.hold_threshold[slot].fill_(rule.hold_threshold)
+        self.doubt_threshold[slot].fill_(rule.doubt_threshold)
         self.step[slot].fill_(0)
         self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)
@@ -129,6 +136,7 @@ class CanvasPool:
         """
         self.tokens[slots] = initial_canvas(self.seed[slots], position, self.vocab_size)
         self.history[slots] = -1
+        self.top_prob[slots] = 0
         self.soft_embedding[slots] = 0
         self.step[slots] = 0
         self.first_step[slots] = 0
@@ -180,6 +188,7 @@ class CanvasPool:
         self.tokens[slots] = torch.where(finished[:, None], commit.tokens, tokens)
         self.count[slots], self.rows[slots] = commit.count, commit.rows
         self.argmax[slots] = argmax
+        self.top_prob[slots] = torch.where(row_committing, 0.0, stats.top_prob)
         self._remember(slots, argmax, committing)
 
         # A finished canvas is committed with plain embeddings and a new one starts from zero, so

@@ -56,6 +56,10 @@ class DiffusionParams:
     """Mean entropy in nats below which a canvas counts as certain."""
     stability_threshold: int | None = None
     """Steps the argmax must hold, at most the served number."""
+    hold_threshold: float | None = None
+    """Probability from which a token that held for a step is kept."""
+    doubt_threshold: float | None = None
+    """Expected wrong tokens below which a canvas may end without having held."""
     seed_canvas: tuple[int, ...] = ()
     """Token ids of the first input of the first canvas, one a position."""
     pinned: tuple[int, ...] = ()
@@ -93,6 +97,8 @@ _NUMBERS: Final = {
     "t_max": True,
     "entropy_bound": False,
     "confidence_threshold": False,
+    "hold_threshold": False,
+    "doubt_threshold": False,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained", "telemetry")

@@ -163,7 +163,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
     (line,) = said_by_serving
     assert "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_gen" in line
     assert "entropy_bound=0.7 (override_generation_config)" in line
-    assert f"confidence_threshold={rules.default.confidence_threshold} (preset fast)" in line
+    assert f"doubt_threshold={rules.default.doubt_threshold} (preset fast)" in line
     assert "stability_threshold=2 (additional_config)" in line
 
 

@@ -35,6 +35,7 @@ CONSTANTS = RuleConstants(
 STATE = (
     "tokens",
     "argmax",
+    "top_prob",
     "history",
     "soft_embedding",
     "step",
@@ -145,12 +146,22 @@ def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> No
         entropy_bound=3.0,
         confidence_threshold=0.7,
         stability_threshold=0,
+        hold_threshold=0.9,
+        doubt_threshold=0.2,
     )
     for rule in (asked, CONSTANTS):
         pool.admit(0, seed=1, constants=None if rule == CONSTANTS else rule)
         held = {
             name: float(getattr(pool, name)[0])
-            for name in ("max_steps", "t_min", "t_max", "entropy_bound", "confidence_threshold")
+            for name in (
+                "max_steps",
+                "t_min",
+                "t_max",
+                "entropy_bound",
+                "confidence_threshold",
+                "hold_threshold",
+                "doubt_threshold",
+            )
         }
         assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
         assert int(pool.stability[0]) == rule.stability_threshold

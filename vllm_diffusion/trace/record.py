@@ -105,6 +105,8 @@ class Recorder:
                 entropy_bound=float(pool.entropy_bound[slot]),
                 confidence_threshold=float(pool.confidence_threshold[slot]),
                 stability_threshold=int(pool.stability[slot]),
+                hold_threshold=float(pool.hold_threshold[slot]),
+                doubt_threshold=float(pool.doubt_threshold[slot]),
             ),
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,
