@@ -188,8 +188,7 @@ class CanvasPool:
         self.tokens[slots] = torch.where(finished[:, None], commit.tokens, tokens)
         self.count[slots], self.rows[slots] = commit.count, commit.rows
         self.argmax[slots] = argmax
-        self.top_prob[slots] = torch.where(row_committing, 0.0, stats.top_prob)
-        self._remember(slots, argmax, committing)
+        self._remember(slots, argmax, stats.top_prob, committing)
 
         # A finished canvas is committed with plain embeddings and a new one starts from zero, so
         # only a canvas that goes on carries its belief over.
@@ -209,8 +208,11 @@ class CanvasPool:
         rows = torch.arange(self.canvas_length, device=argmax.device)
         return Commit(tokens=argmax, rows=rows.expand_as(argmax), count=batch.width)
 
-    def _remember(self, slots: Tensor, argmax: Tensor, committing: Tensor) -> None:
+    def _remember(
+        self, slots: Tensor, argmax: Tensor, top_prob: Tensor, committing: Tensor
+    ) -> None:
         """Shift the history of the denoising slots by one step, forget that of the committing."""
+        self.top_prob[slots] = torch.where(committing[:, None], 0.0, top_prob)
         if self.history.shape[1] == 0:
             return
         shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)

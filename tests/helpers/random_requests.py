@@ -111,8 +111,6 @@ _OPTIONS: Final[Mapping[str, Callable[[Random, Shape], Any]]] = {
     "entropy_bound": _one(0.0, 0.5, 50.0),
     "confidence_threshold": _one(0.0, 0.1, 10.0),
     "stability_threshold": _one(0, 1),
-    "hold_threshold": _one(0.0, 0.5, 0.9),
-    "doubt_threshold": _one(0.0, 0.1, 5.0),
     "pinned": lambda dice, shape: dice.sample(range(shape.canvas // 2 - 1), dice.randint(1, 3)),
 }
 

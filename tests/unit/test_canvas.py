@@ -421,3 +421,17 @@ def test_a_slot_forgets_the_draft_of_its_last_owner(leave: str) -> None:
     else:
         pool.begin(slot, positions(0))
     assert (int(pool.step[0]), int(pool.first_step[0])) == (0, 0)
+
+
+def test_the_probability_of_the_last_argmax_is_forgotten_with_its_canvas() -> None:
+    pool = begun_pool(1, 3)
+    batch = make_batch([1, 3], [10, 30])
+    assert not bool(pool.top_prob.any())
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, True, False))
+    assert pool.top_prob[[1, 3]].tolist() == [[1.0] * LENGTH] * 2
+    # Slot 1 commits, and its next canvas begins.
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, False, False))
+    assert not bool(pool.top_prob[1].any())
+    assert bool(pool.top_prob[3].all())
+    pool.begin(torch.tensor([3]), positions(30))
+    assert not bool(pool.top_prob[3].any())
