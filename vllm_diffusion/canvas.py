@@ -37,6 +37,7 @@ class CanvasPool:
     Attributes (S slots, L canvas length, K steps remembered, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
         argmax: [S, L] int64, the model's best guess after the last step.
+        top_prob: [S, L] fp32, its probability; 0 before the first step of a canvas.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
         step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
@@ -49,8 +50,9 @@ class CanvasPool:
         fused: [S] bool, canvases give their tokens in their last step, and are never committed
             by themselves.
         seed: [S, 2] int64, words of the request seed.
-        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold:
-            [S] fp32; t_min, t_max: [S] fp64, see ``linear_temperature`` for why.
+        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold,
+            hold_threshold, doubt_threshold: [S] fp32; t_min, t_max: [S] fp64, see
+            ``linear_temperature`` for why.
         soft_top_k: [S] int64, see ``Head``; None while no slot asks for anything but 0.
     """
 
@@ -80,6 +82,7 @@ class CanvasPool:
 
         self.tokens = integers(canvas_length)
         self.argmax = integers(canvas_length)
+        self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
         steps = constants.stability_threshold if remembered is None else remembered
         self.history = integers(steps, canvas_length)
         self.soft_embedding = torch.zeros(
@@ -100,6 +103,8 @@ class CanvasPool:
         self.t_max = floats(constants.t_max, torch.float64)
         self.entropy_bound = floats(constants.entropy_bound)
         self.confidence_threshold = floats(constants.confidence_threshold)
+        self.hold_threshold = floats(constants.hold_threshold)
+        self.doubt_threshold = floats(constants.doubt_threshold)
         self._soft_top_k = integers()
         self._approximate: set[int] = set()
 
@@ -138,6 +143,8 @@ class CanvasPool:
         self.t_max[slot].fill_(rule.t_max)
         self.entropy_bound[slot].fill_(rule.entropy_bound)
         self.confidence_threshold[slot].fill_(rule.confidence_threshold)
+        self.hold_threshold[slot].fill_(rule.hold_threshold)
+        self.doubt_threshold[slot].fill_(rule.doubt_threshold)
         self._soft_top_k[slot].fill_(rule.soft_embedding_top_k)
         self._approximate.discard(slot)
         if rule.soft_embedding_top_k:
@@ -156,6 +163,7 @@ class CanvasPool:
         """
         self.tokens[slots] = initial_canvas(self.seed[slots], position, self.vocab_size)
         self.history[slots] = -1
+        self.top_prob[slots] = 0
         self.soft_embedding[slots] = 0
         self.step[slots] = 0
         self.first_step[slots] = 0
@@ -213,7 +221,7 @@ class CanvasPool:
         self.tokens[slots] = torch.where(waits[:, None], commit.tokens, tokens)
         self.count[slots], self.rows[slots] = commit.count, commit.rows
         self.argmax[slots] = argmax
-        self._remember(slots, argmax, emits)
+        self._remember(slots, argmax, stats.top_prob, emits)
 
         # A finished canvas is committed with plain embeddings and a new one starts from zero, so
         # only a canvas that goes on carries its belief over.
@@ -232,8 +240,9 @@ class CanvasPool:
         rows = torch.arange(self.canvas_length, device=argmax.device)
         return Commit(tokens=argmax, rows=rows.expand_as(argmax), count=batch.width)
 
-    def _remember(self, slots: Tensor, argmax: Tensor, emits: Tensor) -> None:
+    def _remember(self, slots: Tensor, argmax: Tensor, top_prob: Tensor, emits: Tensor) -> None:
         """Shift the history of the slots by one step, forget that of a canvas that is over."""
+        self.top_prob[slots] = torch.where(emits[:, None], 0.0, top_prob)
         if self.history.shape[1] == 0:
             return
         shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)

@@ -19,7 +19,7 @@ refused at start, all problems in one message.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
 _CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
+_PUBLISHED: Final = tuple(field.name for field in fields(RuleConstants) if field.default is MISSING)
 _FUSED_COMMIT: Final = "fused_commit"
 
 HEAD_MEMORY: Final = "head_memory_mb"
@@ -134,6 +135,11 @@ def _generation(
         f"override_generation_config names {name}, which a generation config calls {theirs}"
         for name, theirs in _IN_GENERATION.items()
         if name in override
+    ] + [
+        f"override_generation_config names {name}, which no published rule has; "
+        "additional_config sets it"
+        for name in _CONSTANTS
+        if name in override and name not in _PUBLISHED
     ]
     asked, own = override.get("sampler_config"), checkpoint.get("sampler_config")
     if isinstance(asked, dict):
@@ -147,7 +153,7 @@ def _generation(
     flat = {**override, **({f"sampler_config.{key}": 0 for key in asked} if asked else {})}
     origins = {
         name: "override_generation_config"
-        for name in _CONSTANTS
+        for name in _PUBLISHED
         if _IN_GENERATION.get(name, name) in flat
     }
     if max_denoising_steps is not None:

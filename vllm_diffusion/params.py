@@ -59,6 +59,10 @@ class DiffusionParams:
     """Mean entropy in nats below which a canvas counts as certain."""
     stability_threshold: int | None = None
     """Steps the argmax must hold, at most the served number."""
+    hold_threshold: float | None = None
+    """Probability from which a token that held for a step is kept."""
+    doubt_threshold: float | None = None
+    """Expected wrong tokens below which a canvas may end without having held."""
     soft_embedding_top_k: int | None = None
     """Likeliest ids that self-conditioning is the mean of, an approximation; 0 for all."""
     seed_canvas: tuple[int, ...] = ()
@@ -105,6 +109,8 @@ _NUMBERS: Final = {
     "t_max": True,
     "entropy_bound": False,
     "confidence_threshold": False,
+    "hold_threshold": False,
+    "doubt_threshold": False,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained", "fused_commit", "telemetry")

@@ -282,7 +282,11 @@ class Constraints:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleConstants:
-    """The published constants of a checkpoint's decoding rule (host side)."""
+    """The constants of a decoding rule (host side).
+
+    Those without a default are the published rule's, and a checkpoint has to give them; the
+    defaults of the others switch off what they are about.
+    """
 
     max_steps: int
     t_min: float
@@ -290,6 +294,8 @@ class RuleConstants:
     entropy_bound: float  # nats
     confidence_threshold: float  # nats
     stability_threshold: int  # steps
+    hold_threshold: float = 0.0  # probability
+    doubt_threshold: float = 0.0  # tokens
     soft_embedding_top_k: int = 0  # ids a soft embedding is the mean of; 0: all, as published
 
 

@@ -5,9 +5,9 @@
             |                  (the request's bias, masks, top_k ... change the logits in there)
             v
       CanvasStats
-            |  accept          the surest positions keep their sample ...
+            |  accept          the surest keep their sample, what has held its argmax ...
             |  renoise         ... the others become uniform noise
-            |  stop            argmax unchanged and entropy low, or out of steps
+            |  stop            argmax unchanged and entropy low, or no doubt left, or out of steps
             |                  (what a text with holes has too much is taken out of its canvas)
             v
       Decision ---- observe    whoever wants to watch, see ``trace``
@@ -16,8 +16,9 @@
       Emission                 tokens of the canvases whose KV was committed in this forward;
                                of those it finished, where commits are fused
 
-The rule is the published one of DiffusionGemma (entropy-bounded sampling, arXiv 2505.24857). Takes
-tensors, gives tensors, never waits for the device, knows nothing of requests or of vLLM.
+The rule is the published one of DiffusionGemma (entropy-bounded sampling, arXiv 2505.24857) and two
+additions that save forwards, off unless a request's constants switch them on (docs/decoding.md).
+Takes tensors, gives tensors, never waits for the device, knows nothing of requests or of vLLM.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ import torch
 
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
-from vllm_diffusion.denoise.accept import entropy_bound
+from vllm_diffusion.denoise.accept import entropy_bound, held
 from vllm_diffusion.denoise.renoise import uniform_tokens
 from vllm_diffusion.denoise.schedule import linear_temperature
-from vllm_diffusion.denoise.stop import stable_and_confident
+from vllm_diffusion.denoise.stop import stable_and_confident, sure_at_once
 from vllm_diffusion.records import (
     CanvasBatch,
     CanvasStats,
@@ -170,9 +171,11 @@ def statistics(
 
 
 def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    """Accept, renoise, stop: the published rule, one line each."""
+    """Accept, renoise, stop: the rule that the constants of each slot describe."""
     slots = batch.slots
-    accept = entropy_bound(stats.entropy, pool.entropy_bound[slots], batch.valid)
+    sure = entropy_bound(stats.entropy, pool.entropy_bound[slots], batch.valid)
+    last = pool.argmax[slots], pool.top_prob[slots]
+    kept = held(stats.argmax, stats.top_prob, *last, pool.hold_threshold[slots], batch.valid)
     noise = uniform_tokens(pool.seed[slots], batch.position, pool.step[slots], pool.vocab_size)
     settled = stable_and_confident(
         stats.argmax,
@@ -181,11 +184,17 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         pool.confidence_threshold[slots],
         batch.valid,
         pool.stability[slots],
+    ) | sure_at_once(
+        stats.argmax,
+        stats.top_prob,
+        *last,
+        pool.doubt_threshold[slots],
+        batch.valid,
     )
     out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
     return Decision(
-        accept=accept,
-        next_tokens=torch.where(accept, stats.sample, noise),
+        accept=sure | kept,
+        next_tokens=torch.where(sure, stats.sample, torch.where(kept, stats.argmax, noise)),
         finished=settled | out_of_steps,
         reason=torch.where(settled, StopReason.SETTLED, StopReason.STEPS),
     )

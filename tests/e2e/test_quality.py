@@ -44,14 +44,17 @@ def test_known_bad_rules_lose_significantly_on_hard_items(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_presets_trade_forwards_for_care(tmp_path):
+def test_presets_save_forwards_or_take_care(tmp_path):
     arguments = [word for preset in PRESETS for word in ("--preset", preset)]
     arguments += [word for task in TASKS for word in ("--task", task)]
     found, table = quality(tmp_path, *arguments, "--sizes", "hard", "--n", str(ITEMS))
-    speed = {preset: found[f"ours:{preset}.all.TPF_all"] for preset in PRESETS}
-    assert speed["careful"] < speed["reference"] < speed["fast"], table
-    gain, error = (found[f"ours:careful.all.{name}"] for name in ("diff", "diff_error"))
-    assert gain > -3 * error, table
+    # Without the commits, which no preset changes.
+    speed = {preset: found[f"ours:{preset}.all.TPF_denoise"] for preset in PRESETS}
+    assert speed["careful"] < speed["reference"] < speed["balanced"] < speed["fast"], table
+    assert speed["balanced"] > 1.05 * speed["reference"], table
+    for preset, granted in {"careful": 0, "balanced": 0, "fast": 2}.items():
+        gain, error = (found[f"ours:{preset}.all.{name}"] for name in ("diff", "diff_error"))
+        assert gain > -granted - 3 * error, table
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ def test_neutral_values_are_the_published_rule(llm: LLM) -> None:
         "entropy_bound": 0.1,
         "confidence_threshold": 0.005,
         "stability_threshold": 1,
+        "hold_threshold": 0.0,
+        "doubt_threshold": 0.0,
     }
     assert answer(llm, **options(**served)) == plain
 
@@ -106,6 +108,9 @@ def test_thresholds_decide_when_a_canvas_is_finished(llm: LLM) -> None:
     held = steps_of(llm, **options(**surely))
     assert 1 < held <= plain
     assert steps_of(llm, **options(confidence_threshold=0.0)) == 48
+    # No more doubt than there are tokens: the first step is enough, and none below zero.
+    assert steps_of(llm, **options(doubt_threshold=CANVAS + 1)) == 1
+    assert steps_of(llm, **options(confidence_threshold=0.0, doubt_threshold=0.0)) == 48
 
 
 # ---- what may be said ----

@@ -78,6 +78,27 @@ def test_a_preset_is_the_options_that_it_stands_for(engine: Callable[..., LLM]) 
         assert answers(llm, options(preset=name)) == answers(llm, options(**constants))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_rule_of_a_preset_reaches_the_slot_that_it_is_served_in(
+    engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    llm = engine()
+    state, slots = state_of(llm), []
+    admit = state.pool.admit
+    monkeypatch.setattr(
+        state.pool, "admit", lambda slot, **of: (slots.append(slot), admit(slot, **of))
+    )
+    assert len(answers(llm, options(preset=name))[0]) == 2 * CANVAS
+    (slot,) = slots
+    held = {
+        constant: float(getattr(state.pool, constant)[slot])
+        for constant in ("entropy_bound", "hold_threshold", "doubt_threshold")
+    }
+    rule = asdict(state.rules.presets[name])
+    assert held == pytest.approx({constant: rule[constant] for constant in held})
+    assert rule == asdict(state.rules.default) | PRESETS[name]
+
+
 def test_a_preset_changes_the_steps_of_its_request_and_nothing_of_its_neighbours(
     engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,11 +145,12 @@ def test_a_request_may_ask_for_as_much_stability_as_is_remembered(
     assert state.pool.history.shape[1] == 3
     # Any two steps agree where one id alone may be said: the canvas ends as soon as it may.
     surely = {"allowed_token_ids": [7], "temperature": 1.0}
-    forwards = {
-        held: steps_of(llm, **surely, **options(stability_threshold=held)) for held in range(4)
-    }
+    # Without the doubt of `fast`, which would be gone in the first step.
+    asked = {held: options(stability_threshold=held, doubt_threshold=0.0) for held in range(4)}
+    forwards = {held: steps_of(llm, **surely, **asked[held]) for held in range(4)}
     assert forwards == {held: 2 * (held + 1) for held in range(4)}
-    assert steps_of(llm, **surely) == forwards[3]
+    assert steps_of(llm, **surely, **options(doubt_threshold=0.0)) == forwards[3]
+    assert steps_of(llm, **surely) == forwards[0], "the engine's doubt threshold did not arrive"
     assert steps_of(llm, **surely, **options(preset=REFERENCE)) == forwards[1]
     with pytest.raises(VLLMValidationError, match="at most the served 3, got 4"):
         answers(llm, options(stability_threshold=4))

@@ -154,7 +154,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         "--model",
         str(tiny_checkpoint),
         "--additional-config",
-        '{"diffusion": {"preset": "fast", "stability_threshold": 2, "head_memory_mb": 64}, '
+        '{"diffusion": {"preset": "balanced", "stability_threshold": 2, "head_memory_mb": 64}, '
         '"of_another_plugin": 1}',
         "--diffusion-config",
         '{"max_denoising_steps": 24}',
@@ -171,11 +171,11 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         stability_threshold=1,
     )
     assert rules.presets["reference"] == published
-    assert rules.default == replace(published, **PRESETS["fast"], stability_threshold=2)
+    assert rules.default == replace(published, **PRESETS["balanced"], stability_threshold=2)
     (line,) = said_by_serving
     assert "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_gen" in line
-    assert "entropy_bound=0.7 (override_generation_config)" in line
-    assert f"confidence_threshold={rules.default.confidence_threshold} (preset fast)" in line
+    for name in PRESETS["balanced"]:
+        assert f"{name}={getattr(rules.default, name)} (preset balanced)" in line
     assert "stability_threshold=2 (additional_config)" in line
     assert config.model_config.hf_config.head_memory_mb == 64
     assert "logits of a step take at most 64 MB" in line

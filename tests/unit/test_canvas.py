@@ -35,6 +35,7 @@ CONSTANTS = RuleConstants(
 STATE = (
     "tokens",
     "argmax",
+    "top_prob",
     "history",
     "soft_embedding",
     "step",
@@ -146,12 +147,22 @@ def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> No
         entropy_bound=3.0,
         confidence_threshold=0.7,
         stability_threshold=0,
+        hold_threshold=0.9,
+        doubt_threshold=0.2,
     )
     for rule in (asked, CONSTANTS):
         pool.admit(0, seed=1, constants=None if rule == CONSTANTS else rule)
         held = {
             name: float(getattr(pool, name)[0])
-            for name in ("max_steps", "t_min", "t_max", "entropy_bound", "confidence_threshold")
+            for name in (
+                "max_steps",
+                "t_min",
+                "t_max",
+                "entropy_bound",
+                "confidence_threshold",
+                "hold_threshold",
+                "doubt_threshold",
+            )
         }
         assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
         assert int(pool.stability[0]) == rule.stability_threshold
@@ -471,3 +482,17 @@ def test_a_slot_forgets_that_its_last_owner_was_fused() -> None:
     pool = begun_pool(0, fused=True)
     pool.admit(0, seed=1)
     assert not bool(pool.fused[0])
+
+
+def test_the_probability_of_the_last_argmax_is_forgotten_with_its_canvas() -> None:
+    pool = begun_pool(1, 3)
+    batch = make_batch([1, 3], [10, 30])
+    assert not bool(pool.top_prob.any())
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, True, False))
+    assert pool.top_prob[[1, 3]].tolist() == [[1.0] * LENGTH] * 2
+    # Slot 1 commits, and its next canvas begins.
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, False, False))
+    assert not bool(pool.top_prob[1].any())
+    assert bool(pool.top_prob[3].all())
+    pool.begin(torch.tensor([3]), positions(30))
+    assert not bool(pool.top_prob[3].any())

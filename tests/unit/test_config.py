@@ -278,6 +278,7 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
     assert describe(rules.default, origins) == (
         "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_generation_config), "
         "entropy_bound=0.1, confidence_threshold=0.005, stability_threshold=2 (additional_config), "
+        "hold_threshold=0.0, doubt_threshold=0.0, "
         "soft_embedding_top_k=0"
     )
 
@@ -339,6 +340,7 @@ def test_engine_options_that_make_no_sense(additional: object, problem: str):
     [
         ({"max_steps": 3}, "names max_steps, which a generation config calls max_denoising_steps"),
         ({"entropy_bound": 3}, "a generation config calls sampler_config.entropy_bound"),
+        ({"doubt_threshold": 0.1}, "names doubt_threshold, which no published rule has"),
         ({"sampler_config": {"bound": 1}}, "sampler_config has no bound; accepted: entropy_bound"),
     ],
 )

@@ -74,6 +74,7 @@ OPTIONS = (
     "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
     "diffusion_soft_embedding_top_k, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
+    "diffusion_hold_threshold, diffusion_doubt_threshold, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
     "diffusion_fused_commit, diffusion_telemetry, diffusion_template, diffusion_suffix, "
     "diffusion_draft, diffusion_noise_level"
@@ -99,6 +100,8 @@ def test_options_become_fields():
         "diffusion_t_max": 0.5,
         "diffusion_entropy_bound": 0.0,
         "diffusion_confidence_threshold": 1.5,
+        "diffusion_hold_threshold": 0.9,
+        "diffusion_doubt_threshold": 0.25,
         "diffusion_stability_threshold": 0,
         "diffusion_soft_embedding_top_k": 16,
         "diffusion_seed_canvas": [4, 5, 6],
@@ -118,6 +121,8 @@ def test_options_become_fields():
         t_max=0.5,
         entropy_bound=0.0,
         confidence_threshold=1.5,
+        hold_threshold=0.9,
+        doubt_threshold=0.25,
         stability_threshold=0,
         soft_embedding_top_k=16,
         seed_canvas=(4, 5, 6),
@@ -215,6 +220,8 @@ def test_the_worker_reads_admitted_options_and_never_raises():
         "diffusion_t_max",
         "diffusion_entropy_bound",
         "diffusion_confidence_threshold",
+        "diffusion_hold_threshold",
+        "diffusion_doubt_threshold",
     ],
 )
 def test_only_finite_numbers_are_thresholds(option: str, value: object):

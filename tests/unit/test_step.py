@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.table_model import CONSTANTS, LENGTH, SLOTS, Engine, TableModel, Trace, published
 
+from vllm_diffusion.denoise.accept import DRIFT
+
 if TYPE_CHECKING:
     from vllm_diffusion.records import Emission
 
@@ -70,6 +72,60 @@ def test_other_entropy_bounds_equal_the_published_loop(bound: float) -> None:
         engine.admit(0, seed=seed, start=0)
         ours, emission = engine.run_canvas(0)
         assert_same_canvas(ours, emission, published(model, seed, 0, LENGTH, rule), LENGTH)
+
+
+@pytest.mark.parametrize("doubt", [0.5, 4.0])
+def test_a_canvas_that_is_sure_at_once_ends_on_the_published_trajectory(doubt: float) -> None:
+    saved = 0
+    for seed in range(6):
+        model = TableModel(seed=seed, sharpness=3.0)
+        engine = Engine(model, replace(CONSTANTS, doubt_threshold=doubt))
+        engine.admit(0, seed=seed, start=0)
+        ours, emission = engine.run_canvas(0)
+        theirs = published(model, seed, 0, LENGTH, CONSTANTS)
+        assert ours.argmax == theirs.argmax[: ours.steps]
+        assert emission.tokens[0].tolist() == theirs.argmax[ours.steps - 1]
+        saved += theirs.steps - ours.steps
+    assert saved > 0, "no canvas was sure at once"
+
+
+@pytest.mark.parametrize("hold", [0.5, 0.9])
+def test_what_held_is_the_next_input_beside_what_the_bound_accepts(hold: float) -> None:
+    added = 0
+    rule = replace(CONSTANTS, entropy_bound=0.0)
+    for seed in range(8):
+        model = TableModel(seed=seed, sharpness=3.0)
+        engine, plain = Engine(model, replace(rule, hold_threshold=hold)), Engine(model, rule)
+        for each in (engine, plain):
+            each.admit(0, seed=seed, start=0)
+        now, then = engine.pool, plain.pool
+        # The canvases are the same until the first token is held.
+        while torch.equal(now.tokens, then.tokens) and not bool(now.causal[0]):
+            argmax, top_prob = now.argmax[0].clone(), now.top_prob[0].clone()
+            engine.step(0)
+            plain.step(0)
+        held = (now.argmax[0] == argmax) & (now.top_prob[0] >= hold)
+        held &= ((now.top_prob[0] - top_prob).abs() <= DRIFT) & (top_prob > 0)
+        differs = now.tokens[0] != then.tokens[0]
+        assert not bool((differs & ~held).any())
+        assert torch.equal(now.tokens[0][differs], now.argmax[0][differs])
+        added += int(differs.sum())
+    assert added > 0, "the bound had accepted all that held"
+
+
+def test_a_new_canvas_remembers_no_belief_of_the_last_one() -> None:
+    # Everything is sure at once, and holds: the second canvas must not know it from the first.
+    rule = replace(CONSTANTS, doubt_threshold=1e-3, hold_threshold=0.01)
+    model = TableModel(sharpness=0.7)
+    engine = Engine(model, rule)
+    engine.admit(0, seed=3, start=20)
+    engine.run_canvas(0)
+    assert not bool(engine.pool.top_prob[0].any())
+    second, _ = engine.run_canvas(0)
+    fresh = Engine(model, rule)
+    fresh.admit(0, seed=3, start=20 + LENGTH)
+    alone, _ = fresh.run_canvas(0)
+    assert second == alone
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, LENGTH - 1])

@@ -256,6 +256,8 @@ def assert_replayed(replayed: Replay, live: Request) -> None:
     bound=st.sampled_from([0.0, 0.03125, 0.1, 3.0]),
     threshold=st.sampled_from([0.0, 0.02, 0.5]),
     stability=st.integers(0, 3),
+    hold=st.sampled_from([0.0, 0.1, 0.9]),
+    doubt=st.sampled_from([0.0, 0.3, 3.0]),
     steps=st.integers(1, 16),
     fused=st.booleans(),
 )
@@ -268,6 +270,8 @@ def test_any_recorded_batch_replays_bit_for_bit(
     bound: float,
     threshold: float,
     stability: int,
+    hold: float,
+    doubt: float,
     steps: int,
     fused: bool,
 ) -> None:
@@ -276,6 +280,8 @@ def test_any_recorded_batch_replays_bit_for_bit(
         entropy_bound=bound,
         confidence_threshold=threshold,
         stability_threshold=stability,
+        hold_threshold=hold,
+        doubt_threshold=doubt,
     )
     with TemporaryDirectory() as folder:
         live = Live(Path(folder), rule)
@@ -305,6 +311,8 @@ def test_any_recorded_batch_replays_bit_for_bit(
                 max_steps=limits[slot],
                 entropy_bound=float(np.float32(bound)),
                 confidence_threshold=float(np.float32(threshold)),
+                hold_threshold=float(np.float32(hold)),
+                doubt_threshold=float(np.float32(doubt)),
             )
             assert_recorded(trace, live.requests[slot])
             assert_replayed(replay(trace), live.requests[slot])

@@ -18,7 +18,8 @@ REFERENCE: Final = "reference"
 
 PRESETS: Final[dict[str, Mapping[str, Any]]] = {
     REFERENCE: {},
-    "fast": {"confidence_threshold": 0.02},
+    "balanced": {"entropy_bound": 0.05, "hold_threshold": 0.8, "doubt_threshold": 0.15},
+    "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
     "careful": {"entropy_bound": 0.03},
 }
 """Name -> fields of ``RuleConstants`` and their values."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
+
+BELIEVED: Final = 0.5
+"""A token that was likelier than all others together, the step before."""
 
 
 def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order they are compared
@@ -38,3 +43,35 @@ def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order t
     stable = unchanged.flatten(1).all(dim=1)
     mean = torch.where(valid, entropy, 0.0).sum(dim=1) / valid.sum(dim=1)
     return stable & (mean < threshold)
+
+
+def sure_at_once(  # noqa: PLR0917 - two steps, in the order they are compared
+    argmax: Tensor,
+    top_prob: Tensor,
+    last_argmax: Tensor,
+    last_top_prob: Tensor,
+    threshold: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """The canvas leaves next to nothing open and takes back nothing that it believed.
+
+    What is left open is the number of tokens that a sample would have otherwise than the argmax, on
+    average: the sum of 1 - p. A sum, so that a wide canvas is held to the same as a narrow one.
+    A canvas may look certain while it still moves, one part waiting for another. What gives that
+    away is that it overturns a token it believed in the step before. It may well settle what was
+    open, which is why it need not hold for a step.
+
+    Args:
+        argmax: [B, L] int64.
+        top_prob: [B, L] fp32, probability of the argmax.
+        last_argmax: [B, L] int64, of the step before.
+        last_top_prob: [B, L] fp32; 0 where there was no step before.
+        threshold: [B] fp32, tokens; finished below it, 0 never finishes.
+        valid: [B, L] bool, False beyond a canvas's width.
+
+    Returns:
+        [B] bool.
+    """
+    overturned = (argmax != last_argmax) & (last_top_prob > BELIEVED) & valid
+    doubt = torch.where(valid, 1 - top_prob, 0.0).sum(dim=1)
+    return (doubt < threshold) & ~overturned.any(dim=1)

@@ -13,6 +13,7 @@ from vllm_diffusion.errors import TraceError
 if TYPE_CHECKING:
     import argparse
 
+    from vllm_diffusion.records import RuleConstants
     from vllm_diffusion.trace.file import Canvas, Step, Trace
     from vllm_diffusion.trace.replay import ReplayedCanvas
 
@@ -82,7 +83,15 @@ def _header(path: str, trace: Trace) -> str:
         f"rule: at most {rule.max_steps} steps, temperature {rule.t_max:g} to {rule.t_min:g}, "
         f"accept within {rule.entropy_bound:g} nats, "
         f"stop below {rule.confidence_threshold:g} nats once stable for {rule.stability_threshold}"
+        f"{_additions(rule)}"
     )
+
+
+def _additions(rule: RuleConstants) -> str:
+    """What a rule does beyond the published one."""
+    hold = f", hold from {rule.hold_threshold:g}" if rule.hold_threshold else ""
+    doubt = rule.doubt_threshold
+    return hold + (f", stop below {doubt:g} tokens of doubt" if doubt else "")
 
 
 def _row(number: int, canvas: Canvas) -> str:

@@ -106,6 +106,8 @@ class Recorder:
                 entropy_bound=float(pool.entropy_bound[slot]),
                 confidence_threshold=float(pool.confidence_threshold[slot]),
                 stability_threshold=int(pool.stability[slot]),
+                hold_threshold=float(pool.hold_threshold[slot]),
+                doubt_threshold=float(pool.doubt_threshold[slot]),
                 soft_embedding_top_k=0 if top_k is None else int(top_k[slot]),
             ),
             vocab_size=pool.vocab_size,

@@ -1,4 +1,4 @@
-"""The entropy bound, against the published sampler and by its own properties."""
+"""The entropy bound, against the published sampler and by its properties; what has held, by its."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from vllm_diffusion.denoise.accept import entropy_bound
+from vllm_diffusion.denoise.accept import DRIFT, entropy_bound, held
 
 LENGTH, VOCAB = 24, 50
 
@@ -128,3 +128,69 @@ def test_padding_neither_accepts_nor_spends(width: int, rest: float) -> None:
     assert not bool(ours[:, width:].any())
     assert torch.equal(ours[:, :width], accept(entropy[:, :width], 0.1))
     assert bool(ours.any(dim=1).all())
+
+
+# ---- what has held ----
+
+
+def hold(  # one canvas
+    top_prob: list[float],
+    last_top_prob: list[float],
+    threshold: float,
+    *,
+    moved: tuple[int, ...] = (),
+    width: int | None = None,
+) -> list[bool]:
+    """The mask of a canvas; ``moved`` positions had another argmax in the step before."""
+    length = len(top_prob)
+    argmax = torch.arange(length)[None]
+    last = argmax.clone()
+    last[:, list(moved)] += 1
+    valid = torch.arange(length)[None] < (length if width is None else width)
+    mask = held(
+        argmax,
+        torch.tensor([top_prob]),
+        last,
+        torch.tensor([last_top_prob]),
+        torch.tensor([threshold]),
+        valid,
+    )
+    result: list[bool] = mask[0].tolist()
+    return result
+
+
+def test_a_position_is_held_if_it_is_likely_and_was_so_before() -> None:
+    now = [0.95, 0.95, 0.95, 0.85, 0.95]
+    before = [0.94, 0.94, 0.80, 0.85, 0.0]
+    assert hold(now, before, 0.9, moved=(1,)) == [True, False, False, False, False]
+
+
+def test_a_threshold_of_zero_holds_nothing_and_a_first_step_holds_nothing() -> None:
+    assert not any(hold([1.0, 0.5], [1.0, 0.5], 0.0))
+    assert not any(hold([DRIFT / 2, 1.0], [0.0, 0.0], 1e-6)), "there was no step before"
+
+
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20),
+    bounds=st.tuples(st.floats(1e-3, 1), st.floats(1e-3, 1)),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_lower_threshold_holds_a_superset(
+    rows: list[tuple[float, float]], bounds: tuple[float, float]
+) -> None:
+    now, before = (list(each) for each in zip(*rows, strict=True))
+    low, high = sorted(bounds)
+    many, few = hold(now, before, low), hold(now, before, high)
+    assert all(more or not less for more, less in zip(many, few, strict=True))
+
+
+@pytest.mark.parametrize("rest", [1.0, float("nan")])
+def test_rows_beyond_the_canvas_are_not_held(rest: float) -> None:
+    assert hold([1.0, rest], [1.0, rest], 0.9, width=1) == [True, False]
+
+
+def test_each_canvas_has_its_own_threshold_to_hold() -> None:
+    argmax, likely = torch.zeros(3, 1, dtype=torch.int64), torch.full((3, 1), 0.8)
+    valid = torch.ones(3, 1, dtype=torch.bool)
+    mask = held(argmax, likely, argmax, likely, torch.tensor([0.0, 0.75, 0.85]), valid)
+    assert mask[:, 0].tolist() == [False, True, False]

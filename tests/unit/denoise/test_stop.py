@@ -1,16 +1,18 @@
-"""The stopping rule, step by step beside the published criteria."""
+"""The stopping rules: the published one beside its criteria, the others by their properties."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from vllm_diffusion.denoise.stop import stable_and_confident
+from vllm_diffusion.denoise.stop import BELIEVED, stable_and_confident, sure_at_once
 
 LENGTH, VOCAB, STEPS = 12, 20, 14
 CONFIDENCE = 0.05
@@ -135,3 +137,98 @@ def test_a_request_may_ask_for_fewer_steps_of_stability_than_are_remembered(stab
             torch.ones(1, 2, dtype=torch.bool),
         )
         assert bool(verdict) == bool(alone) == (stability <= held)
+
+
+# ---- sure at once ----
+
+
+def sure(
+    top_prob: list[float],
+    threshold: float,
+    *,
+    last_top_prob: list[float] | None = None,
+    overturned: int | None = None,
+    width: int | None = None,
+) -> bool:
+    """The verdict on one canvas; ``overturned`` had another argmax in the step before."""
+    length = len(top_prob)
+    argmax = torch.arange(length)[None]
+    last = argmax.clone()
+    if overturned is not None:
+        last[0, overturned] += 1
+    return bool(
+        sure_at_once(
+            argmax,
+            torch.tensor([top_prob]),
+            last,
+            torch.tensor([last_top_prob or [0.0] * length]),
+            torch.tensor([threshold]),
+            torch.arange(length)[None] < (length if width is None else width),
+        )
+    )
+
+
+def test_the_doubt_is_the_number_of_tokens_that_a_sample_would_have_otherwise() -> None:
+    probabilities = torch.tensor([[0.97, 0.02, 0.01], [0.9, 0.1, 0.0], [0.2, 0.75, 0.05]])
+    drawn = probabilities.multinomial(200_000, replacement=True, generator=torch.manual_seed(0))
+    otherwise = float((drawn != probabilities.argmax(dim=1)[:, None]).sum(dim=0).float().mean())
+    top_prob = probabilities.max(dim=1).values.tolist()
+    assert not sure(top_prob, otherwise - 0.01)
+    assert sure(top_prob, otherwise + 0.01)
+
+
+def test_the_threshold_of_doubt_is_strict_and_zero_is_off() -> None:
+    assert not sure([1.0, 1.0], 0.0), "a canvas without any doubt"
+    assert not sure([0.75, 1.0], 0.25)
+    assert sure([0.75, 1.0], 0.2500001)
+
+
+def test_doubt_adds_up_so_a_wide_canvas_has_to_be_surer() -> None:
+    assert sure([0.99] * 8, 0.1)
+    assert not sure([0.99] * 16, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("before", "finished"), [(0.0, True), (0.3, True), (BELIEVED, True), (0.6, False), (1.0, False)]
+)
+def test_a_canvas_that_takes_back_what_it_believed_goes_on(before: float, finished: bool) -> None:
+    last = [1.0, before, 1.0]
+    assert sure([1.0, 0.99, 1.0], 0.1, last_top_prob=last, overturned=1) is finished
+    assert sure([1.0, 0.99, 1.0], 0.1, last_top_prob=last), "an argmax that held was taken back"
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.5, float("nan")])
+def test_rows_beyond_the_canvas_are_neither_doubted_nor_taken_back(rest: float) -> None:
+    padded = [0.99, 0.99, rest, rest]
+    assert sure(padded, 0.03, last_top_prob=[1.0] * 4, overturned=3, width=2)
+    assert not sure(padded, 0.03, last_top_prob=[1.0] * 4, overturned=1, width=2)
+    assert not sure(padded, 0.01, width=2)
+
+
+@given(
+    top_prob=st.lists(st.floats(0.5, 1.0, width=32), min_size=1, max_size=20),
+    bounds=st.tuples(st.floats(0, 3, width=32), st.floats(0, 3, width=32)),
+)
+@settings(max_examples=100, deadline=None)
+def test_whoever_is_sure_is_sure_under_a_larger_threshold(
+    top_prob: list[float], bounds: tuple[float, float]
+) -> None:
+    small, large = sorted(bounds)
+    assert sure(top_prob, small) <= sure(top_prob, large)
+
+
+def test_a_probability_that_is_no_number_finishes_nothing() -> None:
+    assert not sure([1.0, float("nan")], 1e6)
+
+
+def test_each_canvas_has_its_own_threshold_of_doubt() -> None:
+    argmax, valid = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool)
+    verdict = sure_at_once(
+        argmax,
+        torch.full((3, 2), 0.9),
+        argmax,
+        torch.zeros(3, 2),
+        torch.tensor([0.0, 0.15, 0.25]),
+        valid,
+    )
+    assert verdict.tolist() == [False, False, True]
