@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import _report
+from _cell import measure
 from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
@@ -112,7 +112,7 @@ def main() -> None:
         engines = options.engines or [
             engine for engine in ENGINES if not (options.quick and engine == "native-standin")
         ]
-        results = {engine: measure(engine, plan) for engine in engines}
+        results = {engine: measure_engine(engine, plan) for engine in engines}
     report(results, plan, options.json)
 
 
@@ -123,35 +123,33 @@ def never_settling(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def measure(engine: str, plan: Plan) -> dict[str, Any]:
-    """Run one engine in a process of its own and read its last line."""
+def measure_engine(engine: str, plan: Plan) -> dict[str, Any]:
+    """Run one engine in a process of its own."""
+    fields = {name: getattr(plan, name) for name in Plan.__slots__}
+    measured: dict[str, Any] = measure(
+        __file__,
+        *("--worker", engine, "--plan", json.dumps(fields)),
+        environment=environment_of(engine),
+        name=engine,
+    )
+    print(f"{engine}: {measured['start_s']:.0f} s to start", file=sys.stderr)
+    return measured
+
+
+def environment_of(engine: str) -> dict[str, str]:
+    """What the process of an engine finds in its environment."""
     environment = {
-        **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # In this process, so that memory and forwards are counted where they happen.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_DIFFUSION": "1" if engine == "ours" else "0",
     }
     if engine == "native":
         environment["TRITON_INTERPRET"] = "1"
     if engine.startswith("native"):
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    fields = {name: getattr(plan, name) for name in Plan.__slots__}
-    result = subprocess.run(
-        [sys.executable, __file__, "--worker", engine, "--plan", json.dumps(fields)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    if result.returncode:
-        sys.exit(f"{engine} failed with status {result.returncode}")
-    measured: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    print(f"{engine}: {measured['start_s']:.0f} s to start", file=sys.stderr)
-    return measured
+    return environment
 
 
 def run_engine(engine: str, plan: Plan) -> None:

@@ -26,13 +26,12 @@ against fp64 from the logits on, which all of them round alike.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
 import _report
+from _cell import measure
 from _resident import resident
 
 if TYPE_CHECKING:
@@ -70,7 +69,13 @@ def main() -> None:
         for dtype in options.dtypes:
             for rows in options.rows:
                 cells = {
-                    head: measure(head, dtype, rows, options.vocab, hidden)
+                    head: measure(
+                        __file__,
+                        "--cell",
+                        f"{head},{dtype},{rows},{options.vocab},{hidden}",
+                        environment={},
+                        name=head,
+                    )
                     for head in options.heads
                 }
                 for head, cell in cells.items():
@@ -101,22 +106,6 @@ def headline(table: list[dict[str, _report.Value]]) -> str:
         f"native takes {ratios('native', 'cpu s')} times the seconds of ours, the two products "
         f"{ratios('gemms', 'cpu s')}; native holds up to {most('native')}, ours {most('ours')}"
     )
-
-
-def measure(head: str, dtype: str, rows: int, vocab: int, hidden: int) -> dict[str, _report.Value]:
-    """One cell in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, __file__, "--cell", f"{head},{dtype},{rows},{vocab},{hidden}"],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    if result.returncode:
-        sys.exit(f"{head} failed with status {result.returncode}")
-    cell: dict[str, _report.Value] = json.loads(result.stdout.splitlines()[-1])
-    return cell
 
 
 def run_cell(head: str, dtype: str, rows: int, vocab: int, hidden: int) -> dict[str, _report.Value]:

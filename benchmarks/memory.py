@@ -13,14 +13,13 @@ stand-ins for its Triton kernels; its model, sampler and head are its own.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING
 
 import _report
+from _cell import measure
 from _native_host import use_stand_ins
 from _resident import resident
 
@@ -53,7 +52,12 @@ def main() -> None:
         checkpoint = str(make_tiny_checkpoint(folder, spec))
         for engine in ("ours", "native"):
             for requests in getattr(options, engine):
-                cell = measure(engine, checkpoint, requests)
+                cell = measure(
+                    __file__,
+                    *("--cell", engine, checkpoint, str(requests)),
+                    environment=environment_of(engine),
+                    name=f"{engine} with {requests} requests",
+                )
                 rows = requests * options.canvas
                 table.append({"engine": engine, "requests": requests, "rows": rows, **cell})
                 flat.update({f"{engine}.{requests}.{key}": value for key, value in cell.items()})
@@ -68,30 +72,14 @@ def main() -> None:
     )
 
 
-def measure(engine: str, checkpoint: str, requests: int) -> dict[str, _report.Value]:
-    """One cell in a process of its own."""
-    environment = {
-        **os.environ,
+def environment_of(engine: str) -> dict[str, str]:
+    """What the process of an engine finds in its environment."""
+    return {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # In this process, so that memory is counted where it is taken.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_DIFFUSION": "1" if engine == "ours" else "0",
+        **({} if engine == "ours" else {"VLLM_DIFFUSION": "0", "VLLM_USE_V2_MODEL_RUNNER": "1"}),
     }
-    if engine == "native":
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    result = subprocess.run(
-        [sys.executable, __file__, "--cell", engine, checkpoint, str(requests)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    if result.returncode:
-        sys.exit(f"{engine} with {requests} requests failed with status {result.returncode}")
-    cell: dict[str, _report.Value] = json.loads(result.stdout.splitlines()[-1])
-    return cell
 
 
 def run_cell(engine: str, checkpoint: str, requests: int) -> dict[str, _report.Value]:

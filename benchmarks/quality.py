@@ -23,14 +23,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, quantiles, stdev
 from typing import TYPE_CHECKING, Any
 
 import _report
@@ -40,6 +38,7 @@ from _native_host import use_stand_ins
 
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
+from vllm_diffusion.tune.compare import Outcome, paired, repeated_share, summarised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,23 +46,6 @@ if TYPE_CHECKING:
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
 NAMES = (*PRESETS, *BAD_RULES)
 ENGINES = ("ours", "native", "transformers")
-NGRAM = 8
-"""Tokens in a row that count as a loop when they come again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What one arm made of one item."""
-
-    right: bool
-    finished: bool
-    empty: bool
-    repeated: float
-    """Share of n-grams that the answer had before."""
-    tokens: int
-    denoise: int
-    commits: int
-    steps: list[int]
 
 
 def main() -> None:
@@ -130,7 +112,7 @@ def sizes_of(task: str, which: str) -> Sequence[int]:
     return {"easy": made.easy, "hard": made.hard, "all": made.sizes}[which]
 
 
-def measure(arm: str, items: Sequence[Item], options: Any) -> list[Judged]:  # noqa: ANN401 - argparse
+def measure(arm: str, items: Sequence[Item], options: Any) -> list[Outcome]:  # noqa: ANN401 - argparse
     """Let a process of its own answer, and judge what it wrote."""
     native = arm == "native"
     environment = {
@@ -167,14 +149,13 @@ def answer_here(arm: str, folder: Path, checkpoint: Path, seed: int) -> None:
     (folder / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
 
 
-def judge(item: Item, answer: Answer) -> Judged:
+def judge(item: Item, answer: Answer) -> Outcome:
     """Score an answer; one that was cut is wrong even if it starts right."""
-    grams = [tuple(answer.tokens[i : i + NGRAM]) for i in range(len(answer.tokens) - NGRAM + 1)]
-    return Judged(
-        right=answer.finished and solved(item, answer.text),
+    return Outcome(
+        score=float(answer.finished and solved(item, answer.text)),
         finished=answer.finished,
         empty=not answer.text.strip(),
-        repeated=1 - len(set(grams)) / len(grams) if grams else 0.0,
+        repeated=repeated_share(answer.tokens),
         tokens=len(answer.tokens),
         denoise=sum(answer.steps),
         commits=answer.commits,
@@ -182,7 +163,7 @@ def judge(item: Item, answer: Answer) -> Judged:
     )
 
 
-def report(results: dict[str, list[Judged]], items: Sequence[Item], options: Any) -> None:  # noqa: ANN401 - argparse
+def report(results: dict[str, list[Outcome]], items: Sequence[Item], options: Any) -> None:  # noqa: ANN401 - argparse
     """Print one row per task and arm, and one over all tasks."""
     rows = []
     flat: dict[str, _report.Value] = {"items": len(items)}
@@ -193,7 +174,7 @@ def report(results: dict[str, list[Judged]], items: Sequence[Item], options: Any
         first = [results[baseline][n] for n in chosen]
         for arm, judged in results.items():
             own = [judged[n] for n in chosen]
-            row = summary(own)
+            row = figures(own)
             difference, error = paired(own, first)
             shown = "" if arm == baseline else f"{difference:+.1f} +- {error:.1f}"
             rows.append(
@@ -209,8 +190,8 @@ def report(results: dict[str, list[Judged]], items: Sequence[Item], options: Any
             flat[f"{arm}.{task}.diff"], flat[f"{arm}.{task}.diff_error"] = difference, error
     _report.print_table(rows)
     if options.plot:
-        plot({arm: summary(judged) for arm, judged in results.items()}, options.plot)
-    last = {arm: summary(judged) for arm, judged in results.items()}
+        plot({arm: figures(judged) for arm, judged in results.items()}, options.plot)
+    last = {arm: figures(judged) for arm, judged in results.items()}
     _report.finish(
         flat,
         "; ".join(
@@ -220,36 +201,20 @@ def report(results: dict[str, list[Judged]], items: Sequence[Item], options: Any
     )
 
 
-def summary(judged: Sequence[Judged]) -> dict[str, float]:
-    """Scores of one arm on some items; shares in percent, TPF as a ratio of sums."""
-    steps = [count for one in judged for count in one.steps] or [0]
-    tokens = sum(one.tokens for one in judged)
-    denoise = max(sum(one.denoise for one in judged), 1)
+def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What is known of one arm on some items, by the names of the columns."""
+    own = summarised(outcomes)
     return {
-        "exact": 100 * fmean(one.right for one in judged),
-        "finished": 100 * fmean(one.finished for one in judged),
-        "looped": 100 * fmean(one.repeated for one in judged),
-        "empty": 100 * fmean(one.empty for one in judged),
-        "steps": fmean(steps),
-        "p50": percentile(steps, 50),
-        "p90": percentile(steps, 90),
-        "TPF_all": tokens / (denoise + sum(one.commits for one in judged)),
-        "TPF_denoise": tokens / denoise,
+        "exact": own.score,
+        "finished": own.finished,
+        "looped": own.looped,
+        "empty": own.empty,
+        "steps": own.steps,
+        "p50": own.p50,
+        "p90": own.p90,
+        "TPF_all": own.tpf_all,
+        "TPF_denoise": own.tpf_denoise,
     }
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Percentile of at least one value."""
-    return (
-        quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-    )
-
-
-def paired(one: Sequence[Judged], other: Sequence[Judged]) -> tuple[float, float]:
-    """Mean difference of exact match over the same items, and its standard error, in points."""
-    differences = [100.0 * (a.right - b.right) for a, b in zip(one, other, strict=True)]
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return fmean(differences), error
 
 
 def plot(arms: dict[str, dict[str, float]], file: Path) -> None:
