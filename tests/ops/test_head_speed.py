@@ -2,8 +2,8 @@
 
     scripts/test tests/ops/test_head_speed.py
 
-`benchmarks/head.py` has the real vocabulary, memory and native vLLM beside ours. Time has no bound here,
-which a busy host would break; what each form gives is held to the definition.
+`benchmarks/head.py` has the real vocabulary, memory and native vLLM beside ours. Time has no bound
+here, which a busy host would break; what each form gives is held to the definition.
 """
 
 from __future__ import annotations
