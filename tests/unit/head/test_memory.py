@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,9 @@ print(held("VmHWM") - before)
 def extra_mb(rows: int, kind: str, budget: int = 64) -> float:
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(rows), kind, str(budget)],
+        # Every tensor gets pages of its own and gives them back. Otherwise the C library keeps what
+        # was freed in between, more or less of it from run to run, and that is not the head's.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=False,
