@@ -35,7 +35,10 @@ PURE_ROOMS = {
 }
 
 # Rooms that may import vLLM and open the door to its private names. No pure room imports them.
-ENGINE_ROOMS = {"engine", "models", "serve", "plugin", "doctor", "cli", "tune", "upstream"}
+ENGINE_ROOMS = {"engine", "models", "serve", "plugin", "doctor", "cli", "upstream"}
+
+# Rooms that use vLLM as any program does, by its public names.
+OUTER_ROOMS = {"tune"}
 
 ENVIRONMENT = r"(os\.)?environ(ment)?"
 READS = rf"{ENVIRONMENT}\.get|os\.getenv"
@@ -108,7 +111,7 @@ def environment_variables(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_every_room_is_known(file):
-    assert room_of(file) in PURE_ROOMS.keys() | ENGINE_ROOMS, (
+    assert room_of(file) in PURE_ROOMS.keys() | ENGINE_ROOMS | OUTER_ROOMS, (
         f"{file.name} is in a room that this test does not know: say in PURE_ROOMS what it may "
         "import, or add it to ENGINE_ROOMS, and describe it in docs/design.md"
     )
