@@ -5,5 +5,5 @@
     -> byte automaton           expand, dfa bounded nesting, deterministic, minimal
     -> token automaton          classes     beside a vocabulary as a trie
 
-`compile.compile_constraint` does all of it, once per constraint; `record.TokenAutomaton` is the outcome.
+`compile.compile_constraint` does all of it into a `record.TokenAutomaton`, once per constraint.
 """
