@@ -39,7 +39,7 @@ def from_table(
     goes: NDArray[np.int64], accepting: NDArray[np.bool_], class_of: NDArray[np.int32]
 ) -> TokenAutomaton:
     """Of a table [states, classes] of targets, -1 where there is none, trimmed to live states."""
-    states, classes = goes.shape
+    classes = goes.shape[1]
     accepting = np.append(accepting, True)
     goes = np.vstack([goes, np.full(classes, -1)])
     distance = np.where(accepting, 0, FAR)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.automaton import native
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,6 +43,7 @@ class Edges:
     reading: Groups  # by symbol, C
     distance: Tensor  # [N] int64, fewest tokens to an accepting state
     degree: int  # most edges that leave a state
+    merged: native.MergedEdges | None  # the same for the C++ form, where that runs
 
     @staticmethod
     def of(automaton: TokenAutomaton, device: torch.device | str = "cpu") -> Edges:
@@ -59,6 +62,7 @@ class Edges:
             reading=_grouped(symbol, automaton.num_classes),
             distance=distance,
             degree=int(first.diff().amax()),
+            merged=native.MergedEdges.of(automaton) if native.fits(device) else None,
         )
 
     @property

@@ -15,9 +15,12 @@ its constraint, weights are hundreds of nats apart within a row, thousands over 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+
+from vllm_diffusion.constrain.automaton import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +44,20 @@ class Posterior:
     map_class: Tensor  # [B, L] int64, of the most likely canvas; -1 where it leaves the row free
     map_state: Tensor  # [B, L] int64, the state behind each row of it
     log_z: Tensor  # [B] fp64, log-probability that the canvas is accepted; -inf: it cannot be
+
+    @staticmethod
+    def empty(log_mass: Tensor) -> Posterior:
+        """One that is still to be filled, of the shape and on the device of ``log_mass``."""
+        shape, device = log_mass.shape[:-1], log_mass.device
+        ids = partial(torch.empty, shape, dtype=torch.int64, device=device)
+        return Posterior(
+            marginal=torch.empty(log_mass.shape, device=device),
+            ended=torch.empty(shape, device=device),
+            sample_class=ids(),
+            map_class=ids(),
+            map_state=ids(),
+            log_z=torch.empty(len(log_mass), dtype=torch.float64, device=device),
+        )
 
 
 def condition(
@@ -71,7 +88,35 @@ def condition(
         left: [B] int64, tokens that may follow the constrained rows.
         uniforms: [B, L] fp32 in (0, 1), what the sample is drawn with.
     """
-    num, length = free.shape
+    asked = {
+        "log_mass": log_mass,
+        "best_log_prob": best_log_prob,
+        "free": free,
+        "start": start,
+        "rows": rows,
+        "left": left,
+        "uniforms": uniforms,
+    }
+    if edges.merged is None:
+        return chain(edges=edges, **asked)
+    posterior = Posterior.empty(log_mass)
+    native.condition(posterior, merged=edges.merged, **asked)
+    return posterior
+
+
+def chain(
+    *,
+    log_mass: Tensor,
+    best_log_prob: Tensor,
+    free: Tensor,
+    edges: Edges,
+    start: Tensor,
+    rows: Tensor,
+    left: Tensor,
+    uniforms: Tensor,
+) -> Posterior:
+    """The definition of ``condition``, in torch."""
+    length = free.shape[1]
     mass, token = (logs.double().permute(1, 2, 0) for logs in (log_mass, best_log_prob))
     completes = edges.distance[:, None] <= left  # [N, B]
     final = torch.zeros_like(completes, dtype=torch.float64).masked_fill(~completes, -torch.inf)
@@ -95,7 +140,7 @@ def condition(
     )
 
 
-def _backward(
+def _backward(  # noqa: PLR0917 - the terms of one recursion
     edges: Edges,
     symbol: Tensor,
     stay: Tensor,
@@ -143,7 +188,7 @@ def _forward(
     return marginal, ended
 
 
-def _walk(
+def _walk(  # noqa: PLR0917 - the terms of one walk
     edges: Edges,
     symbol: Tensor,
     weight: Tensor,
