@@ -9,6 +9,7 @@
             |  renoise         ... the others become uniform noise
             |  stop            argmax unchanged and entropy low, or no doubt left, or out of steps
             |                  (what a text with holes has too much is taken out of its canvas)
+            |                  (a guarded canvas is corrected, and committed as far as it is legal)
             v
       Decision ---- observe    whoever wants to watch, see ``trace``
             |  canvas          the pool moves on: next input, history, self-conditioning, phase
@@ -23,12 +24,13 @@ Takes tensors, gives tensors, never waits for the device, knows nothing of reque
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from vllm_diffusion.constrain.guard import Guard, Outlook, look_ahead, obedient, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound, held
@@ -65,6 +67,7 @@ def advance(
     head: Head,
     *,
     rewrite: Rewrite | None = None,
+    guards: Mapping[int, Guard] | None = None,
     rule: Rule | None = None,
     observe: Observer | None = None,
 ) -> Emission:
@@ -76,6 +79,8 @@ def advance(
         hidden: [B, L, H], final hidden states of every canvas row (anything where not valid).
         head: turns hidden rows into statistics.
         rewrite: what the requests change in the distributions; None for nothing at all.
+        guards: of the canvases that a grammar guards, by their place in the batch. Such a batch
+            waits for the device.
         rule: instead of ``decide``.
         observe: called between the decision and its effect on the pool.
     """
@@ -91,15 +96,31 @@ def advance(
         step=pool.step[slots].repeat_interleave(length),
     )
     rows = hidden.reshape(num * length, -1)
+    temperature = temperature.repeat_interleave(length)
+    soft_top_k = soft_embeddings(pool, slots, published=rule is None, length=length)
     stats = statistics(
         head,
         rows,
-        temperature.repeat_interleave(length),
+        temperature,
         noise,
         rewrite,
         read=batch.valid & ~pool.causal[slots][:, None],
-        soft_top_k=soft_embeddings(pool, slots, published=rule is None, length=length),
+        soft_top_k=soft_top_k,
     ).reshape(num, length)
+    guards = _denoising(pool, slots, guards or {})
+    found: dict[int, Outlook] = {}
+    if guards:
+
+        def ask(index: Tensor, legal: Tensor) -> CanvasStats:
+            return head(
+                rows[index],
+                temperature[index],
+                noise.rows(index),
+                under_mask(rewrite, index, legal),
+                None if soft_top_k is None else soft_top_k[index],
+            )
+
+        stats, found = look_ahead(guards, batch, stats, ask)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
@@ -108,9 +129,20 @@ def advance(
         stats, decision = without_bad_words(
             pool, batch, stats, decision, rows=rows, head=head, rewrite=rewrite
         )
+    if guards:
+        out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
+        decision = obedient(guards, found, batch, stats, decision, out_of_steps=out_of_steps)
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)
+
+
+def _denoising(pool: CanvasPool, slots: Tensor, guards: Mapping[int, Guard]) -> dict[int, Guard]:
+    """Those whose canvas is not being committed: what is has been written."""
+    if not guards:
+        return {}
+    causal = pool.causal[slots].tolist()
+    return {canvas: guard for canvas, guard in guards.items() if not causal[canvas]}
 
 
 def soft_embeddings(

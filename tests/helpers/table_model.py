@@ -26,6 +26,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.guard import Guard, Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
@@ -206,6 +207,7 @@ class Engine:
         self.table = ConstraintTable(
             canvas_length=LENGTH, vocab_size=VOCAB, device=torch.device("cpu")
         )
+        self.guards = Guards()
         self.text = torch.zeros(SLOTS, 512, dtype=torch.int64)
         self.start: dict[int, int] = {}
         self.width: dict[int, int] = {}
@@ -217,7 +219,10 @@ class Engine:
         start: int,
         width: int = LENGTH,
         constraints: Constraints = NOTHING,
+        *,
+        guard: Guard | None = None,
     ) -> None:
+        self.guards.admit(slot, guard)
         self.start[slot], self.width[slot] = start, width
         self.table.admit(slot, constraints, prompt_length=start)
         self.pool.admit(slot, seed=seed)
@@ -269,7 +274,9 @@ class Engine:
             argmax=self.pool.argmax,
             step=self.pool.step - self.pool.first_step,
         )
-        emission = advance(self.pool, batch, hidden, self.head, rewrite=rewrite)
+        emission = advance(
+            self.pool, batch, hidden, self.head, rewrite=rewrite, guards=self.guards.of(slots)
+        )
         for row, slot in enumerate(slots):
             first, count = self.start[slot], int(emission.count[row])
             self.text[slot, first : first + count] = emission.tokens[row, :count]
