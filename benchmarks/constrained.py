@@ -23,6 +23,7 @@ import gc
 import json
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -46,10 +47,10 @@ PERSON = {
     "properties": {
         "name": {"type": "string"},
         "age": {"type": "integer"},
-        "job": {"type": "string"},
         "city": {"type": "string"},
+        "job": {"type": "string"},
     },
-    "required": ["name", "age", "job", "city"],
+    "required": ["name", "age", "city", "job"],
     "additionalProperties": False,
 }
 PEOPLE = {"type": "array", "items": PERSON}
@@ -93,33 +94,57 @@ def validity(name: str, checkpoint: Path, options: Any) -> dict[str, _report.Val
     rng = random.Random(options.seed)
     asked = [draw_constraint(rng) for _ in range(options.n)]
     llm = engine(checkpoint)
-    outputs = llm.chat(
-        [[{"role": "user", "content": rng.choice(PROMPTS)}] for _ in asked],
-        [
-            request(constraint, rng.choice((48, 150, 400)), rng.choice(list(PRESETS)), number)
-            for number, constraint in enumerate(asked)
-        ],
-        use_tqdm=False,
-    )
+    chats = [[{"role": "user", "content": rng.choice(PROMPTS)}] for _ in asked]
+    requests = [
+        request(constraint, rng.choice((48, 150, 400)), rng.choice(list(PRESETS)), number)
+        for number, constraint in enumerate(asked)
+    ]
+    answers = answered(llm, chats, requests)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for constraint, output in zip(asked, outputs, strict=True):
-        answer = output.outputs[0]
-        valid = constraint.accepts(answer.text)
-        for row in (f"{constraint.kind}: {constraint.about}", "all"):
+    refusals: Counter[str] = Counter()
+    for constraint, answer in zip(asked, answers, strict=True):
+        rows = (f"{constraint.kind}: {constraint.about}", "all")
+        for row in rows:
             counts[row]["n"] += 1
+            counts[row]["refused"] += isinstance(answer, str)
+        if isinstance(answer, str):
+            refusals[re.sub(r"\d+", "N", answer)] += 1
+            continue
+        valid = constraint.accepts(answer.text)
+        for row in rows:
             counts[row]["ended"] += answer.finish_reason == "stop"
             counts[row]["ended, valid"] += answer.finish_reason == "stop" and valid
+            counts[row]["cut"] += answer.finish_reason == "length"
             counts[row]["cut, valid"] += answer.finish_reason == "length" and valid
-        if not valid and answer.finish_reason == "stop":
+        if not valid:
             print(f"NOT VALID {constraint.kind} {constraint.value!r}: {answer.text!r}")
     close(llm)
-    columns = ("n", "ended", "ended, valid", "cut, valid")
+    columns = ("n", "refused", "ended", "ended, valid", "cut", "cut, valid")
     print(f"\n{name} weights")
     rows = sorted(counts, key=lambda row: (row == "all", row))
     _report.print_table(
         [{"constraint": row, **{key: counts[row][key] for key in columns}} for row in rows]
     )
+    for text, times in refusals.most_common():
+        print(f"refused {times}: {text}")
     return {f"{name}.{key}": counts["all"][key] for key in columns}
+
+
+def answered(llm: Any, chats: list[Any], requests: list[Any]) -> list[Any]:
+    """What each request gave: an output, or why it was refused."""
+    from vllm.exceptions import VLLMClientError
+
+    tokenizer, core = llm.get_tokenizer(), llm.llm_engine
+    answers: dict[str, Any] = {}
+    for number, (chat, sampling) in enumerate(zip(chats, requests, strict=True)):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        try:
+            core.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+        except (ValueError, VLLMClientError) as error:
+            answers[str(number)] = str(error)
+    while core.has_unfinished_requests():
+        answers |= {out.request_id: out.outputs[0] for out in core.step() if out.finished}
+    return [answers[str(number)] for number in range(len(requests))]
 
 
 def request(constraint: Constraint, max_tokens: int, preset: str, number: int) -> Any:
