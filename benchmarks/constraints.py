@@ -152,7 +152,33 @@ def _tokens() -> Iterator[bytes]:
     for first, last in (*scripts, (0x4E00, 0x9FFF), (0xAC00, 0xB400), (0x1F300, 0x1F6FF)):
         yield from (chr(point).encode() for point in range(first, last + 1))
     rng = random.Random(0)
-    consonants = "b c d f g h j k l m n p r s t v w z th st tr pl qu sh ch".split()
+    consonants = [
+        "b",
+        "c",
+        "d",
+        "f",
+        "g",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "w",
+        "z",
+        "th",
+        "st",
+        "tr",
+        "pl",
+        "qu",
+        "sh",
+        "ch",
+    ]
     vowels = [*("aeiou" * 4), "ea", "ou", "y", "é", "ü"]
     endings = ["", "n", "s", "r", "ing", "ed", "t"]
     while True:

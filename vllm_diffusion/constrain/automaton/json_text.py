@@ -1,7 +1,7 @@
-"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
+r"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
 
 A string has one spelling, that of ``json.dumps(ensure_ascii=False)``: an escape stands only where
-JSON demands one. Otherwise "\\u0061" could pass for a name other than "a", and lengths and
+JSON demands one. Otherwise "\u0061" could pass for a name other than "a", and lengths and
 patterns would have to see through escapes. Every string can still be written.
 """
 

@@ -109,8 +109,8 @@ class _Range:
         most = int(self._high_digits[0][index]) if high else 9
         return Choice(
             tuple(
-                sequence(_digit(first, last), self._digit_at(index + 1, length, low=tight[0], high=tight[1]))
-                for first, last, tight in _runs(least, most, low, high)
+                sequence(_digit(first, last), self._digit_at(index + 1, length, low=down, high=up))
+                for first, last, (down, up) in _runs(least, most, low, high)
             )
         )
 

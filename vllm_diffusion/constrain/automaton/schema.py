@@ -264,7 +264,7 @@ class _Translation:
         for count in range(cap + 1):
             span = _span(least - count, most, count)
             if extra is None:
-                end = EMPTY if count >= least else NOTHING
+                end: Node = EMPTY if count >= least else NOTHING
             elif count == 0:
                 end = self._layout.listed(extra, *span)
             else:
@@ -282,7 +282,7 @@ class _Translation:
 
 
 def _types(schema: dict[str, Any]) -> Iterable[str]:
-    """The types that a schema allows: those it names, else those its keywords are about, else all."""
+    """The types that a schema allows: those it names, those its keywords are about, or all."""
     declared = schema.get("type")
     if declared is None:
         implied = [kind for kind in TYPES if OF_TYPE.get(kind, set()) & set(schema)]

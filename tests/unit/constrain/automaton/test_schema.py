@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.automata import VOCABULARY, END, Walk, accepts, spelled
+from helpers.automata import END, VOCABULARY, Walk, accepts, spelled
 from jsonschema import Draft202012Validator
 
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
@@ -12,14 +12,14 @@ from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.automaton.schema import json_schema
 from vllm_diffusion.errors import ConstraintError
 
-S, I, N, B, Z = ({"type": kind} for kind in ("string", "integer", "number", "boolean", "null"))
-ADDRESS = {"type": "object", "properties": {"street": S, "no": I}, "required": ["street"]}
+S, J, N, B, Z = ({"type": kind} for kind in ("string", "integer", "number", "boolean", "null"))
+ADDRESS = {"type": "object", "properties": {"street": S, "no": J}, "required": ["street"]}
 TREE = {
     "$defs": {
         "tree": {
             "type": "object",
             "properties": {
-                "value": I,
+                "value": J,
                 "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
             },
             "required": ["value"],
@@ -47,17 +47,17 @@ TABLE = {
     "true": (True, [0], []),
     "null": (Z, [None], [0]),
     "boolean": (B, [True, False], [1]),
-    "integer": (I, [0, -1, 12, 10**30], [1.5, "1"]),
+    "integer": (J, [0, -1, 12, 10**30], [1.5, "1"]),
     "number": (N, [0, -0.5, 1e300, 2.5e-7], ["1"]),
     "types": ({"type": ["string", "null", "integer"]}, ["a", None, 3], [1.5, True]),
     "integer and number": ({"type": ["integer", "number"]}, [1, 1.5], []),
-    "minimum": ({**I, "minimum": 7}, [7, 8, 10, 99, 12345], [6, 0, -7]),
-    "maximum": ({**I, "maximum": 120}, [120, 0, -5, 99], [121, 1000]),
-    "negative range": ({**I, "minimum": -25, "maximum": -3}, [-25, -3, -10], [-26, -2, 0, 3]),
-    "range over zero": ({**I, "minimum": -5, "maximum": 120}, [-5, 0, 120, 99], [-6, 121]),
-    "exclusive": ({**I, "exclusiveMinimum": 0, "exclusiveMaximum": 10}, [1, 9], [0, 10]),
-    "fractional bounds": ({**I, "minimum": 1.5, "maximum": 3.2}, [2, 3], [1, 4]),
-    "huge bound": ({**I, "minimum": 1e30}, [10**31, int(1e30)], [10**30]),
+    "minimum": ({**J, "minimum": 7}, [7, 8, 10, 99, 12345], [6, 0, -7]),
+    "maximum": ({**J, "maximum": 120}, [120, 0, -5, 99], [121, 1000]),
+    "negative range": ({**J, "minimum": -25, "maximum": -3}, [-25, -3, -10], [-26, -2, 0, 3]),
+    "range over zero": ({**J, "minimum": -5, "maximum": 120}, [-5, 0, 120, 99], [-6, 121]),
+    "exclusive": ({**J, "exclusiveMinimum": 0, "exclusiveMaximum": 10}, [1, 9], [0, 10]),
+    "fractional bounds": ({**J, "minimum": 1.5, "maximum": 3.2}, [2, 3], [1, 4]),
+    "huge bound": ({**J, "minimum": 1e30}, [10**31, int(1e30)], [10**30]),
     "both bounds": ({**N, "minimum": 1, "exclusiveMinimum": 1}, [1.01, 2], [1]),
     "number range": ({**N, "minimum": 0.5, "maximum": 3}, [0.5, 3, 1.25, 2.999], [0.4, 3.1, -1]),
     "probability": ({**N, "minimum": 0, "maximum": 1}, [0, 1, 0.1, 0.999], [1.1, -0.1]),
@@ -91,48 +91,68 @@ TABLE = {
     "enum": ({"enum": ["x\t", 1.5, None, True, {"a": [1]}]}, ["x\t", 1.5, None, True], [1, "x"]),
     "enum with siblings": ({"enum": [1, "a", 3, None], "type": "integer", "minimum": 2}, [3], [1]),
     "enum with not": ({"enum": [1, 2], "not": {"const": 1}}, [2], [1]),
-    "array": (arr(I), [[], [1], [1, 2, 3]], [["a"], 1]),
+    "array": (arr(J), [[], [1], [1, 2, 3]], [["a"], 1]),
     "array of anything": (arr(), [[], [1, "a", [None]]], [{}]),
-    "items bounds": (arr(I, minItems=2, maxItems=3), [[1, 2], [1, 2, 3]], [[], [1], [1, 2, 3, 4]]),
-    "no items": (arr(I, maxItems=0), [[]], [[1]]),
-    "one unique": (arr(I, maxItems=1, uniqueItems=True), [[], [1]], [[1, 1]]),
-    "tuple": (arr(prefixItems=[S, I], items=False), [["a", 1], ["a"], []], [[1], ["a", 1, 2]]),
+    "items bounds": (arr(J, minItems=2, maxItems=3), [[1, 2], [1, 2, 3]], [[], [1], [1, 2, 3, 4]]),
+    "no items": (arr(J, maxItems=0), [[]], [[1]]),
+    "one unique": (arr(J, maxItems=1, uniqueItems=True), [[], [1]], [[1, 1]]),
+    "tuple": (arr(prefixItems=[S, J], items=False), [["a", 1], ["a"], []], [[1], ["a", 1, 2]]),
     "tuple and more": (arr(B, prefixItems=[S], minItems=2), [["a", True]], [["a"], [True, True]]),
-    "short tuple": (arr(prefixItems=[S, I, B], maxItems=2, minItems=1), [["a"]], [[], ["a", 1, True]]),
+    "short tuple": (
+        arr(prefixItems=[S, J, B], maxItems=2, minItems=1),
+        [["a"]],
+        [[], ["a", 1, True]],
+    ),
     "nothing in it": (arr(False), [[]], [[1]]),
     "object": ({"type": "object"}, [{}, {"a": 1, "é\n": {"b": []}}], [[], 1]),
-    "properties": (obj({"a": I, "b": S}), [{}, {"a": 1}, {"b": ""}, {"a": 1, "b": "x"}], [{"a": ""}]),
-    "required": (obj({"a": I, "b": S}, "b"), [{"b": ""}, {"a": 1, "b": ""}], [{}, {"a": 1}]),
+    "properties": (
+        obj({"a": J, "b": S}),
+        [{}, {"a": 1}, {"b": ""}, {"a": 1, "b": "x"}],
+        [{"a": ""}],
+    ),
+    "required": (obj({"a": J, "b": S}, "b"), [{"b": ""}, {"a": 1, "b": ""}], [{}, {"a": 1}]),
     "required unnamed": ({"type": "object", "required": ["x"]}, [{"x": [1]}], [{}]),
-    "required additional": (obj({"a": I}, "z", additionalProperties=S), [{"z": ""}], [{"z": 1}]),
-    "additional": (obj({}, additionalProperties=I), [{}, {"x": 1, "": 2, '"': 3}], [{"x": ""}]),
+    "required additional": (obj({"a": J}, "z", additionalProperties=S), [{"z": ""}], [{"z": 1}]),
+    "additional": (obj({}, additionalProperties=J), [{}, {"x": 1, "": 2, '"': 3}], [{"x": ""}]),
     "additional beside": (
-        obj({"a": I, "é\n": Z, 'q"': Z}, additionalProperties=S),
+        obj({"a": J, "é\n": Z, 'q"': Z}, additionalProperties=S),
         [{"a": 1, "é\n": None, 'q"': None, "ab": "", "é": "x"}, {"b": ""}],
         [{"a": ""}, {"é\n": ""}, {'q"': ""}],
     ),
-    "open": (obj({"a": I}, additionalProperties=True), [{"a": 1, "b": [None]}], [{"a": "x"}]),
-    "closed": (obj({"a": I}, additionalProperties=False), [{}, {"a": 1}], [{"b": 1}]),
+    "open": (obj({"a": J}, additionalProperties=True), [{"a": 1, "b": [None]}], [{"a": "x"}]),
+    "closed": (obj({"a": J}, additionalProperties=False), [{}, {"a": 1}], [{"b": 1}]),
     "count of named": (
-        obj({"a": I, "b": I, "c": I}, minProperties=1, maxProperties=2, additionalProperties=False),
+        obj({"a": J, "b": J, "c": J}, minProperties=1, maxProperties=2, additionalProperties=False),
         [{"a": 1}, {"b": 1, "c": 2}],
         [{}, {"a": 1, "b": 1, "c": 1}],
     ),
-    "count of any": (obj({}, maxProperties=2, minProperties=1, additionalProperties=I), [{"x": 1}], [{}]),
+    "count of any": (
+        obj({}, maxProperties=2, minProperties=1, additionalProperties=J),
+        [{"x": 1}],
+        [{}],
+    ),
     "pattern of names": (
-        {"type": "object", "patternProperties": {"^x_": I}, "additionalProperties": False},
+        {"type": "object", "patternProperties": {"^x_": J}, "additionalProperties": False},
         [{}, {"x_a": 1, "x_": 2}],
         [{"x_a": ""}, {"y": 1}],
     ),
     "names": (
-        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": I},
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": J},
         [{"ab": 1}],
         [{"A": 1}, {"ab": ""}],
     ),
-    "names listed": ({"type": "object", "propertyNames": {"enum": ["a", 1]}}, [{"a": 1}], [{"b": 1}]),
-    "unevaluated": ({**ADDRESS, "unevaluatedProperties": False}, [{"street": ""}], [{"x": 1, "street": ""}]),
+    "names listed": (
+        {"type": "object", "propertyNames": {"enum": ["a", 1]}},
+        [{"a": 1}],
+        [{"b": 1}],
+    ),
+    "unevaluated": (
+        {**ADDRESS, "unevaluatedProperties": False},
+        [{"street": ""}],
+        [{"x": 1, "street": ""}],
+    ),
     "unevaluated alone": ({"type": "object", "unevaluatedProperties": False}, [{}], [{"x": 1}]),
-    "unevaluated items": (arr(prefixItems=[I], unevaluatedItems=False), [[1]], [[1, 2]]),
+    "unevaluated items": (arr(prefixItems=[J], unevaluatedItems=False), [[1]], [[1, 2]]),
     "nested": (
         obj({"to": ADDRESS, "list": arr(ADDRESS, maxItems=2)}, ["to"]),
         [{"to": {"street": "x", "no": 1}, "list": [{"street": ""}]}],
@@ -140,15 +160,19 @@ TABLE = {
     ),
     "anyOf": ({"anyOf": [S, arr(S)]}, ["a", ["a", "b"]], [1]),
     "anyOf merged": (
-        {"type": "object", "properties": {"a": I, "b": I}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {
+            "type": "object",
+            "properties": {"a": J, "b": J},
+            "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        },
         [{"a": 1}, {"b": 1}, {"a": 1, "b": 2}],
         [{}],
     ),
-    "oneOf by type": ({"oneOf": [S, Z, I]}, ["a", None, 3], [1.5]),
+    "oneOf by type": ({"oneOf": [S, Z, J]}, ["a", None, 3], [1.5]),
     "oneOf by constant": (
         {
             "oneOf": [
-                obj({"kind": {"const": "a"}, "x": I}, ["kind", "x"]),
+                obj({"kind": {"const": "a"}, "x": J}, ["kind", "x"]),
                 obj({"kind": {"enum": ["b", "c"]}, "y": S}, ["kind", "y"]),
             ]
         },
@@ -161,19 +185,39 @@ TABLE = {
         [{"street": "", "no": 3, "zip": ""}],
         [{"street": ""}, {"street": "", "no": 1, "zip": ""}],
     ),
-    "allOf enums": ({"allOf": [{"enum": [1, 2, 3]}, {"enum": [2, 3, 4]}, {"const": 3}]}, [3], [2, 4]),
-    "ref": ({"$defs": {"a/b": S}, "type": "array", "items": {"$ref": "#/$defs/a~1b"}}, [["x"]], [[1]]),
+    "allOf enums": (
+        {"allOf": [{"enum": [1, 2, 3]}, {"enum": [2, 3, 4]}, {"const": 3}]},
+        [3],
+        [2, 4],
+    ),
+    "ref": (
+        {"$defs": {"a/b": S}, "type": "array", "items": {"$ref": "#/$defs/a~1b"}},
+        [["x"]],
+        [[1]],
+    ),
     "ref with siblings": (
         {"$defs": {"s": S}, "$ref": "#/$defs/s", "maxLength": 2, "description": "short"},
         ["ab"],
         ["abc", 1],
     ),
-    "recursive": (TREE, [{"value": 1}, {"value": 1, "kids": [{"value": 2, "kids": []}]}], [{"kids": []}]),
-    "recursive root": (obj({"next": {"anyOf": [{"$ref": "#"}, Z]}}), [{"next": {"next": None}}], [{"next": 1}]),
+    "recursive": (
+        TREE,
+        [{"value": 1}, {"value": 1, "kids": [{"value": 2, "kids": []}]}],
+        [{"kids": []}],
+    ),
+    "recursive root": (
+        obj({"next": {"anyOf": [{"$ref": "#"}, Z]}}),
+        [{"next": {"next": None}}],
+        [{"next": 1}],
+    ),
     "implied types": ({"maxLength": 2}, ["ab"], ["abc"]),
-    "annotations": ({**I, "title": "t", "default": 1, "examples": [2], "x-ours": {}}, [1], ["a"]),
-    "optional field": (obj({"a": {"anyOf": [I, Z], "default": None}}), [{}, {"a": None}], [{"a": ""}]),
-}  # fmt: skip
+    "annotations": ({**J, "title": "t", "default": 1, "examples": [2], "x-ours": {}}, [1], ["a"]),
+    "optional field": (
+        obj({"a": {"anyOf": [J, Z], "default": None}}),
+        [{}, {"a": None}],
+        [{"a": ""}],
+    ),
+}
 
 
 def compiled(schema, **options):
@@ -215,7 +259,7 @@ def test_known_texts(name):
 
 
 def test_without_white_space():
-    automaton = compiled(obj({"a": arr(I), "b": S}), any_whitespace=False)
+    automaton = compiled(obj({"a": arr(J), "b": S}), any_whitespace=False)
     walk = Walk(automaton, seed=1)
     for free in range(40):
         text = walk.text(free)
@@ -240,29 +284,29 @@ def test_a_number_close_to_an_exclusive_bound_is_not_read_as_the_bound():
 REFUSED = {
     "not": ({"not": S}, ["# has 'not'"]),
     "if": ({"if": S, "then": {"maxLength": 1}}, ["# has 'if'", "# has 'then'"]),
-    "unique": (arr(I, uniqueItems=True), ["# has 'uniqueItems'"]),
-    "contains": (arr(I, contains=I), ["# has 'contains'"]),
-    "multiple": (obj({"a": {**I, "multipleOf": 3}}), ["#/properties/a has 'multipleOf'"]),
-    "dependent": (obj({"a": I}, dependentRequired={"a": ["b"]}), ["# has 'dependentRequired'"]),
+    "unique": (arr(J, uniqueItems=True), ["# has 'uniqueItems'"]),
+    "contains": (arr(J, contains=J), ["# has 'contains'"]),
+    "multiple": (obj({"a": {**J, "multipleOf": 3}}), ["#/properties/a has 'multipleOf'"]),
+    "dependent": (obj({"a": J}, dependentRequired={"a": ["b"]}), ["# has 'dependentRequired'"]),
     "format": (arr(string(format="colour")), ["#/items has the format 'colour'"]),
     "together": (string(pattern="a", maxLength=3), ["'pattern' and 'maxLength' together"]),
-    "overlap": ({"oneOf": [I, N]}, ["#/oneOf: a value may fit options 0 and 1"]),
-    "overlap of objects": ({"oneOf": [obj({"a": I}), obj({"b": I})]}, ["options 0 and 1"]),
+    "overlap": ({"oneOf": [J, N]}, ["#/oneOf: a value may fit options 0 and 1"]),
+    "overlap of objects": ({"oneOf": [obj({"a": J}), obj({"b": J})]}, ["options 0 and 1"]),
     "lookahead": (string(pattern="(?=a)b"), ["lookaround"]),
     "bad pattern": (string(pattern=r"\p{L}"), ["is not a 'regex'"]),
     "remote": ({"$ref": "https://a.b/c"}, ["leads outside"]),
     "dangling": ({"$ref": "#/$defs/x"}, ["leads nowhere"]),
     "closing parts": (
-        {"allOf": [obj({"a": I}, additionalProperties=False), obj({"b": I})]},
+        {"allOf": [obj({"a": J}, additionalProperties=False), obj({"b": J})]},
         ["one of which closes an object"],
     ),
     "patterns": (
-        {"type": "object", "patternProperties": {"a": I, "b": I}},
+        {"type": "object", "patternProperties": {"a": J, "b": J}},
         ["'patternProperties' beside"],
     ),
-    "names twice": (obj({}, minProperties=2, additionalProperties=I), ["'minProperties' beside"]),
+    "names twice": (obj({}, minProperties=2, additionalProperties=J), ["'minProperties' beside"]),
     "different": ({"allOf": [string(pattern="a"), string(pattern="b")]}, ["different 'pattern'"]),
-    "all": (obj({"a": {"not": {}}, "b": arr(I, uniqueItems=True)}), ["a has 'not'", "b has 'uniq"]),
+    "all": (obj({"a": {"not": {}}, "b": arr(J, uniqueItems=True)}), ["a has 'not'", "b has 'uniq"]),
 }
 
 
@@ -286,13 +330,13 @@ def test_what_is_no_schema(text):
     [
         False,
         obj({"a": False}, ["a"]),
-        {**I, "minimum": 5, "maximum": 3},
+        {**J, "minimum": 5, "maximum": 3},
         {**N, "exclusiveMinimum": 1, "maximum": 1},
-        arr(I, minItems=3, maxItems=2),
+        arr(J, minItems=3, maxItems=2),
         string(minLength=3, maxLength=2),
-        {"allOf": [S, I]},
+        {"allOf": [S, J]},
         {"enum": [1, 2], "type": "string"},
-        obj({"a": I}, ["b"], additionalProperties=False),
+        obj({"a": J}, ["b"], additionalProperties=False),
         obj({"a": {"$ref": "#"}}, ["a"]),
     ],
 )
@@ -303,5 +347,5 @@ def test_what_nothing_satisfies(schema):
 
 def test_a_long_list_of_properties_does_not_recurse():
     names = [f"p{index}" for index in range(600)]
-    grammar = json_schema(json.dumps(obj(dict.fromkeys(names, I))))
+    grammar = json_schema(json.dumps(obj(dict.fromkeys(names, J))))
     assert not Networks(grammar, max_states=20_000).recursive
