@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Vocabulary:
-    """What every token writes. V tokens, M nodes of the trie, level by level; node 0 is the root."""
+    """What every token writes. V tokens, M trie nodes, level by level; node 0 is the root."""
 
     node: NDArray[np.int32]  # [V], where a token ends; 0: it writes nothing that can be read
     parent: NDArray[np.int32]  # [M], -1 for the root
