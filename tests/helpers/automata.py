@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vllm_diffusion.constrain.automaton import native
+from vllm_diffusion.constrain.automaton.edges import Edges
+from vllm_diffusion.constrain.automaton.posterior import Posterior, condition
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+from vllm_diffusion.records import CanvasStats, ClassStats
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
 FAR = 10**6
+FORMS = ("torch", *(["C++"] if native.library() is not None else []))
 
 
 def random_automaton(
@@ -66,15 +73,10 @@ def from_table(
     )
 
 
-def read(automaton: TokenAutomaton, state: int, tokens: tuple[int, ...]) -> list[int]:
+def read(automaton: TokenAutomaton, state: int, tokens: Sequence[int]) -> list[int]:
     """The states before every token and behind the last, -1 from where it reads no further."""
-    goes = dict(
-        zip(
-            zip(automaton.source.tolist(), automaton.symbol.tolist(), strict=True),
-            automaton.target.tolist(),
-            strict=True,
-        )
-    )
+    edges = zip(automaton.source, automaton.symbol, automaton.target, strict=True)
+    goes = {(int(source), int(symbol)): int(target) for source, symbol, target in edges}
     states = [state]
     for token in tokens:
         if state != automaton.end:
@@ -125,24 +127,28 @@ class Truth:
 
 def enumerate_canvas(automaton: TokenAutomaton, canvas: Canvas) -> Truth:
     """Every string of tokens, one after another."""
-    probs, rows = canvas.probs, canvas.rows
-    vocab = probs.shape[1]
-    marginal = torch.zeros(rows, automaton.num_classes, dtype=torch.float64)
-    ended = torch.zeros(rows, dtype=torch.float64)
-    token = torch.zeros(rows, vocab, dtype=torch.float64)
+    rows, vocab = canvas.rows, len(automaton.class_of)
+    probs, class_of = canvas.probs.tolist(), automaton.class_of.tolist()
+    after = {
+        state: [read(automaton, state, [token])[1] for token in range(vocab)]
+        for state in range(automaton.num_states)
+    }
+    marginal = np.zeros((rows, automaton.num_classes))
+    ended, token = np.zeros(rows), np.zeros((rows, vocab))
     paths: dict[tuple[int, ...], float] = {}
     z = best = 0.0
     for tokens in product(range(vocab), repeat=rows):
-        states = read(automaton, canvas.start, tokens)
-        if states[-1] < 0 or automaton.distance[states[-1]] > canvas.left:
+        state, weight, path = canvas.start, 1.0, []
+        for row, said in enumerate(tokens):
+            path.append(-1 if state == automaton.end else class_of[said])
+            state, weight = after[state][said], weight * probs[row][said]
+            if state < 0:
+                break
+        if state < 0 or automaton.distance[state] > canvas.left:
             continue
-        weight = float(probs[range(rows), tokens].prod())
         z, best = z + weight, max(best, weight)
-        path = []
-        for row, (state, said) in enumerate(zip(states[:-1], tokens, strict=True)):
-            read_as = -1 if state == automaton.end else int(automaton.class_of[said])
+        for row, (said, read_as) in enumerate(zip(tokens, path, strict=True)):
             token[row, said] += weight
-            path.append(read_as)
             if read_as < 0:
                 ended[row] += weight
             else:
@@ -151,9 +157,66 @@ def enumerate_canvas(automaton: TokenAutomaton, canvas: Canvas) -> Truth:
     total = z or 1.0
     return Truth(
         z=z,
-        marginal=marginal / total,
-        ended=ended / total,
-        token=token / total,
+        marginal=torch.from_numpy(marginal / total),
+        ended=torch.from_numpy(ended / total),
+        token=torch.from_numpy(token / total),
         best=best,
         paths={path: weight / total for path, weight in paths.items()},
+    )
+
+
+def edges_of(automaton: TokenAutomaton, form: str) -> Edges:
+    """The edges for one of the ``FORMS``."""
+    edges = Edges.of(automaton)
+    if form == "C++":
+        assert edges.merged is not None
+        return edges
+    return replace(edges, merged=None)
+
+
+def statistics_of(automaton: TokenAutomaton, probs: Tensor) -> tuple[CanvasStats, ClassStats]:
+    """What a head says of rows with these token probabilities [R, V] fp64; samples: the best."""
+    class_of = torch.from_numpy(automaton.class_of).long()
+    classes = torch.arange(automaton.num_classes)
+    held = (class_of == classes[:, None]) & (classes[:, None] > 0)  # [C, V]
+    inside = torch.where(held, probs[:, None], 0.0)  # [R, C, V]
+    mass = inside.sum(dim=2)
+    top = torch.cat([inside, torch.zeros_like(inside)], dim=2).topk(2, dim=2)
+    within = inside / mass[..., None].clamp(min=1e-300)
+    best = torch.where(mass > 0, top.indices[..., 0], -1)
+    two = probs.topk(2, dim=1)
+    stats = CanvasStats(
+        argmax=two.indices[:, 0],
+        sample=two.indices[:, 0],
+        entropy=-torch.xlogy(probs, probs).sum(dim=1).float(),
+        top_prob=two.values[:, 0].float(),
+        margin=(two.values[:, 0] - two.values[:, 1]).float(),
+        soft_embedding=torch.randn(len(probs), 3, generator=torch.Generator().manual_seed(0)),
+    )
+    return stats, ClassStats(
+        log_mass=mass.log().float(),
+        entropy=-torch.xlogy(within, within).sum(dim=2).float(),
+        best=best,
+        best_log_prob=top.values[..., 0].log().float(),
+        second_log_prob=top.values[..., 1].log().float(),
+        sample=best,
+    )
+
+
+def conditioned(
+    automaton: TokenAutomaton, canvases: Sequence[Canvas], form: str = "torch"
+) -> Posterior:
+    """The posterior of canvases of one length."""
+    probs = torch.stack([canvas.probs for canvas in canvases])
+    stats, classes = statistics_of(automaton, probs.flatten(0, 1))
+    shape = probs.shape[:2]
+    return condition(
+        classes.log_mass.reshape(*shape, -1),
+        classes.best_log_prob.reshape(*shape, -1),
+        stats.top_prob.log().reshape(shape),
+        edges=edges_of(automaton, form),
+        start=torch.tensor([canvas.start for canvas in canvases]),
+        rows=torch.tensor([canvas.rows for canvas in canvases]),
+        left=torch.tensor([canvas.left for canvas in canvases]),
+        uniforms=torch.stack([canvas.uniforms for canvas in canvases]),
     )
