@@ -43,7 +43,7 @@ class Edges:
     reading: Groups  # by symbol, C
     distance: Tensor  # [N] int64, fewest tokens to an accepting state
     degree: int  # most edges that leave a state
-    merged: native.MergedEdges | None  # the same for the C++ form, where that runs
+    merged: native.MergedEdges | None  # the same on the host, for the C++ form, where that is built
 
     @staticmethod
     def of(automaton: TokenAutomaton, device: torch.device | str = "cpu") -> Edges:
@@ -62,7 +62,7 @@ class Edges:
             reading=_grouped(symbol, automaton.num_classes),
             distance=distance,
             degree=int(first.diff().amax()),
-            merged=native.MergedEdges.of(automaton) if native.fits(device) else None,
+            merged=native.MergedEdges.of(automaton) if native.library() is not None else None,
         )
 
     @property
