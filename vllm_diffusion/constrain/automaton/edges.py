@@ -43,7 +43,7 @@ class Edges:
     reading: Groups  # by symbol, C
     distance: Tensor  # [N] int64, fewest tokens to an accepting state
     degree: int  # most edges that leave a state
-    merged: native.MergedEdges | None  # the same for the C++ form, where that runs
+    merged: native.MergedEdges | None  # the same on the host, for the C++ form, where that is built
 
     @staticmethod
     def of(automaton: TokenAutomaton, device: torch.device | str = "cpu") -> Edges:
@@ -62,7 +62,7 @@ class Edges:
             reading=_grouped(symbol, automaton.num_classes),
             distance=distance,
             degree=int(first.diff().amax()),
-            merged=native.MergedEdges.of(automaton) if native.fits(device) else None,
+            merged=native.MergedEdges.of(automaton) if native.library() is not None else None,
         )
 
     @property
@@ -95,14 +95,14 @@ def next_state(edges: Edges, start: Tensor, classes: Tensor, count: Tensor) -> T
         count: [B] int64, how many of the tokens count.
     """
     num_classes = len(edges.reading.first) - 1
+    beyond = edges.source.new_tensor([-1])  # a last place, where no key is found
     keys = edges.source * num_classes + edges.symbol
-    target = torch.cat([edges.target, edges.target.new_tensor([-1])])
+    listed, target = torch.cat([keys, beyond]), torch.cat([edges.target, beyond])
     state = start
     for row in range(classes.shape[1]):
         key = state * num_classes + classes[:, row]
         place = torch.searchsorted(keys, key)
-        found = torch.cat([keys, keys.new_tensor([-1])])[place] == key
-        read = torch.where(found & (state >= 0), target[place], -1)
+        read = torch.where((state >= 0) & (listed[place] == key), target[place], -1)
         state = torch.where((row < count) & (state != edges.end), read, state)
     return state
 

@@ -1,7 +1,7 @@
-"""``posterior.condition`` in C++ for CPU hosts: sparse, only the states that a row can meet.
+"""``posterior.condition`` in C++ on the host: sparse, only the states that a row can meet.
 
 The library is built with the package where there is a C++ compiler, see ``compiled`` and
-``csrc/automaton``.
+``csrc/automaton``. A thread takes a canvas at a time and, for it, 24 bytes a row and state.
 """
 
 from __future__ import annotations
@@ -128,11 +128,6 @@ class MergedEdges:
             set_class=self.set_class.ctypes.data,
             distance=self.distance.ctypes.data,
         )
-
-
-def fits(device: torch.device | str) -> bool:
-    """Whether the library conditions what is on this device: else ``posterior.chain`` does."""
-    return torch.device(device).type == "cpu" and library() is not None
 
 
 def condition(

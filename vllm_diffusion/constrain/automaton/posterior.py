@@ -47,16 +47,27 @@ class Posterior:
 
     @staticmethod
     def empty(log_mass: Tensor) -> Posterior:
-        """One that is still to be filled, of the shape and on the device of ``log_mass``."""
-        shape, device = log_mass.shape[:-1], log_mass.device
-        ids = partial(torch.empty, shape, dtype=torch.int64, device=device)
+        """One of the shape of ``log_mass`` that is still to be filled, on the host."""
+        shape = log_mass.shape[:-1]
+        ids = partial(torch.empty, shape, dtype=torch.int64)
         return Posterior(
-            marginal=torch.empty(log_mass.shape, device=device),
-            ended=torch.empty(shape, device=device),
+            marginal=torch.empty(log_mass.shape),
+            ended=torch.empty(shape),
             sample_class=ids(),
             map_class=ids(),
             map_state=ids(),
-            log_z=torch.empty(len(log_mass), dtype=torch.float64, device=device),
+            log_z=torch.empty(len(log_mass), dtype=torch.float64),
+        )
+
+    def to(self, device: torch.device) -> Posterior:
+        """The same on ``device``."""
+        return Posterior(
+            marginal=self.marginal.to(device),
+            ended=self.ended.to(device),
+            sample_class=self.sample_class.to(device),
+            map_class=self.map_class.to(device),
+            map_state=self.map_state.to(device),
+            log_z=self.log_z.to(device),
         )
 
 
@@ -99,9 +110,12 @@ def condition(
     }
     if edges.merged is None:
         return chain(edges=edges, **asked)
-    posterior = Posterior.empty(log_mass)
-    native.condition(posterior, merged=edges.merged, **asked)
-    return posterior
+    # On a GPU the chain is tens of small launches a row: the host is done sooner, and waits for the
+    # device once.
+    host = {name: values.cpu() for name, values in asked.items()}
+    posterior = Posterior.empty(host["log_mass"])
+    native.condition(posterior, merged=edges.merged, **host)
+    return posterior.to(log_mass.device)
 
 
 def chain(
