@@ -13,15 +13,16 @@ extern "C" {
 
 enum { VD_CHUNK = 16, VD_SLOTS = 8192 };
 
-// What is known of every row and class so far; arrays of [rows, classes]. Column 0 is a bin.
-struct vd_running_classes {
-    float *best;      // largest logit
-    float *second;    // the next one
-    float *mass;      // sum of w = exp(s), s = (logit - best) / T
-    float *moment;    // sum of w * s
-    float *score;     // best score of the race
-    int32_t *argmax;  // id of the largest logit
-    int32_t *sample;  // who leads the race
+// What is known of a row and a class so far: side by side, for all of it is read together.
+struct vd_running_class {
+    float best;      // largest logit
+    float second;    // the next one
+    float mass;      // sum of w = exp(s), s = (logit - best) / T
+    float moment;    // sum of w * s
+    float score;     // best score of the race
+    int32_t argmax;  // id of the largest logit
+    int32_t sample;  // who leads the race
+    int32_t unused;
 };
 
 struct vd_class_tile {
@@ -43,9 +44,9 @@ struct vd_class_tile {
     const int32_t *lane;       // [chunks, VD_CHUNK] classes; 0 where a lane is empty
 };
 
-// Take the tile in, `threads` rows at a time, with an instruction set up to `vd_best_isa()`.
+// Take the tile into `running`, [rows, classes], column 0 a bin: `threads` rows at a time, with an instruction set up to `vd_best_isa()`.
 // Returns 0, or 1 where the arguments make no sense; nothing is changed then.
 VD_EXPORT int32_t vd_absorb_classes(const struct vd_class_tile *tile,
-                                    const struct vd_running_classes *running, int32_t threads,
+                                    struct vd_running_class *running, int32_t threads,
                                     int32_t isa);
 }

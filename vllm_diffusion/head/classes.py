@@ -31,6 +31,9 @@ _MASKED: Final = -3e30
 CLASS_BYTES: Final = 4 * 24
 """What a row takes a class at its highest; measured by tests/unit/head/test_memory.py."""
 
+RECORD: Final = 8
+"""Words of a class in a row, one of them unused."""
+
 _NO_ID: Final = torch.iinfo(torch.int32).max
 
 
@@ -67,18 +70,20 @@ class RunningClasses:
     def of_nothing(rows: int, classes: TokenClasses, vocabulary: Vocabulary) -> RunningClasses:
         """Before the first tile."""
         lowest = classes.lowest(vocabulary)
-
-        def numbers(value: float) -> Tensor:
-            return torch.full((rows, classes.count), value, device=lowest.device)
-
+        # Side by side, as the C++ form reads them.
+        values = torch.zeros(rows, classes.count, RECORD, device=lowest.device)
+        ids = values.view(torch.int32)
+        values[..., 0], values[..., 1] = _LOWEST, _MASKED
+        ids[..., 5], ids[..., 6] = lowest, lowest
+        best, second, mass, moment, score = values.unbind(-1)[:5]
         return RunningClasses(
-            best=numbers(_LOWEST),
-            second=numbers(_MASKED),
-            mass=numbers(0.0),
-            moment=numbers(0.0),
-            score=numbers(0.0),
-            argmax=lowest.repeat(rows, 1),
-            sample=lowest.repeat(rows, 1),
+            best=best,
+            second=second,
+            mass=mass,
+            moment=moment,
+            score=score,
+            argmax=ids[..., 5],
+            sample=ids[..., 6],
         )
 
     def over_ranks(self, temperature: Tensor, vocabulary: Vocabulary) -> RunningClasses:
@@ -153,12 +158,10 @@ class ClassPass:
 
     def see(self, logits: Tensor, first: int, softcap: float | None) -> None:
         """Take in the logits [R, n] of the ids from ``first`` on, which stay as they are."""
-        form = partial(
-            absorb,
-            class_of=self._classes.of[first : first + logits.shape[1]],
-        )
         if native.fits(logits):
             form = partial(native_classes.absorb, order=self._order(first))
+        else:
+            form = partial(absorb, class_of=self._classes.of[first : first + logits.shape[1]])
         form(
             self._running,
             logits,

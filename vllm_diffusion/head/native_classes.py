@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHUNK: Final = 16  # VD_CHUNK, VD_SLOTS and VD_TILE of the headers
 SLOTS: Final = 8192
 _TILE: Final = 4096
+_RECORD: Final = 8  # words of vd_running_class
 
 WIDE: Final = 64
 """Ids of a tile from which on a class takes all lanes of a chunk."""
@@ -38,15 +39,6 @@ class TileOrder:
     place: Tensor  # [slots] uint16, columns of the tile
     lane: Tensor  # [chunks, CHUNK] int32
     wide: int
-
-
-class RunningPointers(ctypes.Structure):
-    """``vd_running_classes``."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("best", "second", "mass", "moment", "score", "argmax", "sample")
-    )
 
 
 class TilePointers(ctypes.Structure):
@@ -148,7 +140,8 @@ def absorb(
     """See ``classes.absorb``.
 
     Args:
-        running, first, softcap: as there.
+        first, softcap: as there.
+        running: as ``RunningClasses.of_nothing`` lays it out.
         logits: [R, n] fp32 or bf16, see ``native.fits``.
         temperature: [R] fp32, contiguous.
         key: two of [R] int64, contiguous.
@@ -157,6 +150,7 @@ def absorb(
     """
     compiled = library()
     assert compiled is not None
+    assert running.best.stride(1) == _RECORD
     assert temperature.is_contiguous()
     assert key[0].is_contiguous()
     assert key[1].is_contiguous()
@@ -178,19 +172,10 @@ def absorb(
         place=order.place.data_ptr(),
         lane=order.lane.data_ptr(),
     )
-    state = RunningPointers(
-        best=running.best.data_ptr(),
-        second=running.second.data_ptr(),
-        mass=running.mass.data_ptr(),
-        moment=running.moment.data_ptr(),
-        score=running.score.data_ptr(),
-        argmax=running.argmax.data_ptr(),
-        sample=running.sample.data_ptr(),
-    )
     chosen = compiled.vd_best_isa() if isa is None else isa
     status = compiled.vd_absorb_classes(
         ctypes.byref(tile),
-        ctypes.byref(state),
+        ctypes.c_void_p(running.best.data_ptr()),
         ctypes.c_int32(torch.get_num_threads()),
         ctypes.c_int32(chosen),
     )

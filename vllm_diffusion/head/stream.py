@@ -350,13 +350,11 @@ class StreamingHead:
         if not bool(cuts.any()):
             return limit
         found = self._survivors(rows)
-        wide = cuts & ~found.complete
         limit = torch.where(cuts, found.limit, limit)
-        return (
-            torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
-            if wide.any()
-            else limit
-        )
+        wide = cuts & ~found.complete
+        if not bool(wide.any()):
+            return limit
+        return torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
 
     # ---- the stream ----
 
