@@ -8,16 +8,19 @@ what is running is a bin for what nobody reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.head import native, native_classes
 from vllm_diffusion.head.sample import class_keys, race
 from vllm_diffusion.records import ClassStats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vllm_diffusion.head.native_classes import TileOrder
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.tile import RunningStats
     from vllm_diffusion.head.vocabulary import Vocabulary
@@ -27,6 +30,9 @@ _LOWEST: Final = -1e30
 _MASKED: Final = -3e30
 CLASS_BYTES: Final = 4 * 24
 """What a row takes a class at its highest; measured by tests/unit/head/test_memory.py."""
+
+RECORD: Final = 8
+"""Words of a class in a row, one of them unused."""
 
 _NO_ID: Final = torch.iinfo(torch.int32).max
 
@@ -64,18 +70,20 @@ class RunningClasses:
     def of_nothing(rows: int, classes: TokenClasses, vocabulary: Vocabulary) -> RunningClasses:
         """Before the first tile."""
         lowest = classes.lowest(vocabulary)
-
-        def numbers(value: float) -> Tensor:
-            return torch.full((rows, classes.count), value, device=lowest.device)
-
+        # Side by side, as the C++ form reads them.
+        values = torch.zeros(rows, classes.count, RECORD, device=lowest.device)
+        ids = values.view(torch.int32)
+        values[..., 0], values[..., 1] = _LOWEST, _MASKED
+        ids[..., 5], ids[..., 6] = lowest, lowest
+        best, second, mass, moment, score = values.unbind(-1)[:5]
         return RunningClasses(
-            best=numbers(_LOWEST),
-            second=numbers(_MASKED),
-            mass=numbers(0.0),
-            moment=numbers(0.0),
-            score=numbers(0.0),
-            argmax=lowest.repeat(rows, 1),
-            sample=lowest.repeat(rows, 1),
+            best=best,
+            second=second,
+            mass=mass,
+            moment=moment,
+            score=score,
+            argmax=ids[..., 5],
+            sample=ids[..., 6],
         )
 
     def over_ranks(self, temperature: Tensor, vocabulary: Vocabulary) -> RunningClasses:
@@ -143,20 +151,30 @@ class ClassPass:
 
     def __init__(self, classes: TokenClasses, vocabulary: Vocabulary, rows: Rows) -> None:
         self._classes, self._vocabulary, self._rows = classes, vocabulary, rows
-        self._key = class_keys(rows.noise)
+        key = class_keys(rows.noise)
+        self._key = key[0].contiguous(), key[1].contiguous()
+        self._temperature = rows.temperature.contiguous()
         self._running = RunningClasses.of_nothing(len(rows), classes, vocabulary)
 
     def see(self, logits: Tensor, first: int, softcap: float | None) -> None:
         """Take in the logits [R, n] of the ids from ``first`` on, which stay as they are."""
-        absorb(
+        if native.fits(logits):
+            form = partial(native_classes.absorb, order=self._order(first))
+        else:
+            form = partial(absorb, class_of=self._classes.of[first : first + logits.shape[1]])
+        form(
             self._running,
             logits,
             first=first,
             softcap=softcap,
-            temperature=self._rows.temperature,
+            temperature=self._temperature,
             key=self._key,
-            class_of=self._classes.of[first : first + logits.shape[1]],
         )
+
+    def _order(self, first: int) -> TileOrder:
+        vocabulary, classes = self._vocabulary, self._classes
+        orders = native_classes.orders(classes.of, classes.count, vocabulary.first, len(vocabulary))
+        return orders[vocabulary.tiles().index(first)]
 
     def over_ranks(self, together: RunningStats) -> ClassStats:
         """Of all ranks: see ``RunningClasses.statistics``."""
@@ -219,9 +237,15 @@ def absorb(
 
     scaled = (logits - top).div_(temperature[:, None])
     weight = scaled.exp()
+
+    def total(values: Tensor) -> Tensor:
+        """[R, C] fp32: in fp64, for thousands may be added one after the other."""
+        sums = torch.zeros_like(running.mass, dtype=torch.float64)
+        return sums.scatter_add_(1, index, values.double()).float()
+
     moment = shrink * (running.moment + shift * running.mass)
-    running.moment = moment.scatter_add_(1, index, weight * scaled)
-    running.mass = (shrink * running.mass).scatter_add_(1, index, weight)
+    running.moment = moment + total(weight * scaled)
+    running.mass = shrink * running.mass + total(weight)
 
     standing = shrink * running.score
     scores = race(weight, key, ids)

@@ -327,16 +327,17 @@ class StreamingHead:
     def _lenient(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
         """Rows with masks: another pass, over another distribution."""
         stats = self(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
-        found, start = [], 0
-        unread = torch.full_like(rows.noise.step, -1)
-        quiet, limit = replace(rows, soft_top_k=unread), self._cut_limits(rows)
-        for part in quiet.chunks(self._at_once(_tile_bytes() + CLASS_BYTES * classes.count)):
+        assert rows.rewrite is not None
+        found, unread = [], torch.full_like(rows.noise.step, -1)
+        bytes_a_row = _tile_bytes() + CLASS_BYTES * classes.count
+        if rows.rewrite.truncation is not None:
+            # A product over other rows rounds otherwise, which would cut the id at a row's limit.
+            bytes_a_row += _tile_bytes() + cut.TABLE_BYTES
+        for part in replace(rows, soft_top_k=unread).chunks(self._at_once(bytes_a_row)):
             by_class = ClassPass(classes, self.vocabulary, part)
-            mine = limit[start : start + len(part)]
-            tiles = reading.lenient_tiles(self.vocabulary, part, mine)
+            tiles = reading.lenient_tiles(self.vocabulary, part, self._cut_limits(part))
             _, together = reading.read(self.vocabulary, part, tiles, by_class)
             found.append(by_class.over_ranks(together))
-            start += len(part)
         return stats, ClassStats.concatenate(found)
 
     def _cut_limits(self, rows: Rows) -> Tensor:
@@ -345,15 +346,15 @@ class StreamingHead:
         limit = torch.full_like(rows.temperature, -torch.inf)
         if rows.rewrite.truncation is None:
             return limit
-        index = self._cuts(rows.rewrite.truncation)[rows.rewrite.canvas].nonzero()[:, 0]
-        for places in torch.split(index, self._at_once(_tile_bytes() + _LIST_BYTES)):
-            part = rows.take(places)
-            found = self._survivors(part)
-            limit[places] = found.limit
-            rest = (~found.complete).nonzero()[:, 0]
-            if len(rest):
-                limit[places[rest]] = self._limits(part.take(rest), found.values[rest, 0])
-        return limit
+        cuts = self._cuts(rows.rewrite.truncation)[rows.rewrite.canvas]
+        if not bool(cuts.any()):
+            return limit
+        found = self._survivors(rows)
+        limit = torch.where(cuts, found.limit, limit)
+        wide = cuts & ~found.complete
+        if not bool(wide.any()):
+            return limit
+        return torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
 
     # ---- the stream ----
 
