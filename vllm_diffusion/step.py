@@ -24,7 +24,7 @@ Takes tensors, gives tensors, never waits for the device, knows nothing of reque
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -111,12 +111,12 @@ def advance(
     found: dict[int, Outlook] = {}
     if guards:
 
-        def ask(index: Tensor, legal: Tensor) -> CanvasStats:
+        def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
             return head(
                 rows[index],
                 temperature[index],
                 noise.rows(index),
-                under_mask(rewrite, index, legal),
+                under_mask(rewrite, index, masks),
                 None if soft_top_k is None else soft_top_k[index],
             )
 
