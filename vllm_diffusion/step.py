@@ -114,8 +114,8 @@ def advance(
     found: dict[int, Outlook] = {}
     if guards:
 
-        def ask(index: Tensor, legal: Tensor) -> CanvasStats:
-            asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, legal))
+        def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
+            asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, masks))
             return said_of(head, asked)
 
         stats, found = look_ahead(guards, batch, stats, ask)

@@ -204,7 +204,7 @@ def test_the_first_illegal_row_becomes_its_best_legal_token(
                 legal = guard_of(grammar, None, written=committed.tolist())
                 legal.walk(plain[:row].tolist())
                 left = torch.full((VOCAB,), -torch.inf)
-                left[legal.legal()] = 0
+                left[legal.legal()] = 0.0
                 assert int(ours[row]) == int((logits[row] + left).argmax())
                 prob = ((logits[row] + left) / 0.8).softmax(-1)
                 if taken == 0:

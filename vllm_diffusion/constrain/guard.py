@@ -70,7 +70,7 @@ class Guard:
         self._ends = frozenset(end_tokens)
         self._silent = silent - self._ends
         self._left = sys.maxsize if tokens_left is None else tokens_left + len(written)
-        self._mask = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
+        self._words = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
         self._vocab_size = vocab_size
         self._ahead = 0  # tokens that the parser has read beyond the committed ones
         # The text came to where no token leads on, and was ended there.
@@ -92,15 +92,19 @@ class Guard:
         return len(tokens)
 
     def legal(self) -> Tensor:
-        """[N] int64, ascending: the ids that may stand where the look ahead came to.
+        """[V] bool: the ids that may stand where the look ahead came to, at least one.
 
         A grammar may lead to where no token of the vocabulary goes on. Then the text ends.
         """
-        self._mask.fill_(-1)
-        self._parser.fill_next_token_bitmask(self._mask)
-        bits = np.unpackbits(self._mask.numpy().view(np.uint8), bitorder="little")
-        ids = torch.from_numpy(np.flatnonzero(bits[: self._vocab_size]))
-        return ids if len(ids) else torch.tensor(sorted(self._ends))
+        self._words.fill_(-1)
+        self._parser.fill_next_token_bitmask(self._words)
+        bits = np.unpackbits(
+            self._words.numpy().view(np.uint8), count=self._vocab_size, bitorder="little"
+        )
+        mask = torch.from_numpy(bits).bool()
+        if not mask.any():
+            mask[list(self._ends)] = True
+        return mask
 
     def rewind(self) -> None:
         """Forget what was looked ahead at."""
@@ -134,7 +138,8 @@ class Guard:
         if self._parser.accept_token(token):
             self._ahead += 1
             return True
-        if token in self._ends and token in self.legal():
+        # What the parser refuses and the mask holds all the same.
+        if token in self._ends and self.legal()[token]:
             self._given_up_ahead = True
         return self._given_up_ahead
 
@@ -152,7 +157,7 @@ def look_ahead(
     guards: Mapping[int, Guard],
     batch: CanvasBatch,
     stats: CanvasStats,
-    ask: Callable[[Tensor, Tensor], CanvasStats],
+    ask: Callable[[Tensor, Sequence[Tensor]], CanvasStats],
 ) -> tuple[CanvasStats, dict[int, Outlook]]:
     """Read every guarded canvas and correct it.
 
@@ -160,8 +165,7 @@ def look_ahead(
         guards: of the canvases that denoise, by their place in the batch.
         batch: of B canvases.
         stats: theirs, [B, L].
-        ask: the head once more, given [N] int64 rows of the batch, [N, M] int64 ids that may stand
-            there, -1 pads.
+        ask: the head once more, given [N] int64 rows of the batch and a mask [V] bool for each.
 
     Returns:
         The statistics with those of the corrected rows in them; what became of each canvas.
@@ -178,11 +182,8 @@ def look_ahead(
         if not stuck:
             break
         rows = torch.tensor([canvas * length + each.legal for canvas, each in stuck.items()])
-        legal = torch.nn.utils.rnn.pad_sequence(
-            [guards[canvas].legal() for canvas in stuck], batch_first=True, padding_value=-1
-        )
         rows = rows.to(stats.argmax.device)
-        again = ask(rows, legal.to(rows.device))
+        again = ask(rows, [guards[canvas].legal() for canvas in stuck])
         stats = stats.replaced(rows, again)
         for (canvas, each), token in zip(stuck.items(), again.argmax.tolist(), strict=True):
             each.first = each.first if each.legal else token
@@ -245,29 +246,27 @@ def obedient(
     return decision
 
 
-def under_mask(rewrite: Rewrite | None, rows: Tensor, legal: Tensor) -> Rewrite:
-    """What is asked of some rows of a batch where a grammar leaves few ids.
+def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -> Rewrite:
+    """What is asked of some rows of a batch where a grammar says what may stand there.
 
     Args:
         rewrite: of the batch; None for nothing at all.
         rows: [N] int64, rows of the batch.
-        legal: [N, M] int64, -1 pads. Of the ids that the request allows those that the grammar
-            allows too are left, or, where none is, all that the grammar allows. No pin is left:
-            one that is asked again was illegal.
+        masks: N times [V] bool, on the host. Of the ids that the request allows those that the
+            grammar allows too are left, or, where none is, all that the grammar allows. No pin is
+            left: one that is asked again was illegal.
 
     Returns:
         The rewrite of the N rows, each as a canvas of its own.
     """
-    alone = torch.arange(len(rows), device=rows.device)
+    own = Rewrite(canvas=torch.arange(len(rows), device=rows.device))
+    lists: list[list[int]] = [[]] * len(rows)
+    if rewrite is not None and rewrite.allowed is not None:
+        lists = rewrite.allowed[rewrite.canvas[rows]].tolist()
+    own = replace(own, **_as_lists(masks, lists, rows.device))
     if rewrite is None:
-        return Rewrite(canvas=alone, allowed=legal)
+        return own
     canvas = rewrite.canvas[rows]
-    if rewrite.allowed is not None:
-        mine = rewrite.allowed[canvas]
-        both = torch.stack([torch.isin(*lists) for lists in zip(legal, mine, strict=True)])
-        both &= legal >= 0
-        legal = torch.where(both | ~both.any(dim=1, keepdim=True), legal, -1)
-    own = Rewrite(canvas=alone, allowed=legal)
     if rewrite.greedy is not None:
         own = replace(own, greedy=rewrite.greedy[canvas])
     if rewrite.bias is not None:
@@ -279,7 +278,8 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, legal: Tensor) -> Rewrite:
         )
         own = replace(own, penalties=penalties)
     if rewrite.forbidden is not None:
-        own = replace(own, forbidden=rewrite.forbidden[rows])
+        parts = [rewrite.forbidden[rows], *([] if own.forbidden is None else [own.forbidden])]
+        own = replace(own, forbidden=torch.cat(parts, dim=1))
     if (asked := rewrite.truncation) is not None:
         truncation = replace(
             asked,
@@ -289,6 +289,31 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, legal: Tensor) -> Rewrite:
         )
         own = replace(own, truncation=truncation)
     return own
+
+
+def _as_lists(
+    masks: Sequence[Tensor], lists: Sequence[Sequence[int]], device: torch.device
+) -> dict[str, Tensor]:
+    """``Rewrite.allowed`` and ``Rewrite.forbidden`` of rows: the shorter of the two for each.
+
+    Args:
+        masks: [V] bool for each row.
+        lists: the ids that its request allows, -1 pads; of -1 alone, or empty, for all.
+        device: where the batch runs.
+    """
+    allowed, forbidden = [], []
+    for mask, mine in zip(masks, lists, strict=True):
+        both = [token for token in mine if token >= 0 and mask[token]]
+        few = 2 * int(mask.sum()) <= len(mask)
+        legal = torch.tensor(both) if both else mask.nonzero()[:, 0]
+        allowed.append(legal if both or few else legal[:0])
+        forbidden.append(legal[:0] if both or few else (~mask).nonzero()[:, 0])
+    parts = {"allowed": allowed, "forbidden": forbidden}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-1).to(device)
+        for name, part in parts.items()
+        if any(len(each) for each in part)
+    }
 
 
 def _whole(batch: CanvasBatch, argmax: Tensor) -> Commit:

@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
@@ -82,6 +83,7 @@ class CanvasModelState(ModelState):
             vocab_size=self.pool.vocab_size,
             device=device,
         )
+        self.guards = Guards()
         self._fusion = Fusion.of(vllm_config)
         self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
@@ -131,6 +133,7 @@ class CanvasModelState(ModelState):
             head,
             sampler.req_states,
             constraints=self.constraints,
+            guards=self.guards,
             logprobs=self.logprobs,
             head_bytes=budget,
         )
@@ -180,6 +183,7 @@ class CanvasModelState(ModelState):
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.causal[slot].fill_(True)
+            self.guards.release(slot)
             self.logprobs.release(slot)
             if self._recorder is not None:
                 self._recorder.end(slot)

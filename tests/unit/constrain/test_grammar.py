@@ -101,6 +101,6 @@ def test_tokens_that_write_nothing_stand_nowhere(capfd: pytest.CaptureFixture[st
     a = BYTES.index(b"a")
     assert guard.walk([0]) == 0
     assert guard.walk([a, 0, a]) == 1
-    assert guard.legal().tolist() == [1, a]
+    assert guard.legal().nonzero()[:, 0].tolist() == [1, a]
     assert guard.walk([1, 0]) == 2
     assert capfd.readouterr().err == "", "xgrammar reports what it refuses"
