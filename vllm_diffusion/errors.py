@@ -7,10 +7,12 @@
     ├── TuneError                   a task to tune for, or a rule to try, makes no sense
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
     ├── ParamsError                 a request asks for something impossible
+    │   └── ConstraintError         a constraint is malformed or not supported, or nothing obeys it
+    │       └── AutomatonError      a constraint makes sense, but has no automaton within the limits
     └── ConfigError                 an engine option is impossible
 
 A message is one sentence or one list of all problems: what was found, what is accepted, and what to
-do about it. The last three are also `ValueError`, which is what vLLM turns into an answer of status
+do about it. Those from `CheckpointError` on are also `ValueError`, which vLLM turns into status
 400 (a request) or a refusal to start (an option, a checkpoint). The two about the installation are
 not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in pydantic's own
 text, and these must be read as they are.
@@ -43,6 +45,14 @@ class CheckpointError(VllmDiffusionError, ValueError):
 
 class ParamsError(VllmDiffusionError, ValueError):
     """A request asks for something impossible; the message names every problem at once."""
+
+
+class ConstraintError(ParamsError):
+    """A constraint is malformed, uses what is not supported, or can be satisfied by nothing."""
+
+
+class AutomatonError(ConstraintError):
+    """A constraint has no automaton within the limits; a parser might still follow it."""
 
 
 class ConfigError(VllmDiffusionError, ValueError):

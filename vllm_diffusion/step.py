@@ -23,7 +23,7 @@ Takes tensors, gives tensors, never waits for the device, knows nothing of reque
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
     from vllm_diffusion.head import Head
 
 Rule: TypeAlias = Callable[["CanvasPool", CanvasBatch, CanvasStats], Decision]
@@ -65,6 +66,7 @@ def advance(
     head: Head,
     *,
     rewrite: Rewrite | None = None,
+    automata: Sequence[ConstrainedCanvases] = (),  # noqa: ARG001 - TODO: condition on them
     rule: Rule | None = None,
     observe: Observer | None = None,
 ) -> Emission:
@@ -76,6 +78,7 @@ def advance(
         hidden: [B, L, H], final hidden states of every canvas row (anything where not valid).
         head: turns hidden rows into statistics.
         rewrite: what the requests change in the distributions; None for nothing at all.
+        automata: which canvases obey one, each canvas at most once.
         rule: instead of ``decide``.
         observe: called between the decision and its effect on the pool.
     """
