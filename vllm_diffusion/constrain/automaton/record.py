@@ -32,6 +32,7 @@ class TokenAutomaton:
     start: int
     accepting: NDArray[np.bool_]  # [N], the text so far is complete; the end counts
     distance: NDArray[np.int32]  # [N], fewest tokens from a state to an accepting one
+    depth: int | None = None  # how deep rules that embed themselves may nest; None: none does
 
     @property
     def end(self) -> int:

@@ -1,0 +1,207 @@
+"""Automaton over bytes beside a vocabulary -> automaton over classes of tokens.
+
+A token takes every state to another one or to nowhere: a column of N next states. Tokens of equal
+columns are one class. Columns are found for all states at once along the trie, a level at a time,
+and a step from a column by a byte is taken once, however many nodes of the trie take it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_diffusion.constrain.automaton.graph import distances, reachable
+from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+from vllm_diffusion.errors import AutomatonError, ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from vllm_diffusion.constrain.automaton.dfa import Dfa
+    from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+
+NOWHERE = 0  # the class of tokens that no state reads
+
+# While the trie is walked there are columns of texts that no token ends with.
+_PREFIXES_PER_CLASS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How large an automaton may become. What is beyond needs a parser."""
+
+    states: int = 8192
+    classes: int = 4096
+    edges: int = 1 << 19
+    depth: int = 8  # of rules that embed themselves, as deep as the other limits let it
+
+
+def token_automaton(
+    dfa: Dfa,
+    vocabulary: Vocabulary,
+    *,
+    end_ids: Sequence[int],
+    allowed: Sequence[int] | None = None,
+    prefix_until: int | None = None,
+    limits: Limits,
+) -> TokenAutomaton:
+    """Which sequences of tokens write a text that an automaton accepts.
+
+    Args:
+        dfa: minimal, over bytes.
+        vocabulary: what the tokens write.
+        end_ids: tokens that end a text, whatever they would write; at least one.
+        allowed: the only other tokens that may be used; None: all.
+        prefix_until: a token before which anything but an end may stand; the text begins behind it.
+        limits: on what comes out.
+
+    Raises:
+        ConstraintError: nothing satisfies it.
+        AutomatonError: it is larger than the limits.
+    """
+    class_of, columns = _columns(dfa, vocabulary, limits)
+    usable = np.ones(len(vocabulary), dtype=bool)
+    if allowed is not None:
+        usable[:] = False
+        usable[list(allowed)] = True
+    ends = list(end_ids)
+    usable[ends] = False
+    class_of[~usable] = NOWHERE
+
+    live = _live(dfa, columns[np.unique(class_of)])
+    if not live[0]:
+        raise ConstraintError(
+            "Nothing satisfies the constraint."
+            if dfa.is_empty()
+            else "No sequence of the tokens that may be used satisfies the constraint."
+        )
+    number = np.append(np.where(live, np.cumsum(live) - 1, -1), -1).astype(np.int32)
+    class_of, columns = _merged(class_of, number[columns[:, live]])
+    accepting = dfa.accepting[live]
+    start = 0
+    if prefix_until is not None:
+        class_of, columns = _behind(prefix_until, class_of, columns, usable)
+        start, accepting = len(accepting), np.append(accepting, False)
+    return _record(class_of, columns, accepting, start, ends, limits)
+
+
+def _columns(
+    dfa: Dfa, vocabulary: Vocabulary, limits: Limits
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The column of every token: [V], and the columns: [C, N], -1 for nowhere."""
+    num_states = len(dfa)
+    if num_states > limits.states:
+        raise AutomatonError(_too_large("states", num_states, limits.states))
+    step = np.vstack([dfa.table, np.full((1, dfa.table.shape[1]), -1, dtype=np.int32)])
+    width = step.shape[1]
+    columns = [np.full(num_states, -1, dtype=np.int32), np.arange(num_states, dtype=np.int32)]
+    number = {column.tobytes(): index for index, column in enumerate(columns)}
+    after: dict[int, int] = {}  # column before and byte -> column behind
+    column_of = np.zeros(len(vocabulary.parent), dtype=np.int64)
+    column_of[0] = 1
+    for first, behind in zip(vocabulary.levels[1:], vocabulary.levels[2:], strict=False):
+        before = column_of[vocabulary.parent[first:behind]]
+        steps = before * width + dfa.column[vocabulary.byte[first:behind]]
+        unique, inverse = np.unique(np.where(before == NOWHERE, -1, steps), return_inverse=True)
+        found = np.empty(len(unique), dtype=np.int64)
+        for index, key in enumerate(unique.tolist()):
+            if key < 0:
+                found[index] = NOWHERE
+                continue
+            if key not in after:
+                column = step[columns[key // width], key % width]
+                after[key] = number.setdefault(column.tobytes(), len(number))
+                if after[key] == len(columns):
+                    columns.append(column)
+            found[index] = after[key]
+        column_of[first:behind] = found[inverse]
+        if len(columns) > limits.classes * _PREFIXES_PER_CLASS:
+            raise AutomatonError(_too_large("token classes", len(columns), limits.classes))
+    class_of = np.where(vocabulary.node > 0, column_of[vocabulary.node], NOWHERE)
+    return _merged(class_of, np.stack(columns))
+
+
+def _merged(
+    class_of: NDArray[np.integer], columns: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The same, equal columns merged, unused ones dropped; class 0 is the one that leads nowhere."""
+    used = np.unique(class_of)
+    number = {np.full(columns.shape[1], -1, dtype=np.int32).tobytes(): NOWHERE}
+    renamed = np.zeros(len(columns), dtype=np.int32)
+    for index in used.tolist():
+        renamed[index] = number.setdefault(columns[index].tobytes(), len(number))
+    merged = np.stack([np.frombuffer(column, dtype=np.int32) for column in number])
+    return renamed[class_of], merged
+
+
+def _live(dfa: Dfa, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """The states that tokens lead to and that tokens complete a text from. [N]."""
+    symbol, source = np.nonzero(columns >= 0)
+    target = columns[symbol, source]
+    source = source.astype(np.int32)
+    starts = np.zeros(len(dfa), dtype=bool)
+    starts[0] = True
+    return (distances(source, target, dfa.accepting) >= 0) & reachable(source, target, starts)
+
+
+def _behind(
+    token: int, class_of: NDArray[np.int32], columns: NDArray[np.int32], usable: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Add a last state that every usable token leads back to, but ``token`` to the start."""
+    count, states = columns.shape
+    class_of = class_of.copy()
+    own = columns[class_of[token]]
+    class_of[usable & (class_of == NOWHERE)] = count  # read by the new state alone
+    class_of[token] = count + 1
+    columns = np.vstack([columns, np.full((1, states), -1, dtype=np.int32), own])
+    loop = np.full((count + 2, 1), states, dtype=np.int32)
+    loop[NOWHERE], loop[count + 1] = -1, 0
+    return _merged(class_of, np.hstack([columns, loop]))
+
+
+def _record(
+    class_of: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    accepting: NDArray[np.bool_],
+    start: int,
+    ends: list[int],
+    limits: Limits,
+) -> TokenAutomaton:
+    """With the end behind all other states, and the class of the end tokens behind all others."""
+    count, end = columns.shape
+    last = np.where(accepting, end, -1).astype(np.int32)
+    table = np.vstack([columns, last]).T
+    class_of = class_of.copy()
+    class_of[ends] = count
+    num_edges = int(np.count_nonzero(table >= 0))
+    for name, value, most in (
+        ("token classes", count + 1, limits.classes),
+        ("edges", num_edges, limits.edges),
+    ):
+        if value > most:
+            raise AutomatonError(_too_large(name, value, most))
+    source, symbol = np.nonzero(table >= 0)
+    target = table[source, symbol]
+    accepting = np.append(accepting, True)
+    return TokenAutomaton(
+        class_of=class_of,
+        num_classes=count + 1,
+        source=source.astype(np.int32),
+        symbol=symbol.astype(np.int32),
+        target=target,
+        num_states=end + 1,
+        start=start,
+        accepting=accepting,
+        distance=distances(source.astype(np.int32), target, accepting),
+    )
+
+
+def _too_large(what: str, found: int, most: int) -> str:
+    return (
+        f"The constraint needs {found} {what}, more than the {most} that an automaton may have. "
+        "Shorten its bounds (maxLength, maxItems, {m,n}), name fewer properties, or split it."
+    )

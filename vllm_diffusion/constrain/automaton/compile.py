@@ -1,0 +1,185 @@
+"""A request's constraint -> token automaton; compiled once, kept as long as there is room."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from vllm_diffusion.constrain.automaton import ebnf
+from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
+from vllm_diffusion.constrain.automaton.network import Networks
+from vllm_diffusion.constrain.automaton.regex import regex
+from vllm_diffusion.constrain.automaton.schema import json_schema
+from vllm_diffusion.constrain.automaton.syntax import Choice, Grammar, text
+from vllm_diffusion.errors import AutomatonError, ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+    from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+
+
+class AutomatonCache:
+    """Compiled constraints, the least recently used dropped when there is no more room.
+
+    Args:
+        max_bytes: of the automata kept; one that is larger by itself is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Hashable, TokenAutomaton] = OrderedDict()
+        self._lock = Lock()  # constraints are compiled in threads
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(automaton.nbytes for automaton in self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable) -> TokenAutomaton | None:
+        """What was kept under a key."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: Hashable, automaton: TokenAutomaton) -> None:
+        """Keep an automaton, and drop others if need be."""
+        with self._lock:
+            self._kept[key] = automaton
+            while self.nbytes > self._max_bytes:
+                self._kept.popitem(last=False)
+
+
+_CACHE = AutomatonCache(256 << 20)
+
+
+def compile_constraint(
+    kind: str,
+    text: str,
+    *,
+    vocabulary: Vocabulary,
+    end_ids: Sequence[int],
+    allowed: Sequence[int] | None = None,
+    prefix_until: int | None = None,
+    any_whitespace: bool = True,
+    limits: Limits | None = None,
+    cache: AutomatonCache = _CACHE,
+) -> TokenAutomaton:
+    """What a request's output must be, as an automaton over classes of tokens.
+
+    Args:
+        kind: one of ``KINDS``.
+        text: the JSON schema, the regular expression, the JSON list of choices, the EBNF grammar,
+            the structural tag; nothing for ``json_object``.
+        vocabulary: of the model's tokenizer.
+        end_ids: the tokens that end an output; at least one.
+        allowed: the only other tokens that may be used; None: all.
+        prefix_until: a token that ends a free beginning, such as a thinking block.
+        any_whitespace: between the parts of JSON values; else none.
+        limits: on the size of the automaton.
+        cache: where compiled constraints are kept.
+
+    Raises:
+        ConstraintError: it is malformed, not supported, or nothing satisfies it.
+        AutomatonError: it makes sense, but is too large for an automaton.
+    """
+    limits = limits or Limits()
+    key = (
+        *(kind, text, vocabulary.fingerprint, tuple(end_ids), prefix_until, any_whitespace, limits),
+        None if allowed is None else tuple(allowed),
+    )
+    automaton = cache.get(key)
+    if automaton is None:
+        try:
+            grammar = _grammar(kind, text, any_whitespace)
+            automaton = _deepest(
+                Networks(grammar, max_states=limits.states),
+                limits,
+                vocabulary=vocabulary,
+                end_ids=end_ids,
+                allowed=allowed,
+                prefix_until=prefix_until,
+            )
+        except RecursionError as error:
+            raise AutomatonError("The constraint is nested too deep.") from error
+        cache.put(key, automaton)
+    return automaton
+
+
+def _grammar(kind: str, source: str, any_whitespace: bool) -> Grammar:
+    match kind:
+        case "json":
+            return json_schema(source, any_whitespace=any_whitespace)
+        case "json_object":
+            return json_schema('{"type": "object"}', any_whitespace=any_whitespace)
+        case "regex":
+            return Grammar({"regex": regex(source)}, "regex")
+        case "choice":
+            return Grammar({"choice": Choice(tuple(map(text, _choices(source))))}, "choice")
+        case "grammar":
+            return ebnf.ebnf(source)
+        case "structural_tag":
+            return ebnf.structural_tag(source)
+    raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
+
+
+def _choices(source: str) -> list[str]:
+    try:
+        choices = json.loads(source)
+    except ValueError:
+        choices = None
+    if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
+        raise ConstraintError(f"The choices must be a JSON list of strings, not {source!r}.")
+    return choices
+
+
+def _deepest(
+    networks: Networks,
+    limits: Limits,
+    *,
+    vocabulary: Vocabulary,
+    end_ids: Sequence[int],
+    allowed: Sequence[int] | None,
+    prefix_until: int | None,
+) -> TokenAutomaton:
+    """The automaton that nests deepest within the limits. The size doubles with every level."""
+    best: TokenAutomaton | None = None
+    problem: ConstraintError | None = None
+    reached = 0
+    for depth in range(limits.depth + 1 if networks.recursive else 1):
+        try:
+            best = token_automaton(
+                networks.automaton(depth),
+                vocabulary,
+                end_ids=end_ids,
+                allowed=allowed,
+                prefix_until=prefix_until,
+                limits=limits,
+            )
+        except AutomatonError as error:
+            problem = error
+            break
+        except ConstraintError as error:  # nothing is as shallow as that
+            problem = error
+        else:
+            reached = depth
+    if best is None:
+        assert problem is not None
+        raise problem
+    if not networks.recursive:
+        return best
+    logger.info("A recursive constraint is followed to nesting depth %d.", reached)
+    return replace(best, depth=reached)

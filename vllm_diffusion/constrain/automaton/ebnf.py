@@ -1,0 +1,120 @@
+"""EBNF and structural tags, as vLLM's xgrammar backend takes them -> grammar.
+
+xgrammar parses; what it parsed is read from its serialised form, which is exact where its printed
+form is for people: a list of expressions, each a number for its kind and its arguments. Lookahead assertions only speed xgrammar up and are not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vllm_diffusion.constrain.automaton.syntax import (
+    EMPTY,
+    Call,
+    Chars,
+    Choice,
+    Grammar,
+    Node,
+    Repeat,
+    Sequence,
+    Text,
+    complement,
+    merged,
+)
+from vllm_diffusion.errors import AutomatonError, ConstraintError
+
+_KINDS = {
+    7: "tags inside free text (TagDispatch)",
+    9: "tokens by their id",
+    10: "all tokens but some, by their ids",
+    12: "a regular expression inside a rule",
+}
+
+VERSION = "v16"
+"""Of the serialised form that is read here."""
+
+
+def ebnf(grammar: str) -> Grammar:
+    """The rules of a grammar in xgrammar's EBNF; ConstraintError if it does not parse."""
+    from xgrammar import Grammar as Parsed
+
+    try:
+        return _read(Parsed.from_ebnf(grammar))
+    except RuntimeError as error:
+        raise ConstraintError(f"This is not a grammar: {error}") from error
+
+
+def structural_tag(tag: str) -> Grammar:
+    """The rules of a structural tag; AutomatonError if it mixes tags into free text."""
+    from xgrammar import Grammar as Parsed
+    from xgrammar import StructuralTagItem
+
+    try:
+        parsed = json.loads(tag)
+        if "structures" not in parsed:
+            return _read(Parsed.from_structural_tag(tag))
+        items = [
+            StructuralTagItem(
+                begin=item["begin"], schema=json.dumps(item["schema"]), end=item["end"]
+            )
+            for item in parsed["structures"]
+        ]
+        return _read(Parsed.from_structural_tag(items, parsed["triggers"]))
+    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConstraintError(f"This is not a structural tag: {error}") from error
+
+
+def _read(parsed: Any) -> Grammar:
+    """A grammar from xgrammar's serialised form: rules by index, expressions by index."""
+    data = json.loads(parsed.serialize_json())
+    if data["__VERSION__"] != VERSION:
+        raise AutomatonError(
+            f"xgrammar writes grammars in the form {data['__VERSION__']}, and {VERSION} is read "
+            "here. Install the xgrammar that comes with the vLLM this release was tested with."
+        )
+    names = [rule[0] for rule in data["rules"]]
+    bodies = [rule[1] for rule in data["rules"]]
+    cells = data["grammar_expr_data"]
+    rules: dict[str, Node] = {}
+    reached = [data["root_rule_id"]]
+
+    def node(index: int) -> Node:
+        first = data["grammar_expr_indptr"][index]
+        kind, length = cells[first : first + 2]
+        arguments = cells[first + 2 : first + 2 + length]
+        match kind:
+            case 0:
+                return Text(bytes(byte & 0xFF for byte in arguments))
+            case 1:
+                return _characters(arguments)
+            case 2:
+                return Repeat(_characters(arguments))
+            case 3:
+                return EMPTY
+            case 4:
+                return called(arguments[0])
+            case 5:
+                return Sequence(tuple(map(node, arguments)))
+            case 6:
+                return Choice(tuple(map(node, arguments)))
+            case 8:
+                rule, least, most = arguments[:3]
+                return Repeat(called(rule), least, None if most < 0 else most)
+        what = _KINDS.get(kind, f"an expression of kind {kind}")
+        raise AutomatonError(f"The grammar uses {what}, which no automaton is built for.")
+
+    def called(rule: int) -> Call:
+        if rule not in reached:
+            reached.append(rule)
+        return Call(names[rule])
+
+    for rule in reached:
+        rules[names[rule]] = node(bodies[rule])
+    return Grammar(rules, names[data["root_rule_id"]])
+
+
+def _characters(arguments: list[int]) -> Chars:
+    negated, *borders = arguments
+    ranges = list(zip(borders[::2], borders[1::2], strict=True))
+    return Chars(complement(ranges) if negated else merged(ranges))

@@ -1,0 +1,165 @@
+"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
+
+A string has one spelling, that of ``json.dumps(ensure_ascii=False)``: an escape stands only where
+JSON demands one. Otherwise "\\u0061" could pass for a name other than "a", and lengths and
+patterns would have to see through escapes. Every string can still be written.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from vllm_diffusion.constrain.automaton.syntax import (
+    NOTHING,
+    Call,
+    Chars,
+    Choice,
+    Node,
+    Ranges,
+    Repeat,
+    Sequence,
+    Text,
+    choice,
+    complement,
+    optional,
+    sequence,
+    text,
+    without,
+)
+from vllm_diffusion.errors import ConstraintError
+
+_ESCAPED: Ranges = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
+
+_DIGIT = Chars(((0x30, 0x39),))
+_DIGITS = Repeat(_DIGIT, 1)
+_MINUS = optional(text("-"))
+_WHOLE = choice(text("0"), sequence(Chars(((0x31, 0x39),)), Repeat(_DIGIT)))
+
+INTEGER = choice(text("0"), sequence(_MINUS, Chars(((0x31, 0x39),)), Repeat(_DIGIT)))
+NUMBER = sequence(
+    _MINUS,
+    _WHOLE,
+    optional(sequence(text("."), _DIGITS)),
+    optional(
+        sequence(
+            Chars(((0x45, 0x45), (0x65, 0x65))),
+            optional(Chars(((0x2B, 0x2B), (0x2D, 0x2D)))),
+            _DIGITS,
+        )
+    ),
+)
+BOOLEAN = choice(text("true"), text("false"))
+NULL = text("null")
+QUOTE = text('"')
+
+
+def literal(value: Any) -> Node:
+    """Exactly this value, as ``json.dumps`` writes it without spaces."""
+    try:
+        return text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+    except ValueError as error:  # a lone surrogate, or not a number
+        raise ConstraintError(f"The value {value!r} cannot be written: {error}.") from error
+
+
+@cache
+def characters(ranges: Ranges) -> Node:
+    """One character of these, as it is written inside a string."""
+    escapes = [
+        text(json.dumps(chr(point))[1:-1])
+        for first, last in _ESCAPED
+        for point in range(first, last + 1)
+        if any(low <= point <= high for low, high in ranges)
+    ]
+    return choice(Chars(without(ranges, _ESCAPED)), *escapes)
+
+
+def spelled(node: Node) -> Node:
+    """What a node over plain characters reads, as it is written inside a string."""
+    match node:
+        case Text(value):
+            return text(json.dumps(value.decode(), ensure_ascii=False)[1:-1])
+        case Chars(ranges):
+            return characters(ranges)
+        case Sequence(parts):
+            return Sequence(tuple(map(spelled, parts)))
+        case Choice(options):
+            return Choice(tuple(map(spelled, options)))
+        case Repeat(part, least, most):
+            return Repeat(spelled(part), least, most)
+        case Call(_):
+            raise AssertionError("patterns call no rules")
+
+
+CHARACTER = characters(complement(()))
+STRING = sequence(QUOTE, Repeat(CHARACTER), QUOTE)
+
+
+def string(content: Node) -> Node:
+    """A string whose text, before escaping, a node reads."""
+    return sequence(QUOTE, spelled(content), QUOTE)
+
+
+def string_except(names: frozenset[str]) -> Node:
+    """Any string but these."""
+    return sequence(QUOTE, _other_than(names), QUOTE)
+
+
+def _other_than(names: frozenset[str]) -> Node:
+    """Written characters that do not spell one of ``names``, decided character by character."""
+    if not names:
+        return Repeat(CHARACTER)
+    heads = sorted({name[0] for name in names if name})
+    points = tuple((ord(head), ord(head)) for head in heads)
+    options = [sequence(characters(complement(points)), Repeat(CHARACTER))]
+    for head in heads:
+        tails = frozenset(name[1:] for name in names if name.startswith(head))
+        options.append(sequence(characters(((ord(head), ord(head)),)), _other_than(tails)))
+    return Choice(tuple(options)) if "" in names else optional(Choice(tuple(options)))
+
+
+class Layout:
+    """Where white space may stand between the parts of a value.
+
+    Args:
+        any_whitespace: any amount between all parts; else none at all.
+    """
+
+    def __init__(self, *, any_whitespace: bool) -> None:
+        blank = Chars(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
+        self._space = Repeat(blank) if any_whitespace else Sequence(())
+
+    def member(self, name: Node, value: Node) -> Node:
+        """Name, colon and value."""
+        return sequence(name, self._space, text(":"), self._space, value)
+
+    def behind_comma(self, part: Node) -> Node:
+        """A part that follows another one."""
+        return sequence(self._space, text(","), self._space, part)
+
+    def braces(self, members: Node) -> Node:
+        """An object of these members; none: an empty one."""
+        return sequence(text("{"), self._space, members, self._space, text("}"))
+
+    def brackets(self, items: Node) -> Node:
+        """An array of these items."""
+        return sequence(text("["), self._space, items, self._space, text("]"))
+
+    def listed(self, part: Node, least: int = 0, most: int | None = None) -> Node:
+        """A part, ``least`` to ``most`` times, commas between."""
+        if most == 0:
+            return Sequence(()) if least == 0 else NOTHING
+        more = Repeat(
+            self.behind_comma(part), max(least - 1, 0), None if most is None else most - 1
+        )
+        several = sequence(part, more)
+        return several if least else optional(several)
+
+    def any_rules(self, value: str, array: str, object_: str) -> dict[str, Node]:
+        """Rules, by the names given, of any value, any array and any object."""
+        return {
+            value: choice(STRING, NUMBER, BOOLEAN, NULL, Call(array), Call(object_)),
+            array: self.brackets(self.listed(Call(value))),
+            object_: self.braces(self.listed(self.member(STRING, Call(value)))),
+        }

@@ -1,0 +1,173 @@
+"""Decimal numbers between bounds -> syntax nodes.
+
+Digit by digit: as long as what is written equals a bound's digits, the bound limits the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from vllm_diffusion.constrain.automaton.syntax import (
+    EMPTY,
+    NOTHING,
+    Chars,
+    Choice,
+    Node,
+    Repeat,
+    choice,
+    sequence,
+    text,
+)
+
+# Decimals of at most so many significant digits become different doubles, in the same order. More
+# would let a text that is above an exclusive bound be read as the bound itself.
+SIGNIFICANT = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An end of a range of numbers."""
+
+    value: Decimal
+    exclusive: bool = False
+
+    @classmethod
+    def of(cls, number: float, *, exclusive: bool = False) -> Bound:
+        """The bound that a JSON number means to who compares doubles, and big whole numbers."""
+        whole = isinstance(number, int) or number.is_integer()
+        return cls(Decimal(int(number)) if whole else Decimal(repr(number)), exclusive)
+
+    def negated(self) -> Bound:
+        """The same bound seen from the other side of zero."""
+        return Bound(-self.value, self.exclusive)
+
+
+def between(low: Bound | None, high: Bound | None, *, whole: bool) -> Node:
+    """Numbers from ``low`` to ``high``, without exponent; None: unbounded on that side.
+
+    Args:
+        low: the lower end.
+        high: the upper end.
+        whole: without a fraction; else at most 15 significant digits behind a decimal point.
+    """
+    zero = Bound(Decimal(0), exclusive=True)
+    options: list[Node] = []
+    if low is None or low.value < 0:
+        least = zero if high is None or high.value >= 0 else high.negated()
+        below = _Range(least, low and low.negated(), whole=whole)
+        options.append(sequence(text("-"), below.node()))
+    if high is None or high.value >= 0:
+        least = low if low is not None and low.value >= 0 else Bound(Decimal(0))
+        options.append(_Range(least, high, whole=whole).node())
+    return Choice(tuple(options))
+
+
+class _Range:
+    """Numbers that are not negative."""
+
+    def __init__(self, low: Bound, high: Bound | None, *, whole: bool) -> None:
+        self._low, self._high, self._whole = low, high, whole
+        self._low_digits = _digits(low)
+        self._high_digits = _digits(high) if high else ("", "")
+
+    def node(self) -> Node:
+        shortest, longest = len(self._low_digits[0]), len(self._high_digits[0])
+        if self._high is None:
+            more = sequence(_digit(1, 9), Repeat(_digit(0, 9), shortest), self._any_fraction(99))
+            return choice(self._leading(shortest, low=True, high=False), more)
+        return Choice(
+            tuple(
+                self._leading(length, low=length == shortest, high=length == longest)
+                for length in range(shortest, longest + 1)
+            )
+        )
+
+    def _leading(self, length: int, *, low: bool, high: bool) -> Node:
+        """Numbers with so many digits before the point, bounded by ``low`` and ``high`` or not."""
+        return self._digit_at(0, length, low, high)
+
+    def _digit_at(self, index: int, length: int, low: bool, high: bool) -> Node:
+        """Digits from ``index`` on; those before equal the bounds named."""
+        if index == length:
+            return self._fraction(length, low, high)
+        if not (low or high):
+            rest = length - index
+            first = [_digit(1, 9)] if index == 0 and length > 1 else []
+            digits = Repeat(_digit(0, 9), rest - len(first), rest - len(first))
+            return sequence(*first, digits, self._any_fraction(length))
+        least = int(self._low_digits[0][index]) if low else int(index == 0 and length > 1)
+        most = int(self._high_digits[0][index]) if high else 9
+        return Choice(
+            tuple(
+                sequence(_digit(first, last), self._digit_at(index + 1, length, *tight))
+                for first, last, tight in _runs(least, most, low, high)
+            )
+        )
+
+    def _any_fraction(self, length: int) -> Node:
+        most = self._places(length)
+        point = sequence(text("."), Repeat(_digit(0, 9), 1, most))
+        return choice(EMPTY, point) if most > 0 else EMPTY
+
+    def _fraction(self, length: int, low: bool, high: bool) -> Node:
+        """A point and digits, or nothing, behind digits that equal the bounds named."""
+        options: list[Node] = [EMPTY] if self._may_stop(0, low, high) else []
+        if self._places(length):
+            options.append(sequence(text("."), self._place_at(0, self._places(length), low, high)))
+        return Choice(tuple(options))
+
+    def _place_at(self, index: int, most: int, low: bool, high: bool) -> Node:
+        """At least one digit of the fraction, at most ``most`` in all."""
+        if index == most:
+            return NOTHING
+        if not (low or high):
+            return Repeat(_digit(0, 9), 1, most - index)
+        least = int(self._low_digits[1][index : index + 1] or 0) if low else 0
+        largest = int(self._high_digits[1][index : index + 1] or 0) if high else 9
+        options: list[Node] = []
+        for first, last, tight in _runs(least, largest, low, high):
+            stop = [EMPTY] if self._may_stop(index + 1, *tight) else []
+            more = self._place_at(index + 1, most, *tight)
+            options.append(sequence(_digit(first, last), choice(*stop, more)))
+        return Choice(tuple(options))
+
+    def _may_stop(self, places: int, low: bool, high: bool) -> bool:
+        """Whether the number may end here, zeros thought behind it."""
+        equals_low = low and places >= len(self._low_digits[1])
+        equals_high = high and places >= len(self._high_digits[1])
+        above = not low or (equals_low and not self._low.exclusive)
+        below = not equals_high or self._high is None or not self._high.exclusive
+        return above and below
+
+    def _places(self, length: int) -> int:
+        """Digits that a fraction behind so many digits may have."""
+        return 0 if self._whole else max(SIGNIFICANT - length, 0)
+
+
+def _digits(bound: Bound) -> tuple[str, str]:
+    """Digits before and behind the point, no zeros at either far end."""
+    whole, _, fraction = f"{bound.value:f}".partition(".")
+    return whole, fraction.rstrip("0")
+
+
+def _digit(first: int, last: int) -> Chars:
+    return Chars(((0x30 + first, 0x30 + last),))
+
+
+def _runs(least: int, most: int, low: bool, high: bool) -> list[tuple[int, int, tuple[bool, bool]]]:
+    """Digits ``least..most`` in runs: first, last, and which bounds they still equal."""
+    if least > most:
+        return []
+    if least == most:
+        return [(least, most, (low, high))]
+    runs = []
+    if low:
+        runs.append((least, least, (True, False)))
+        least += 1
+    if high:
+        runs.append((most, most, (False, True)))
+        most -= 1
+    if least <= most:
+        runs.append((least, most, (False, False)))
+    return runs

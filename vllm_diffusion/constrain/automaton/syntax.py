@@ -1,0 +1,164 @@
+"""A constraint as a grammar: rules over characters, whatever it was written in.
+
+Regular expressions, JSON schemas and EBNF are translated into these nodes; ``network`` compiles
+them. Characters are Unicode code points; how UTF-8 spells them is decided later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+Ranges = tuple[tuple[int, int], ...]
+"""Code points, first and last of each range, ascending and apart."""
+
+LAST_CODE_POINT = 0x10FFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """These bytes."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chars:
+    """One character out of a set; surrogates, which UTF-8 cannot spell, do not count."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One part after the other; no part: the empty text."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the options; no option: nothing, not even the empty text."""
+
+    options: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A part, ``least`` to ``most`` times; None: any number of times."""
+
+    part: Node
+    least: int = 0
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a rule says."""
+
+    rule: str
+
+
+Node = Text | Chars | Sequence | Choice | Repeat | Call
+
+EMPTY = Sequence(())
+NOTHING = Choice(())
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Rules by name, and the one that a whole text must follow."""
+
+    rules: Mapping[str, Node]
+    root: str
+
+
+def text(value: str) -> Text:
+    """These characters; ConstraintError is not raised, surrogates are a UnicodeEncodeError."""
+    return Text(value.encode())
+
+
+def sequence(*parts: Node) -> Sequence:
+    """One part after the other."""
+    return Sequence(parts)
+
+
+def choice(*options: Node) -> Choice:
+    """One of the options."""
+    return Choice(options)
+
+
+def optional(part: Node) -> Repeat:
+    """A part or nothing."""
+    return Repeat(part, 0, 1)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The same code points, ascending and apart."""
+    result: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if result and first <= result[-1][1] + 1:
+            result[-1] = (result[-1][0], max(last, result[-1][1]))
+        else:
+            result.append((first, last))
+    return tuple(result)
+
+
+def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Every other code point."""
+    result, position = [], 0
+    for first, last in merged(ranges):
+        if position < first:
+            result.append((position, first - 1))
+        position = last + 1
+    if position <= LAST_CODE_POINT:
+        result.append((position, LAST_CODE_POINT))
+    return tuple(result)
+
+
+def without(ranges: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Ranges:
+    """The code points of ``ranges`` that are not in ``others``."""
+    return complement((*complement(ranges), *others))
+
+
+def without_left_recursion(rules: Mapping[str, Node]) -> dict[str, Node]:
+    """The same language, with every rule that begins with itself written as a loop.
+
+    ``a ::= a x | b`` becomes ``a ::= b x*``. A rule that begins with itself through another rule
+    stays as it is.
+    """
+    return {name: _looped(name, body) for name, body in rules.items()}
+
+
+def _looped(name: str, body: Node) -> Node:
+    heads: list[Node] = []
+    tails: list[Node] = []
+    for option in _options(body):
+        parts = tuple(_parts(option))
+        if parts and parts[0] == Call(name):
+            tails.append(Sequence(parts[1:]))
+        else:
+            heads.append(option)
+    if not tails:
+        return body
+    return sequence(Choice(tuple(heads)), Repeat(Choice(tuple(tails))))
+
+
+def _options(node: Node) -> Iterable[Node]:
+    if isinstance(node, Choice):
+        for option in node.options:
+            yield from _options(option)
+    elif isinstance(node, Sequence) and len(node.parts) == 1:
+        yield from _options(node.parts[0])
+    else:
+        yield node
+
+
+def _parts(node: Node) -> Iterable[Node]:
+    if isinstance(node, Sequence):
+        for part in node.parts:
+            yield from _parts(part)
+    elif isinstance(node, Choice) and len(node.options) == 1:
+        yield from _parts(node.options[0])
+    else:
+        yield node
