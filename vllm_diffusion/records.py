@@ -2,6 +2,7 @@
 
 constrain -> head   Rewrite        what requests change in the distribution of every position
 head -> step        CanvasStats    what the model believes about every position
+head -> step        ClassStats     the same by class of tokens, for canvases under a constraint
 denoise -> canvas   Decision       what becomes of every position
 canvas -> engine    Emission       what the engine may count as generated
 """
@@ -188,6 +189,48 @@ class CanvasStats:
             top_prob=torch.cat([p.top_prob for p in parts]),
             margin=torch.cat([p.margin for p in parts]),
             soft_embedding=torch.cat([p.soft_embedding for p in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassStats:
+    """What a head says about R rows by class of tokens, C classes; see ``Head.by_class``.
+
+    Class 0 holds the tokens that nobody asks about: its column is that of a class with no token.
+    """
+
+    log_mass: Tensor  # [R, C] fp32, log of the class's share of the row; -inf without a token
+    entropy: Tensor  # [R, C] fp32, nats, of the distribution inside the class; 0 without a token
+    best: Tensor  # [R, C] int64, its likeliest token, the lowest id among equals; -1 for none
+    best_log_prob: Tensor  # [R, C] fp32, log of that token's share of the row; -inf for none
+    second_log_prob: Tensor  # [R, C] fp32, of its next token; -inf for none
+    sample: Tensor  # [R, C] int64, a token drawn inside the class; -1 for none
+
+    def spread(self, index: Tensor) -> ClassStats:
+        """These rows at the places ``index`` [R] int64, a permutation."""
+
+        def placed(values: Tensor) -> Tensor:
+            return torch.empty_like(values).index_copy_(0, index, values)
+
+        return ClassStats(
+            log_mass=placed(self.log_mass),
+            entropy=placed(self.entropy),
+            best=placed(self.best),
+            best_log_prob=placed(self.best_log_prob),
+            second_log_prob=placed(self.second_log_prob),
+            sample=placed(self.sample),
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[ClassStats]) -> ClassStats:
+        """Join statistics along their first dimension."""
+        return ClassStats(
+            log_mass=torch.cat([p.log_mass for p in parts]),
+            entropy=torch.cat([p.entropy for p in parts]),
+            best=torch.cat([p.best for p in parts]),
+            best_log_prob=torch.cat([p.best_log_prob for p in parts]),
+            second_log_prob=torch.cat([p.second_log_prob for p in parts]),
+            sample=torch.cat([p.sample for p in parts]),
         )
 
 

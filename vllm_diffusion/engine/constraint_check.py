@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.structured_output.request import get_structured_output_key
 
 from vllm_diffusion.constrain.automaton.walk import Walk
-from vllm_diffusion.engine.compiler import compiler_of
+from vllm_diffusion.engine.compiler import automaton_of
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.params import admitted_params
 
@@ -40,7 +40,7 @@ def constraint_problems(
             f"those: {reprlib.repr(words)}"
         )
     try:
-        automaton = automaton_of(sampling, model, config, tokenizer)
+        automaton = automaton_for(sampling, model, config, tokenizer)
     except ConstraintError as error:
         return [*problems, str(error)]
     # A prompt has a token at least.
@@ -58,7 +58,7 @@ def constraint_problems(
     return problems
 
 
-def automaton_of(
+def automaton_for(
     sampling: Any, model: ModelConfig, config: StructuredOutputsConfig, tokenizer: Any
 ) -> TokenAutomaton:
     """The automaton of a request's constraint, as the engine's core will ask for it.
@@ -66,11 +66,13 @@ def automaton_of(
     Raises:
         ConstraintError: there is none.
     """
-    compiler = compiler_of(
-        tokenizer, model.get_vocab_size(), any_whitespace=not config.disable_any_whitespace
+    return automaton_of(
+        get_structured_output_key(sampling.structured_outputs),
+        sampling.all_stop_token_ids,
+        tokenizer=tokenizer,
+        vocab_size=model.get_vocab_size(),
+        config=config,
     )
-    key = get_structured_output_key(sampling.structured_outputs)
-    return compiler.compile(key, frozenset(sampling.all_stop_token_ids))
 
 
 def no_room(automaton: TokenAutomaton, limit: int, *, thinks: bool = False) -> str | None:

@@ -16,7 +16,6 @@ import copy
 import hashlib
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from vllm.v1.structured_output.backend_types import (
@@ -26,7 +25,7 @@ from vllm.v1.structured_output.backend_types import (
 
 from vllm_diffusion.constrain.automaton.thinking import behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.engine.compiler import Compiler, compiler_of
+from vllm_diffusion.engine.compiler import automaton_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -157,14 +156,6 @@ class ConstraintGrammar(StructuredOutputGrammar):
 class ConstraintBackend(StructuredOutputBackend):
     """What vLLM's StructuredOutputManager compiles with, for a diffusion model."""
 
-    @cached_property
-    def compiler(self) -> Compiler:
-        """Made when the first constraint comes: it takes the vocabulary apart."""
-        config = self.vllm_config.structured_outputs_config
-        return compiler_of(
-            self.tokenizer, self.vocab_size, any_whitespace=not config.disable_any_whitespace
-        )
-
     def compile_grammar(
         self,
         request_type: StructuredOutputOptions,
@@ -177,7 +168,13 @@ class ConstraintBackend(StructuredOutputBackend):
             ConstraintError: only if the check was left out.
         """
         ends = frozenset(stop_token_ids or ())
-        automaton = self.compiler.compile((request_type, grammar_spec), ends)
+        automaton = automaton_of(
+            (request_type, grammar_spec),
+            ends,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            config=self.vllm_config.structured_outputs_config,
+        )
         text = f"{request_type.name} {sorted(ends)} {grammar_spec}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return ConstraintGrammar(automaton, ends, name=name)

@@ -1,8 +1,7 @@
 """``tile.absorb`` in C++ for CPU hosts: one pass over a row while it is in the cache.
 
-The library has no torch and no Python in it: it takes pointers, so one build fits every torch. It
-is built with the package where there is a C++ compiler, see ``csrc/head``. AVX-512, AVX2 or plain
-code is chosen at run time. Threads are those of torch, which brings the OpenMP runtime.
+The library is built with the package where there is a C++ compiler, see ``compiled`` and
+``csrc/head``. AVX-512, AVX2 or plain code is chosen at run time.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.compiled import load
 from vllm_diffusion.head import sample
 
 if TYPE_CHECKING:
@@ -160,21 +160,8 @@ def pointers(
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, loaded once; None, with one line in the log, where there is none."""
-    built = sorted(Path(__file__).parent.glob("_row_pass.*so"))
-    if not built:
-        logger.info(
-            "The C++ part of the head is not built, so its torch form runs, which is slower on a "
-            "CPU. To build it: install a C++ compiler and install vllm-diffusion again."
-        )
-        return None
-    try:
-        # Our code calls the OpenMP runtime that torch has loaded, whose threads are bound to cores
-        # already; a second runtime would bring threads of its own.
-        runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-        ctypes.CDLL(str(runtimes[0]) if runtimes else "libgomp.so.1", ctypes.RTLD_GLOBAL)
-        compiled = ctypes.CDLL(str(built[0]))
-    except OSError as error:
-        logger.warning("The C++ part of the head cannot be loaded, its torch form runs: %s", error)
+    compiled = load(Path(__file__).parent, "_row_pass", part="the head", logger=logger)
+    if compiled is None:
         return None
     compiled.vd_absorb.argtypes = (
         ctypes.POINTER(TilePointers),

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_diffusion.constrain.automaton.edges import Edges, next_state
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
 
 if TYPE_CHECKING:
@@ -27,46 +28,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
-class AutomatonTensors:
-    """A ``TokenAutomaton`` on a device. N states, C classes, E edges, V tokens."""
+class DeviceAutomaton:
+    """What a step needs of a ``TokenAutomaton``, on the device."""
 
-    class_of: Tensor  # [V] int64
-    num_classes: int
-    source: Tensor  # [E] int64, ascending
-    symbol: Tensor  # [E] int64, ascending inside a source
-    target: Tensor  # [E] int64
-    key: Tensor  # [E] int64, source * C + symbol: ascending, so that an edge can be searched for
-    num_states: int
-    start: int
-    accepting: Tensor  # [N] bool
-    distance: Tensor  # [N] int64
-
-    @property
-    def end(self) -> int:
-        """The state behind the end token."""
-        return self.num_states - 1
+    class_of: Tensor  # [V] int64, class of every token id
+    num_classes: int  # C, class 0 counted
+    edges: Edges
 
     @staticmethod
-    def of(automaton: TokenAutomaton, device: torch.device) -> AutomatonTensors:
+    def of(automaton: TokenAutomaton, device: torch.device) -> DeviceAutomaton:
         """The same numbers on a device."""
-        classes = automaton.num_classes
-        integers = (automaton.class_of, automaton.source, automaton.symbol, automaton.target)
-        class_of, source, symbol, target = (
-            torch.from_numpy(each).to(device, torch.int64, non_blocking=True) for each in integers
-        )
-        return AutomatonTensors(
-            class_of=class_of,
-            num_classes=classes,
-            source=source,
-            symbol=symbol,
-            target=target,
-            key=source * classes + symbol,
-            num_states=automaton.num_states,
-            start=automaton.start,
-            accepting=torch.from_numpy(automaton.accepting).to(device, non_blocking=True),
-            distance=torch.from_numpy(automaton.distance).to(
-                device, torch.int64, non_blocking=True
-            ),
+        return DeviceAutomaton(
+            class_of=torch.from_numpy(automaton.class_of).to(device, torch.int64),
+            num_classes=automaton.num_classes,
+            edges=Edges.of(automaton, device),
         )
 
     def behind(self, state: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
@@ -79,23 +54,15 @@ class AutomatonTensors:
             tokens: [K, L] int64.
             count: [K] int64, at most L.
         """
-        classes = self.class_of[tokens]
-        # Looking costs nothing where state lives on the host.
-        places = tokens.shape[1] if count.device.type != "cpu" else int(count.max())
-        for place in range(places):
-            key = state * self.num_classes + classes[:, place]
-            edge = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
-            found = (self.key[edge] == key) & (state != self.end)
-            onward = torch.where(found, self.target[edge], self.end)
-            state = torch.where(place < count, onward, state)
-        return state
+        state = next_state(self.edges, state, self.class_of[tokens], count)
+        return torch.where(state < 0, self.edges.end, state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstrainedCanvases:
     """The K canvases of a batch that obey one automaton, in the batch's order."""
 
-    automaton: AutomatonTensors
+    automaton: DeviceAutomaton
     canvas: Tensor  # [K] int64, which canvas of the batch
     start: Tensor  # [K] int64, state before its first row
     rows: Tensor  # [K] int64, rows that obey, 0..width: those behind are past the request's end
@@ -104,7 +71,7 @@ class ConstrainedCanvases:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    automaton: AutomatonTensors
+    automaton: DeviceAutomaton
     behind: int  # absolute position behind the last token that may be written
 
 
@@ -117,8 +84,8 @@ class AutomatonSlots:
         """[S], the state before the slot's canvas; anything where no automaton is."""
         self._owners: dict[int, _Owner] = {}
         # Requests of one constraint share its tensors, which go with the last of them.
-        self._shared: WeakValueDictionary[str, AutomatonTensors] = WeakValueDictionary()
-        self._seen: tuple[tuple[int, ...], list[tuple[AutomatonTensors, Tensor, Tensor]]] | None
+        self._shared: WeakValueDictionary[str, DeviceAutomaton] = WeakValueDictionary()
+        self._seen: tuple[tuple[int, ...], list[tuple[DeviceAutomaton, Tensor, Tensor]]] | None
         self._seen = None
 
     def admit(
@@ -142,7 +109,7 @@ class AutomatonSlots:
         self._seen = None
         shared = self._shared.get(name)
         if shared is None:
-            self._shared[name] = shared = AutomatonTensors.of(automaton, self.device)
+            self._shared[name] = shared = DeviceAutomaton.of(automaton, self.device)
         self._owners[slot] = _Owner(shared, behind)
         state = Walk(automaton).through(automaton.start, output)
         self.state[slot].fill_(automaton.end if state == DEAD else state)
@@ -196,11 +163,11 @@ class AutomatonSlots:
             tokens, count = emission.tokens[canvas].long(), emission.count[canvas]
             self.state[at] = automaton.behind(self.state[at], tokens, count)
 
-    def _groups(self, slots: tuple[int, ...]) -> list[tuple[AutomatonTensors, Tensor, Tensor]]:
+    def _groups(self, slots: tuple[int, ...]) -> list[tuple[DeviceAutomaton, Tensor, Tensor]]:
         """Of every automaton its canvases and where each of them must be over, [K] int64."""
         if self._seen is None or self._seen[0] != slots:
             members: dict[int, list[tuple[int, int]]] = {}
-            automata: dict[int, AutomatonTensors] = {}
+            automata: dict[int, DeviceAutomaton] = {}
             for canvas, slot in enumerate(slots):
                 if (owner := self._owners.get(slot)) is not None:
                     automata[id(owner.automaton)] = owner.automaton

@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from helpers.automata import of_choices
+from helpers.choices import of_choices
 
-from vllm_diffusion.constrain.automaton.slots import AutomatonSlots, AutomatonTensors
+from vllm_diffusion.constrain.automaton.slots import AutomatonSlots, DeviceAutomaton
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
 from vllm_diffusion.records import CanvasBatch, Emission, StopReason
 
@@ -98,7 +98,7 @@ def test_a_slot_of_nobody_is_not_touched(slots: AutomatonSlots) -> None:
 
 def test_the_device_walks_as_the_host_does() -> None:
     choice = random.Random(5)
-    tensors, walk = AutomatonTensors.of(FIRST, CPU), Walk(FIRST)
+    tensors, walk = DeviceAutomaton.of(FIRST, CPU), Walk(FIRST)
     for _ in range(200):
         text = choice.choice([[1, 2, 3, 4, 5, END], [6, END]])
         tokens = [token if choice.random() < 0.9 else choice.randrange(8) for token in text][:4]
@@ -125,5 +125,5 @@ def test_a_release_frees_the_tensors_with_their_last_owner(slots: AutomatonSlots
 def test_a_new_owner_replaces_the_last(slots: AutomatonSlots) -> None:
     slots.admit(0, SECOND, name="second", output=[2], behind=9)
     (found,) = slots.canvases([0], batch_of([0], [5], [4]))
-    assert found.automaton.num_states == SECOND.num_states
+    assert found.automaton.edges.end == SECOND.end
     assert found.start.tolist() == [Walk(SECOND).through(SECOND.start, [2])]

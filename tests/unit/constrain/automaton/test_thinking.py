@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.automata import of_choices
+from helpers.choices import of_choices
 
 from vllm_diffusion.constrain.automaton.thinking import behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from helpers.automata import of_choices
+from helpers.choices import of_choices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

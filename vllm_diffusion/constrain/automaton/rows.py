@@ -1,0 +1,84 @@
+"""Statistics of rows under a constraint: what the head says and the posterior, in one.
+
+In: ``CanvasStats`` and ``ClassStats`` of the same rows, their ``Posterior``. Out: ``CanvasStats``
+of the marginal distributions, with the joint sample and the most likely canvas in them.
+
+A constraint changes how likely a class is, never how likely the tokens inside it are beside each
+other. So a row, constrained in part of its futures and ended in the others, is known by the mass of
+every class: what the posterior says of it and, where ended, what the model does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.constrain.automaton.posterior import Posterior
+    from vllm_diffusion.records import CanvasStats, ClassStats
+
+
+def constrained(
+    stats: CanvasStats, classes: ClassStats, posterior: Posterior, class_of: Tensor
+) -> CanvasStats:
+    """Statistics of R = B * L rows given that their canvases are accepted.
+
+    The argmax is the most likely canvas's token, not that of the marginal, so the margin may be
+    negative. Free rows keep what they have; the soft embedding is the model's own everywhere.
+
+    Args:
+        stats: of the rows alone, [R].
+        classes: of the same distributions, [R, C].
+        posterior: of the canvases [B, L].
+        class_of: [V] integer, class of every token id; 0: no state reads it.
+    """
+    num_classes = classes.log_mass.shape[1]
+    marginal = posterior.marginal.reshape(-1, num_classes)
+    ended = posterior.ended.flatten()
+    mass = classes.log_mass.exp()
+    share = marginal + ended[:, None] * mass  # of every class but 0
+    argmax = _said(posterior.map_class, classes.best, stats.argmax)
+    best, second = (
+        share * (log_prob - classes.log_mass).exp().nan_to_num(0.0)
+        for log_prob in (classes.best_log_prob, classes.second_log_prob)
+    )
+    mine = class_of[argmax].long()[:, None]
+    # Tokens that no state reads stand in ended rows alone. No class knows the best of them: it is
+    # the model's own best token, or its next one, or less likely than one of the others.
+    own = ended * stats.top_prob
+    unread = torch.where(argmax == stats.argmax, own - ended * stats.margin, own)
+    top = torch.where(mine == 0, own[:, None], best.gather(1, mine))[:, 0]
+    others = best.scatter(1, mine, second.gather(1, mine)).amax(dim=1)
+    free = posterior.map_class.flatten() < 0
+    free &= ended == 1
+    return replace(
+        stats,
+        argmax=argmax,
+        sample=_said(posterior.sample_class, classes.sample, stats.sample),
+        entropy=torch.where(free, stats.entropy, _entropy(stats, classes, mass, share, ended)),
+        top_prob=torch.where(free, stats.top_prob, top),
+        margin=torch.where(free, stats.margin, top - torch.maximum(others, unread)),
+    )
+
+
+def _said(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
+    """[R] the tokens [R, C] of the chosen classes, the row's own where none is."""
+    index = chosen.reshape(-1, 1)
+    return torch.where(index < 0, own[:, None], tokens.gather(1, index.clamp(min=0)))[:, 0]
+
+
+def _entropy(
+    stats: CanvasStats, classes: ClassStats, mass: Tensor, share: Tensor, ended: Tensor
+) -> Tensor:
+    """[R] nats: every class's part of -sum p log p, that of class 0 from what it lacks."""
+
+    def parts(of: Tensor) -> Tensor:
+        return (of * classes.entropy - torch.xlogy(of, of)).sum(dim=1)
+
+    unread = (1 - mass.sum(dim=1)).clamp(min=0.0)
+    lacks = (stats.entropy - parts(mass)).clamp(min=0.0)
+    return (parts(share) + ended * lacks - unread * torch.xlogy(ended, ended)).clamp(min=0.0)
