@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.engine.constraints import ConstraintBackend, attached
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ def test_a_preempted_request_goes_on_where_it_was(
     def preempt(self: Any, *args: Any) -> Any:
         done = [request for request in self.running if len(request.output_token_ids) >= CANVAS]
         if done and not preempted:
-            preempted.append(len(done[0].output_token_ids))
+            walk = Walk(done[0].structured_output_request.grammar.automaton)
+            given = list(done[0].output_token_ids)
+            preempted.append(walk.through(walk.automaton.start, given))
             self.running.remove(done[0])
             self._preempt_request(done[0], 0.0)
             seen.append("preempted")
@@ -147,7 +150,6 @@ def test_a_preempted_request_goes_on_where_it_was(
     assert preempted
     behind = seen[seen.index("preempted") + 1 :]
     first = next(automata[0] for automata in behind if automata)
-    # Every token has its own state in a list of one choice.
     assert first.start.item() == preempted[0]
 
 
@@ -246,7 +248,8 @@ def refusal(llm: LLM, prompt: Any = "hello", **sampling: Any) -> str:
 def test_everything_that_is_wrong_in_one_message(llm: LLM) -> None:
     message = refusal(
         llm,
-        structured_outputs=StructuredOutputsParams(regex=r"(a)\1"),
+        choice=[LONG],
+        max_tokens=8,
         bad_words=["diffusion language"],
         thinking_token_budget=3,
         extra_args={"diffusion_max_steps": 0, "diffusion_template": ["a", 3]},
@@ -256,7 +259,7 @@ def test_everything_that_is_wrong_in_one_message(llm: LLM) -> None:
         "thinking_token_budget=3",
         "diffusion_max_steps must be a positive integer, got 0",
         "diffusion_template and suffix",
-        "regex",
+        "leave 8",
     ):
         assert problem in message
 
