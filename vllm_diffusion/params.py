@@ -87,15 +87,12 @@ class DiffusionParams:
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
 _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
-    "structured_outputs": lambda value: value is not None,
     "thinking_token_budget": lambda value: value is not None,
     "trace_decode_token_ids": bool,
 }
 
-# Where the client did not write what the sampling parameters hold.
-_SHOWN_AS: Final = {
-    "structured_outputs": "structured_outputs (response_format, or a tool call that is required)"
-}
+_ALWAYS: Final = 1 << 32
+"""Behind the last position of any output."""
 
 # Option -> the number it must be: at least this, more than this.
 _COUNTS: Final = {
@@ -140,7 +137,7 @@ def parse_params(
             malformed diffusion options.
     """
     unsupported = [
-        _SHOWN_AS.get(name, f"{name}={reprlib.repr(value)}")
+        f"{name}={reprlib.repr(value)}"
         for name, is_set in _UNSUPPORTED.items()
         if (value := getattr(sampling, name)) is not None and is_set(value)
     ]
@@ -214,6 +211,12 @@ def constraints(
         ending = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         behind = max(params.pinned) + 1
         until |= {token: max(behind, until.get(token, 0)) for token in ending}
+    bad_words = tuple(tuple(word) for word in sampling.bad_words_token_ids or ())
+    if sampling.structured_outputs is not None:
+        # Words are repaired where a canvas ends, which knows nothing of its constraint. Those of
+        # one token, and there are no others, are tokens that never stand anywhere.
+        until |= {word[0]: _ALWAYS for word in bad_words}
+        bad_words = ()
     return Constraints(
         temperature=0.0 if is_greedy(sampling) else sampling.temperature,
         min_p=sampling.min_p,
@@ -225,7 +228,7 @@ def constraints(
         frequency=sampling.frequency_penalty,
         presence=sampling.presence_penalty,
         early=tuple(sorted((token, last) for token, last in until.items() if last > 0)),
-        bad_words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
+        bad_words=bad_words,
         seed_canvas=params.seed_canvas,
         pinned=params.pinned,
         holes=params.holes,
@@ -351,13 +354,19 @@ def _contradictions(
     params: DiffusionParams,
 ) -> list[str]:
     """Wishes of one request that cannot all come true."""
+    text = params.text or fill.CanvasText()
     problems = fill.contradictions(
         sampling,
-        params.text or fill.CanvasText(),
+        text,
         seed_canvas=params.seed_canvas,
         noise_level=params.noise_level,
         read_only=params.read_only,
     )
+    if sampling.structured_outputs is not None and (text.template or text.suffix):
+        problems.append(
+            "diffusion_template and suffix say what the answer is, and so does a constraint "
+            "(structured_outputs, response_format or a tool call that is required): keep one"
+        )
     bias = sampling.logit_bias or {}
     if wild := {token: value for token, value in bias.items() if not isfinite(value)}:
         problems.append(f"logit_bias must be finite, got {reprlib.repr(wild)}")

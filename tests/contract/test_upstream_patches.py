@@ -60,6 +60,13 @@ PARAMETERS = {
         "request",
         "skip_mm_cache",
     ],
+    "vllm.sampling_params.SamplingParams._validate_structured_outputs": [
+        "self",
+        "model_config",
+        "structured_outputs_config",
+        "tokenizer",
+    ],
+    "vllm.sampling_params.SamplingParams.update_from_tokenizer": ["self", "tokenizer"],
     "vllm.sampling_params.SamplingParams.update_from_generation_config": [
         "self",
         "generation_config",
@@ -176,6 +183,27 @@ def test_an_input_processor_has_what_text_on_a_canvas_is_written_with():
     assert "make_async(\n            self.process_inputs," in source
     engine = inspect.getsource(resolve("vllm.v1.engine.async_llm.AsyncLLM"))
     assert "self.input_processor = " in engine
+
+
+def test_vllms_check_of_constraints_asks_its_model_for_one_thing():
+    from vllm.sampling_params import SamplingParams
+
+    check = inspect.unwrap(SamplingParams._validate_structured_outputs)
+    source = inspect.getsource(check)
+    assert source.count("model_config") == source.count("model_config.is_diffusion") + 1
+
+
+def test_a_request_with_a_constraint_is_checked_by_both_of_our_checks_in_one_go():
+    from vllm.sampling_params import SamplingParams
+
+    verify = inspect.getsource(SamplingParams.verify)
+    ours = "self._validate_diffusion(model_config)\n        self._validate_structured_outputs("
+    assert ours in verify
+
+
+def test_a_server_says_what_it_knows_of_a_requests_thinking():
+    generate = inspect.signature(resolve("vllm.v1.engine.async_llm.AsyncLLM.generate"))
+    assert {"reasoning_ended", "reasoning_parser_kwargs"} <= set(generate.parameters)
 
 
 def suffixed(monkeypatch, *, is_diffusion, **fields):

@@ -35,12 +35,29 @@ OVERRIDES = [
     (
         "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler",
         "vllm_diffusion.engine.scheduler.AsyncCanvasScheduler",
-        ["schedule", "update_from_output"],
+        ["schedule", "update_from_output", "update_draft_token_ids"],
     ),
     (
         "vllm.v1.core.sched.scheduler.Scheduler",
         "vllm_diffusion.engine.scheduler.CanvasScheduler",
-        ["schedule", "update_from_output"],
+        ["schedule", "update_from_output", "update_draft_token_ids"],
+    ),
+    (
+        "vllm.v1.structured_output.backend_types.StructuredOutputBackend",
+        "vllm_diffusion.engine.constraints.ConstraintBackend",
+        ["__init__", "compile_grammar", "allocate_token_bitmask", "destroy"],
+    ),
+    (
+        "vllm.v1.structured_output.backend_types.StructuredOutputGrammar",
+        "vllm_diffusion.engine.constraints.ConstraintGrammar",
+        [
+            "accept_tokens",
+            "validate_tokens",
+            "rollback",
+            "fill_bitmask",
+            "is_terminated",
+            "reset",
+        ],
     ),
     (
         "vllm.model_executor.models.gemma4.Gemma4DecoderLayer",
@@ -150,7 +167,25 @@ FIELDS = {
         "sampling_mask_tensors",
     },
     "vllm.v1.outputs.ModelRunnerOutput": {"req_id_to_index", "sampled_token_ids", "sampling_masks"},
-    "vllm.v1.core.sched.output.SchedulerOutput": {"scheduled_spec_decode_tokens"},
+    "vllm.v1.core.sched.output.SchedulerOutput": {
+        "scheduled_spec_decode_tokens",
+        "scheduled_new_reqs",
+        "has_structured_output_requests",
+        "pending_structured_output_tokens",
+    },
+    "vllm.v1.core.sched.output.NewRequestData": {
+        "req_id",
+        "prompt_token_ids",
+        "prefill_token_ids",
+        "sampling_params",
+    },
+    "vllm.v1.structured_output.request.StructuredOutputRequest": {"params", "reasoning_ended"},
+    "vllm.config.structured_outputs.StructuredOutputsConfig": {
+        "disable_any_whitespace",
+        "enable_in_reasoning",
+        "reasoning_parser",
+    },
+    "vllm.v1.outputs.DraftTokenIds": {"req_ids", "draft_token_ids"},
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": {
         "num_actual_tokens",
         "max_query_len",
@@ -174,6 +209,7 @@ ATTRIBUTES = {
         "self.current_step",
         "self.log_stats",
         "self.requests",
+        "self.structured_output_manager",
     ],
     "vllm.v1.request.Request": [
         "self.num_computed_tokens",
@@ -283,3 +319,54 @@ def test_an_output_carries_a_dictionary_of_anything() -> None:
     said = EngineCoreOutput("name", [1], kv_transfer_params={"diffusion": [True, 3, 1, 0.5, "x"]})
     heard = msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=EngineCoreOutput)
     assert heard.kv_transfer_params == said.kv_transfer_params
+
+
+def test_the_manager_of_constraints_keeps_a_backend_that_is_there() -> None:
+    manager = resolve_obj_by_qualname("vllm.v1.structured_output.StructuredOutputManager")
+    init = inspect.getsource(manager.grammar_init)
+    # Ours is put there by the scheduler, which is made before the first request.
+    assert init.index("if self.backend is None:") < init.index("self.backend = XgrammarBackend(")
+    create = inspect.getsource(manager._create_grammar)
+    assert "self.backend.compile_grammar(" in create
+    assert "stop_token_ids=stop_token_ids" in create
+    assert "self.executor.submit(self._create_grammar, request)" in init
+
+
+def test_masks_hang_on_the_two_flags_that_the_scheduler_takes_back() -> None:
+    scheduler = resolve_obj_by_qualname("vllm.v1.core.sched.scheduler.Scheduler")
+    bitmask = inspect.getsource(scheduler.get_grammar_bitmask)
+    assert (
+        "if not scheduler_output.has_structured_output_requests:\n            return None"
+        in bitmask
+    )
+    core = inspect.getsource(resolve_obj_by_qualname("vllm.v1.engine.core.EngineCore"))
+    assert "if not scheduler_output.pending_structured_output_tokens:" in core
+
+
+def test_a_preempted_request_is_sent_to_the_worker_like_a_new_one() -> None:
+    schedule = inspect.getsource(
+        resolve_obj_by_qualname("vllm.v1.core.sched.scheduler.Scheduler").schedule
+    )
+    assert "scheduled_new_reqs.extend(scheduled_resumed_reqs)" in schedule
+
+
+def test_kinds_of_constraints_have_the_names_our_compiler_knows() -> None:
+    from vllm_diffusion.constrain.automaton.compile import KINDS
+
+    options = resolve_obj_by_qualname(
+        "vllm.v1.structured_output.backend_types.StructuredOutputOptions"
+    )
+    assert {option.name.lower() for option in options} == set(KINDS)
+
+
+def test_the_reasoning_that_vllm_waits_for_is_asked_as_we_ask() -> None:
+    manager = resolve_obj_by_qualname("vllm.v1.structured_output.StructuredOutputManager")
+    assert parameters(manager._get_constraint_bounds)[:3] == ["self", "request", "spec_tokens"]
+    assert parameters(manager._get_reasoner) == ["self", "request"]
+    bounds = resolve_obj_by_qualname("vllm.v1.structured_output.ConstraintBounds")
+    assert "constraint_start" in bounds._fields
+    parser = resolve_obj_by_qualname("vllm.reasoning.ReasoningParser")
+    assert parameters(parser.is_reasoning_end_streaming) == ["self", "input_ids", "delta_ids"]
+    assert isinstance(parser.reasoning_end_str, property)
+    described = resolve_obj_by_qualname("vllm.parser.engine.adapters.ParserEngineReasoningAdapter")
+    assert isinstance(described.reasoning_end_token_ids, property)

@@ -82,14 +82,14 @@ def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
         stop_token_ids=[5],
         allowed_token_ids=[5],
         logit_bias={5: float("inf")},
-        structured_outputs=StructuredOutputsParams(regex="a+"),
+        structured_outputs=StructuredOutputsParams(regex="a{100}"),
         extra_args={"diffusion_max_steps": "12", "diffusion_canvas": 8, "diffusion_t_min": 9.0},
     )
     for problem in (
         "thinking_token_budget=3",
         "min_tokens=3 forbids every one of the allowed_token_ids",
         "logit_bias must be finite, got {5: inf}",
-        "response_format",
+        "the shortest text of the constraint has",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
         "accepted: diffusion_preset, diffusion_max_steps, ",
@@ -139,7 +139,7 @@ def test_every_sampling_parameter_is_honoured_or_refused():
         "n", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
         "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "extra_args",
-        "skip_reading_prefix_cache", "repetition_detection",
+        "skip_reading_prefix_cache", "repetition_detection", "structured_outputs",
     }  # fmt: skip
     # Only say something about another one, or about an engine option that is refused at start.
     companions = {

@@ -11,7 +11,7 @@ from helpers.automata import FAR, enumerate_canvas, random_automaton, random_can
 from helpers.table_model import CONSTANTS, LENGTH, VOCAB, Engine, TableModel
 
 from vllm_diffusion.belief import beliefs
-from vllm_diffusion.constrain.automaton.slots import AutomatonTensors, ConstrainedCanvases
+from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases, DeviceAutomaton
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.records import Constraints, Noise
@@ -47,7 +47,7 @@ def test_statistics_of_a_constrained_canvas_are_those_of_its_marginals(seed: int
     free = torch.randn(length, len(automaton.class_of))
     logits = torch.stack([free, canvas.probs.log().float()])
     obeying = ConstrainedCanvases(
-        automaton=AutomatonTensors.of(automaton, torch.device("cpu")),
+        automaton=DeviceAutomaton.of(automaton, torch.device("cpu")),
         places=(1,),
         canvas=torch.tensor([1]),
         start=torch.tensor([canvas.start]),

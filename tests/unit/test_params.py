@@ -52,7 +52,6 @@ class Sampling:
 
 
 REFUSED: dict[str, Any] = {
-    "structured_outputs": SimpleNamespace(json="{}"),
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [1],
 }
@@ -154,9 +153,7 @@ def test_one_message_names_every_problem_and_the_way_out():
     }
     message = message_of(replace(Sampling(), **REFUSED, extra_args=extra))
     for name, value in REFUSED.items():
-        if name != "structured_outputs":
-            assert f"{name}={value!r}" in message
-    assert "response_format" in message
+        assert f"{name}={value!r}" in message
     assert "leave them at their defaults" in message
     assert "diffusion_max_steps must be a positive integer, got 0" in message
     assert "served canvas of 32, got 33" in message
@@ -377,3 +374,27 @@ def test_a_greedy_request_without_a_seed_has_a_constant_one(
     assert (constraints(Sampling(temperature=temperature), DiffusionParams()).temperature == 0) == (
         temperature < 0.1
     )
+
+
+CONSTRAINT = SimpleNamespace(json="{}")
+
+
+def test_a_constraint_passes() -> None:
+    assert parse_params(Sampling(structured_outputs=CONSTRAINT)) == DiffusionParams()
+
+
+@pytest.mark.parametrize("option", [{"template": ["a", 3]}, {"suffix": "b"}])
+def test_a_constraint_and_fixed_text_both_say_what_the_answer_is(option: dict[str, Any]) -> None:
+    extra = {f"diffusion_{name}": value for name, value in option.items()}
+    assert "keep one" in message_of(Sampling(structured_outputs=CONSTRAINT, extra_args=extra))
+    parse_params(Sampling(extra_args=extra))
+    parse_params(Sampling(structured_outputs=CONSTRAINT, extra_args={"diffusion_draft": "a"}))
+
+
+def test_bad_words_of_a_constrained_text_are_tokens_that_never_stand() -> None:
+    words = {"bad_words_token_ids": [[7], [9]]}
+    free = constraints(Sampling(**words), DiffusionParams())
+    bound = constraints(Sampling(**words, structured_outputs=CONSTRAINT), DiffusionParams())
+    assert (free.bad_words, free.early) == (((7,), (9,)), ())
+    assert bound.bad_words == ()
+    assert [token for token, until in bound.early if until > 10**9] == [7, 9]

@@ -23,12 +23,14 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.constraints import attached
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
@@ -83,6 +85,7 @@ class CanvasModelState(ModelState):
             vocab_size=self.pool.vocab_size,
             device=device,
         )
+        self.automata = AutomatonSlots(num_slots=self.max_num_reqs, device=device)
         self.guards = Guards()
         self._fusion = Fusion.of(vllm_config)
         self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
@@ -133,6 +136,7 @@ class CanvasModelState(ModelState):
             head,
             sampler.req_states,
             constraints=self.constraints,
+            automata=self.automata,
             guards=self.guards,
             logprobs=self.logprobs,
             head_bytes=budget,
@@ -168,6 +172,7 @@ class CanvasModelState(ModelState):
                 asked, level=params.noise_level, seed=seed, start=prompt_length, rule=rule
             )
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)
+        self._admit_automaton(req_index, new_req_data)
         self.logprobs.admit(req_index, sampling, params)
         if self._recorder is not None:
             self._recorder.begin(
@@ -178,11 +183,25 @@ class CanvasModelState(ModelState):
                 prompt_length=prompt_length,
             )
 
+    def _admit_automaton(self, slot: int, new: NewRequestData) -> None:
+        if (named := attached(new)) is None:
+            self.automata.release(slot)
+            return
+        prompt_length = len(new.prompt_token_ids)
+        self.automata.admit(
+            slot,
+            named.automaton,
+            name=named.name,
+            output=new.prefill_token_ids[prompt_length:],
+            behind=min(prompt_length + new.sampling_params.max_tokens, self.max_model_len),
+        )
+
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.causal[slot].fill_(True)
+            self.automata.release(slot)
             self.guards.release(slot)
             self.logprobs.release(slot)
             if self._recorder is not None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
     from vllm_diffusion.constrain.guard import Guards
     from vllm_diffusion.constrain.table import ConstraintTable
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
@@ -61,6 +62,7 @@ class CanvasSampler:
         head: Head,
         req_states: RequestState,
         constraints: ConstraintTable,
+        automata: AutomatonSlots,
         guards: Guards,
         logprobs: CanvasLogprobs,
         head_bytes: int,
@@ -70,6 +72,7 @@ class CanvasSampler:
         self.head = head
         self.req_states = req_states
         self.constraints = constraints
+        self.automata = automata
         self.guards = guards
         self.logprobs = logprobs
         self.head_bytes = head_bytes
@@ -130,10 +133,12 @@ class CanvasSampler:
                 canvases,
                 self.head,
                 rewrite=rewrite,
+                automata=self.automata.canvases(slots, batch),
                 guards=self.guards.of(slots),
                 rule=self.rule,
                 observe=self.observe,
             )
+            self.automata.advance(slots, batch, emission)
             running = input_batch.idx_mapping_np[:num_reqs]
             scored = self.logprobs.leaving(
                 np.where(widths, running, -1).tolist(),

@@ -10,7 +10,11 @@ are taken back from its count, and its own arithmetic then schedules them and a 
 
 The stock scheduler also takes it that a prompt's last step gives a token, with which the prompt's
 log-probabilities can leave, and ends the engine if it does not. A canvas gives its tokens many
-steps later; until then the log-probabilities wait here. Everything else is vLLM's.
+steps later; until then the log-probabilities wait here.
+
+Constraints are compiled, waited for and checked by vLLM, with a backend of ours. No mask is made of
+one, and no canvas cut to what a left-to-right reader would accept: the automaton goes to the worker
+with its request, see ``engine.constraints``. Everything else is vLLM's.
 """
 
 from __future__ import annotations
@@ -24,15 +28,17 @@ from vllm.v1.core.sched.diffusion_scheduler import (
     diffusion_canvas_width,
 )
 
+from vllm_diffusion.engine.constraints import ConstraintBackend, ConstraintGrammar, attach
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.telemetry import StepMeter
+from vllm_diffusion.upstream.structured_outputs import thinking_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
 
 
@@ -54,11 +60,28 @@ class WholeCanvasMixin:
         self._meter = StepMeter()
         self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
         self._commit_alone: set[str] = set()
+        self._compile_for_canvases()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
         self._hold_cut_canvases()
-        return super().schedule(throttle_prefills)  # type: ignore[misc]
+        scheduled: SchedulerOutput = super().schedule(throttle_prefills)  # type: ignore[misc]
+        # By these vLLM would mask positions, wait for tokens to mask by, and read canvases back.
+        scheduled.has_structured_output_requests = False
+        scheduled.pending_structured_output_tokens = False
+        self._send_automata(scheduled)
+        return scheduled
+
+    def update_draft_token_ids(self: Any, draft_token_ids: DraftTokenIds) -> None:
+        """Take in that canvases go on, constrained ones at their full width too."""
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+        ids = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
+        for req_id, tokens in ids:
+            request = self.requests.get(req_id)
+            if request is None or not request.use_structured_output:
+                continue
+            if not (request.is_prefill_chunk or request.is_finished()):
+                request.spec_token_ids = tokens
 
     def update_from_output(
         self: Any, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -114,6 +137,22 @@ class WholeCanvasMixin:
         setattr(output, name, leaving)
         for req_id in held.keys() - self.requests.keys():
             del held[req_id]
+
+    def _compile_for_canvases(self: Any) -> None:
+        manager, model = self.structured_output_manager, self.vllm_config.model_config
+        if not model.skip_tokenizer_init:
+            # vLLM makes a backend where there is none yet.
+            manager.backend = ConstraintBackend(
+                self.vllm_config, tokenizer=manager.tokenizer, vocab_size=model.get_vocab_size()
+            )
+
+    def _send_automata(self: Any, scheduled: SchedulerOutput) -> None:
+        """With requests that the worker does not know, or has forgotten since their preemption."""
+        for new in scheduled.scheduled_new_reqs:
+            asked = self.requests[new.req_id].structured_output_request
+            if asked is not None and isinstance(asked.grammar, ConstraintGrammar):
+                thinking = thinking_of(self.structured_output_manager, self.requests[new.req_id])
+                attach(new, asked.grammar.for_worker(thinking))
 
     def _hold_cut_canvases(self: Any) -> None:
         # The running loop serves requests in this order and takes what fits, so walking the same

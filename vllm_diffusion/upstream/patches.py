@@ -18,6 +18,7 @@ from vllm_diffusion.upstream import (
     cpu_kernels,
     request_validation,
     serving_config,
+    structured_outputs,
     telemetry_outputs,
     telemetry_replies,
     torch_companions,
@@ -121,6 +122,17 @@ PATCHES: Final = (
         needed=request_validation.stock_check_refuses_seed,
     ),
     Patch(
+        name="structured-outputs",
+        target="vllm.sampling_params.SamplingParams._validate_structured_outputs",
+        why="vLLM refuses every constraint of a diffusion model, since a mask that reads from left "
+        "to right cannot constrain a canvas.",
+        upstream_reference="vllm/sampling_params.py: _validate_structured_outputs",
+        remove_when="a model class can say that it takes constraints, and check them",
+        applies=_always,
+        install=structured_outputs.take_constraints,
+        needed=structured_outputs.diffusion_is_refused,
+    ),
+    Patch(
         name="serving-config",
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
         why="scheduler and limits of an out-of-tree model have to be set before the engine starts.",
@@ -166,6 +178,17 @@ SERVING_PATCHES: Final = (
         remove_when="a model class can complete its own requests with the tokenizer",
         applies=_always,
         install=canvas_text.write_rows,
+        needed=canvas_text.requests_lack_a_hook,
+    ),
+    Patch(
+        name="constraint-room",
+        target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+        why="whether a constrained text fits behind its prompt is known where the prompt is, and "
+        "nothing of ours is asked there.",
+        upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
+        remove_when="a model class can check its own requests beside their prompts",
+        applies=_always,
+        install=structured_outputs.leave_room,
         needed=canvas_text.requests_lack_a_hook,
     ),
     Patch(

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.upstream.canvas_text import check_text
+from vllm_diffusion.upstream.structured_outputs import check_room, thinks_first
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+# What a server tells `AsyncLLM.generate` about a request's thinking.
+_REASONING: Final = ("reasoning_ended", "reasoning_parser_kwargs")
 
 
 def check_requests_ourselves() -> None:
@@ -27,27 +31,41 @@ def check_requests_ourselves() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    # Here, since the table of patches is read where neither vLLM nor torch is wanted.
-    from vllm_diffusion.params import parse_params
-    from vllm_diffusion.records import ServedRules
-
     original = SamplingParams._validate_diffusion
 
     @functools.wraps(original)
     def _validate_diffusion(self: Any, model_config: Any) -> None:
-        if not model_config.is_diffusion:
+        # With a constraint the next check, ``structured_outputs``, says all of it at once.
+        if not model_config.is_diffusion or self.structured_outputs is not None:
             return
         try:
-            parse_params(
-                self,
-                canvas_length=model_config.hf_config.canvas_length,
-                vocab_size=model_config.get_vocab_size(),
-                rules=ServedRules.from_dict(model_config.hf_config.denoising_rules),
-            )
+            parse_for(self, model_config)
         except ParamsError as error:
             raise VLLMValidationError(str(error)) from error
 
     SamplingParams._validate_diffusion = _validate_diffusion
+
+
+def parse_for(sampling: Any, model_config: Any) -> None:
+    """Hold a request's parameters against what an engine serves.
+
+    Args:
+        sampling: vLLM's SamplingParams.
+        model_config: vLLM's, of a diffusion model.
+
+    Raises:
+        ParamsError: everything that is wrong.
+    """
+    # Here, since the table of patches is read where neither vLLM nor torch is wanted.
+    from vllm_diffusion.params import parse_params
+    from vllm_diffusion.records import ServedRules
+
+    parse_params(
+        sampling,
+        canvas_length=model_config.hf_config.canvas_length,
+        vocab_size=model_config.get_vocab_size(),
+        rules=ServedRules.from_dict(model_config.hf_config.denoising_rules),
+    )
 
 
 def stock_check_refuses_seed() -> bool:
@@ -58,15 +76,31 @@ def stock_check_refuses_seed() -> bool:
     return "self.seed is not None" in inspect.getsource(original)
 
 
-def _check_now(sampling_params: Any, prompt: Any, engine: Any) -> None:
+def _check_now(
+    sampling_params: Any,
+    prompt: Any,
+    engine: Any,
+    *,
+    reasoning_ended: bool | None = None,
+    reasoning_parser_kwargs: dict[str, Any] | None = None,
+) -> None:
     """Our checks, and vLLM's checks of what only a server knows: vocabulary and limits."""
-    model_config = engine.model_config
+    model_config, inputs = engine.model_config, engine.input_processor
     sampling_params._validate_diffusion(model_config)
+    sampling_params._validate_structured_outputs(
+        model_config, inputs.structured_outputs_config, inputs.tokenizer
+    )
     sampling_params._validate_logprobs(model_config)
     sampling_params._validate_logit_bias(model_config)
     sampling_params._validate_stop_token_ids(model_config)
     sampling_params._validate_allowed_token_ids(model_config)
-    check_text(engine.input_processor, sampling_params, prompt)
+    check_text(inputs, sampling_params, prompt)
+    if sampling_params.structured_outputs is not None:
+        ids = (prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None) or ()
+        thinks = thinks_first(
+            engine, ids, ended=reasoning_ended, parser_kwargs=reasoning_parser_kwargs
+        )
+        check_room(inputs, sampling_params, len(ids), thinks=thinks)
 
 
 def check_before_streaming() -> None:
@@ -79,7 +113,8 @@ def check_before_streaming() -> None:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        _check_now(sampling_params, prompt, self)
+        reasoning = {name: kwargs.get(name) for name in _REASONING}
+        _check_now(sampling_params, prompt, self, **reasoning)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
-class AutomatonTensors:
-    """A ``TokenAutomaton`` on a device."""
+class DeviceAutomaton:
+    """What a step needs of a ``TokenAutomaton``, on the device."""
 
-    class_of: Tensor  # [V] int32
-    num_classes: int
+    class_of: Tensor  # [V] int32, class of every token id
+    num_classes: int  # C, class 0 counted
     edges: Edges
 
     @staticmethod
-    def of(automaton: TokenAutomaton, device: torch.device) -> AutomatonTensors:
+    def of(automaton: TokenAutomaton, device: torch.device) -> DeviceAutomaton:
         """The same numbers on a device."""
-        return AutomatonTensors(
+        return DeviceAutomaton(
             class_of=torch.from_numpy(automaton.class_of).to(device, torch.int32),
             num_classes=automaton.num_classes,
             edges=Edges.of(automaton, device),
@@ -64,7 +64,7 @@ class AutomatonTensors:
 class ConstrainedCanvases:
     """The K canvases of a batch that obey one automaton, in the batch's order."""
 
-    automaton: AutomatonTensors
+    automaton: DeviceAutomaton
     places: tuple[int, ...]  # which canvases of the batch, on the host
     canvas: Tensor  # [K] int64, the same on the device
     start: Tensor  # [K] int64, state before its first row
@@ -85,11 +85,11 @@ class ConstrainedCanvases:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    automaton: AutomatonTensors
+    automaton: DeviceAutomaton
     behind: int  # absolute position behind the last token that may be written
 
 
-_Group: TypeAlias = tuple[AutomatonTensors, tuple[int, ...], "Tensor", "Tensor"]
+_Group: TypeAlias = tuple[DeviceAutomaton, tuple[int, ...], "Tensor", "Tensor"]
 """An automaton, its K canvases on host and device, and where each must be over, [K] int64."""
 
 
@@ -102,7 +102,7 @@ class AutomatonSlots:
         """[S], the state before the slot's canvas; anything where no automaton is."""
         self._owners: dict[int, _Owner] = {}
         # Requests of one constraint share its tensors, which go with the last of them.
-        self._shared: WeakValueDictionary[str, AutomatonTensors] = WeakValueDictionary()
+        self._shared: WeakValueDictionary[str, DeviceAutomaton] = WeakValueDictionary()
         self._seen: tuple[tuple[int, ...], list[_Group]] | None = None
 
     def admit(
@@ -126,7 +126,7 @@ class AutomatonSlots:
         self._seen = None
         shared = self._shared.get(name)
         if shared is None:
-            self._shared[name] = shared = AutomatonTensors.of(automaton, self.device)
+            self._shared[name] = shared = DeviceAutomaton.of(automaton, self.device)
         self._owners[slot] = _Owner(shared, behind)
         state = Walk(automaton).through(automaton.start, output)
         self.state[slot].fill_(automaton.end if state == DEAD else state)
@@ -183,7 +183,7 @@ class AutomatonSlots:
 
     def _groups(self, slots: tuple[int, ...]) -> list[_Group]:
         if self._seen is None or self._seen[0] != slots:
-            members: dict[AutomatonTensors, list[tuple[int, int]]] = {}
+            members: dict[DeviceAutomaton, list[tuple[int, int]]] = {}
             for canvas, slot in enumerate(slots):
                 if (owner := self._owners.get(slot)) is not None:
                     members.setdefault(owner.automaton, []).append((canvas, owner.behind))
