@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.automata import FORMS, random_automaton, random_canvas, statistics_of
+from helpers.chains import FORMS, random_automaton, random_canvas, statistics_of
 
 from vllm_diffusion.constrain.automaton import native
 from vllm_diffusion.constrain.automaton.edges import Edges
