@@ -8,14 +8,15 @@ of it), so results are kept; xgrammar does both, and is the only thing that this
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Final
 
 import xgrammar
 
+from vllm_diffusion.constrain.automaton.compile import grammar_of
+from vllm_diffusion.constrain.automaton.written import written
 from vllm_diffusion.constrain.guard import Guard
-from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,27 +55,34 @@ class GrammarCompiler:
             info, max_threads=threads, cache_limit_bytes=cache_bytes
         )
 
-    def compile(self, kind: str, text: str) -> xgrammar.CompiledGrammar:
+    def compile(
+        self, kind: str, text: str, *, any_whitespace: bool = True
+    ) -> xgrammar.CompiledGrammar:
         """Compile a constraint, or find it among those that were.
 
         Args:
             kind: a field of vLLM's ``StructuredOutputsParams``.
             text: what it holds, as JSON where it is no text.
+            any_whitespace: between the parts of JSON values; else none.
 
         Raises:
-            ParamsError: the text is no constraint of this kind, or xgrammar cannot follow it, or
-                no token of the vocabulary can begin it.
+            ConstraintError: the text is no constraint of this kind, or xgrammar cannot follow it,
+                or no token of the vocabulary can begin it.
         """
         try:
-            compiled = self._compiler.compile_grammar(_grammar(kind, text))
+            compiled = self._compiler.compile_grammar(
+                _grammar(kind, text, any_whitespace=any_whitespace)
+            )
         # What xgrammar raises is as various as what it reads.
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise ParamsError(f"The constraint {kind} cannot be read: {_reason(error)}") from error
+            raise ConstraintError(
+                f"The constraint {kind} cannot be read: {_reason(error)}"
+            ) from error
         mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
         matcher = xgrammar.GrammarMatcher(compiled)
         matcher.fill_next_token_bitmask(mask)
         if not mask.any() and not matcher.is_completed():
-            raise ParamsError(f"No token of the vocabulary can begin what {kind} asks for.")
+            raise ConstraintError(f"No token of the vocabulary can begin what {kind} asks for.")
         return compiled
 
     def guard(
@@ -103,23 +111,14 @@ class GrammarCompiler:
         )
 
 
-def _grammar(kind: str, text: str) -> xgrammar.Grammar:
-    if kind == "json":
-        return xgrammar.Grammar.from_json_schema(text)
-    if kind == "json_object":
-        return xgrammar.Grammar.from_json_schema('{"type": "object"}')
-    if kind == "regex":
-        return xgrammar.Grammar.from_regex(text)
-    if kind == "choice":
-        # A JSON string is a literal of the grammar's language.
-        literals = (json.dumps(each, ensure_ascii=False) for each in json.loads(text))
-        return xgrammar.Grammar.from_ebnf(f"root ::= {' | '.join(literals)}")
+def _grammar(kind: str, text: str, *, any_whitespace: bool) -> xgrammar.Grammar:
+    if kind == "grammar":
+        return xgrammar.Grammar.from_ebnf(text)
     if kind == "structural_tag":
         return xgrammar.Grammar.from_structural_tag(text)
-    if kind == "grammar":
-        ebnf = "::=" in text
-        return (xgrammar.Grammar.from_ebnf if ebnf else xgrammar.Grammar.from_lark)(text)
-    raise ValueError(f"{kind} is not a kind of constraint")
+    # xgrammar reads the others too, but not all that a schema says.
+    rules = grammar_of(kind, text, any_whitespace=any_whitespace)
+    return xgrammar.Grammar.from_ebnf(written(rules))
 
 
 def _reason(error: Exception) -> str:

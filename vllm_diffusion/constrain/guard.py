@@ -85,7 +85,7 @@ class Guard:
         request may write, every token may stand.
         """
         for place, token in enumerate(tokens):
-            if self._is_over():
+            if self.is_over():
                 break
             if not self._reads(token):
                 return place
@@ -127,7 +127,8 @@ class Guard:
         self._left -= self._ahead
         self._ahead, self._given_up = 0, self._given_up_ahead
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether every token may stand where the look ahead came to."""
         over = self._ahead >= self._left or self._given_up_ahead
         return over or self._parser.is_terminated()
 
