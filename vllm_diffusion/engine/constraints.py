@@ -122,7 +122,7 @@ class AutomatonGrammar(ConstraintGrammar):
     """One that an automaton keeps."""
 
     def __init__(self, automaton: TokenAutomaton, end_ids: Iterable[int], *, name: str) -> None:
-        self._automaton = automaton
+        self.automaton = automaton
         self._end_ids = tuple(sorted(end_ids))
         self._name = name
         self._walk = Walk(automaton)
@@ -134,7 +134,7 @@ class AutomatonGrammar(ConstraintGrammar):
     ) -> NamedConstraint:
         """See ``ConstraintGrammar``; the same every time."""
         if self._sent is None:
-            name, automaton = self._name, self._automaton
+            name, automaton = self._name, self.automaton
             if allowed is not None:
                 automaton = restricted(automaton, allowed)
                 name = f"{name} of {sorted(allowed)}"
@@ -156,7 +156,7 @@ class AutomatonGrammar(ConstraintGrammar):
 
     def is_terminated(self) -> bool:
         """Whether the text is over, its end token included."""
-        return self._state == self._automaton.end
+        return self._state == self.automaton.end
 
 
 class ParserGrammar(ConstraintGrammar):
