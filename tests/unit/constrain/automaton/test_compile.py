@@ -98,8 +98,19 @@ def test_one_clear_error(kind, text, message):
         compiled(kind, text)
 
 
-@pytest.mark.parametrize(("kind", "text"), [("json_object", ""), ("regex", "a{500}")])
-def test_what_is_too_large_says_so(kind, text):
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_object", ""),
+        ("regex", "a{500}"),
+        ("regex", "(a{1000}){1000}"),
+        ("regex", "((a{0,99}){0,99}){0,99}"),
+        ("json", '{"type": "string", "maxLength": 1e9}'),
+        ("json", '{"type": "object", "maxProperties": 1e9, "minProperties": 1}'),
+        ("json", '{"type": "array", "minItems": 1e9}'),
+    ],
+)
+def test_what_is_too_large_says_so_at_once(kind, text):
     with pytest.raises(AutomatonError, match="more than"):
         compiled(kind, text, limits=Limits(states=20))
 
