@@ -193,6 +193,7 @@ TABLE = {
         ["ab"],
         ["abc", 1],
     ),
+    "address": ({"$id": "https://a.b/c", "$ref": "#/$defs/s", "$defs": {"s": S}}, ["x"], [1]),
     "recursive": (
         TREE,
         [{"value": 1}, {"value": 1, "kids": [{"value": 2, "kids": []}]}],

@@ -76,6 +76,8 @@ class _Translation:
     def __init__(self, root: Schema, layout: write.Layout) -> None:
         self._layout = layout
         self._problems: list[str] = []
+        if isinstance(root, dict):  # its own address does not matter: nothing is looked up there
+            root = {key: value for key, value in root.items() if key != "$id"}
         self._compose = Composition(root, self._problems)
         self._rules: dict[str, Node] = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
 

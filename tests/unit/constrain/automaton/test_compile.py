@@ -131,6 +131,29 @@ def test_the_cache_keeps_what_fits():
     assert len(AutomatonCache(0)) == 0
 
 
+def test_a_tokenizer_with_marked_spaces_and_bytes_to_fall_back_on():
+    """The kind that Gemma has: a space is a mark, bytes are tokens such as <0x0A>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["\u2581", "a", "\u2581a", "\u2581\u2581", "\n", "\u00e9", "<unused0>"]
+    model = models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True)
+    inner = Tokenizer(model)
+    inner.normalizer = normalizers.Replace(" ", "\u2581")
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    vocabulary = vocabulary_of(tokenizer, 300)
+    assert [vocabulary.text(token) for token in range(3)] == [b""] * 3
+    assert [vocabulary.text(3 + byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
+    found = [vocabulary.text(token) for token in range(259, 266)]
+    assert found == [b" ", b"a", b" a", b"  ", b"\n", "\u00e9".encode(), b"<unused0>"]
+
+
 def test_a_tokenizer_of_the_library():
     from transformers import PreTrainedTokenizerFast
 

@@ -122,6 +122,7 @@ REFUSED = {
     "lookahead": (string(pattern="(?=a)b"), ["lookaround"]),
     "bad pattern": (string(pattern=r"\p{L}"), ["is not a 'regex'"]),
     "remote": ({"$ref": "https://a.b/c"}, ["leads outside"]),
+    "address inside": (arr({"$id": "https://a.b/c", **J}), ["#/items has '$id'"]),
     "dangling": ({"$ref": "#/$defs/x"}, ["leads nowhere"]),
     "closing parts": (
         {"allOf": [obj({"a": J}, additionalProperties=False), obj({"b": J})]},
