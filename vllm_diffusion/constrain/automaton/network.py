@@ -251,7 +251,9 @@ class _Draft:
                 self._silent[skip] += [end, self._node(node.part, entry, open_rules)]
                 entry = skip
         for _ in range(node.least):
-            entry = self._node(node.part, entry, open_rules)
+            behind, entry = entry, self._node(node.part, entry, open_rules)
+            if entry == behind:  # a part that reads nothing, however often
+                break
         return entry
 
     def _chars(self, ranges: tuple[tuple[int, int], ...], end: int) -> int:
