@@ -144,6 +144,16 @@ def test_a_budget_cuts_a_text_and_frees_the_rows_behind_it() -> None:
     assert ours.emissions[0].reason.tolist() == [StopReason.SETTLED]
 
 
+def test_logits_that_are_no_numbers_end_no_canvas_short_of_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nothing = torch.full((LENGTH, VOCAB), torch.nan)
+    monkeypatch.setattr(TableModel, "logits", lambda *_: nothing)
+    ours = run(JSON, 1, max_steps=2, budget=12)
+    assert may_be_begun(JSON, ours.tokens)
+    assert min(ours.counts) >= 1
+
+
 # ---- what a step does ----
 
 

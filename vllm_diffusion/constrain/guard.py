@@ -183,9 +183,15 @@ def look_ahead(
             break
         rows = torch.tensor([canvas * length + each.legal for canvas, each in stuck.items()])
         rows = rows.to(stats.argmax.device)
-        again = ask(rows, [guards[canvas].legal() for canvas in stuck])
-        stats = stats.replaced(rows, again)
-        for (canvas, each), token in zip(stuck.items(), again.argmax.tolist(), strict=True):
+        masks = [guards[canvas].legal() for canvas in stuck]
+        again = ask(rows, masks)
+        tokens = [
+            # Logits that are no numbers have no best token, and end no canvas: any legal one does.
+            token if mask[token] else int(mask.int().argmax())
+            for token, mask in zip(again.argmax.tolist(), masks, strict=True)
+        ]
+        stats = stats.replaced(rows, replace(again, argmax=rows.new_tensor(tokens)))
+        for (canvas, each), token in zip(stuck.items(), tokens, strict=True):
             each.first = each.first if each.legal else token
             each.corrected.append(each.legal)
             rest = argmax[canvas][each.legal + 1 : width[canvas]]
@@ -228,7 +234,7 @@ def obedient(
     ends = finished.tolist()
     commit = decision.commit or _whole(batch, stats.argmax)
     said, count, counts = commit.tokens.clone(), commit.count.clone(), commit.count.tolist()
-    cut = False
+    changed = False
     for canvas, guard in guards.items():
         if not ends[canvas]:
             continue
@@ -237,11 +243,11 @@ def obedient(
         legal = guard.walk(tokens)
         if not legal:  # A bad word was taken out where the grammar leaves no other.
             said[canvas, 0] = tokens[0] = found[canvas].first
-            legal = 1
-        cut |= legal < len(tokens)
+            legal, changed = 1, True
+        changed |= legal < len(tokens)
         count[canvas] = legal
         guard.write(tokens[:legal])
-    if cut:
+    if changed:
         decision = replace(decision, commit=replace(commit, tokens=said, count=count))
     return decision
 
@@ -259,11 +265,15 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
     Returns:
         The rewrite of the N rows, each as a canvas of its own.
     """
-    own = Rewrite(canvas=torch.arange(len(rows), device=rows.device))
     lists: list[list[int]] = [[]] * len(rows)
     if rewrite is not None and rewrite.allowed is not None:
         lists = rewrite.allowed[rewrite.canvas[rows]].tolist()
-    own = replace(own, **_as_lists(masks, lists, rows.device))
+    allowed, forbidden = _as_lists(masks, lists)
+    own = Rewrite(
+        canvas=torch.arange(len(rows), device=rows.device),
+        allowed=_padded(allowed, rows.device),
+        forbidden=_padded(forbidden, rows.device),
+    )
     if rewrite is None:
         return own
     canvas = rewrite.canvas[rows]
@@ -292,28 +302,30 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
 
 
 def _as_lists(
-    masks: Sequence[Tensor], lists: Sequence[Sequence[int]], device: torch.device
-) -> dict[str, Tensor]:
-    """``Rewrite.allowed`` and ``Rewrite.forbidden`` of rows: the shorter of the two for each.
+    masks: Sequence[Tensor], lists: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The ids that rows may say, or those that they may not: the shorter list, the other empty.
 
     Args:
         masks: [V] bool for each row.
         lists: the ids that its request allows, -1 pads; of -1 alone, or empty, for all.
-        device: where the batch runs.
     """
     allowed, forbidden = [], []
     for mask, mine in zip(masks, lists, strict=True):
         both = [token for token in mine if token >= 0 and mask[token]]
-        few = 2 * int(mask.sum()) <= len(mask)
+        few = bool(both) or 2 * int(mask.sum()) <= len(mask)
         legal = torch.tensor(both) if both else mask.nonzero()[:, 0]
-        allowed.append(legal if both or few else legal[:0])
-        forbidden.append(legal[:0] if both or few else (~mask).nonzero()[:, 0])
-    parts = {"allowed": allowed, "forbidden": forbidden}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-1).to(device)
-        for name, part in parts.items()
-        if any(len(each) for each in part)
-    }
+        allowed.append(legal if few else legal[:0])
+        forbidden.append(legal[:0] if few else (~mask).nonzero()[:, 0])
+    return allowed, forbidden
+
+
+def _padded(lists: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """[N, M] int64, -1 pads; None where all lists are empty."""
+    if not any(len(each) for each in lists):
+        return None
+    padded = torch.nn.utils.rnn.pad_sequence([*lists], batch_first=True, padding_value=-1)
+    return padded.to(device)
 
 
 def _whole(batch: CanvasBatch, argmax: Tensor) -> Commit:
