@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from vllm_diffusion.constrain.guard import Guard, Outlook, look_ahead, obedient, under_mask
+from vllm_diffusion.constrain.guard import Guard, look_ahead, obedient, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound, held
@@ -108,7 +108,7 @@ def advance(
         soft_top_k=soft_top_k,
     ).reshape(num, length)
     guards = _denoising(pool, slots, guards or {})
-    found: dict[int, Outlook] = {}
+    corrected: dict[int, int] = {}
     if guards:
 
         def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
@@ -120,7 +120,7 @@ def advance(
                 None if soft_top_k is None else soft_top_k[index],
             )
 
-        stats, found = look_ahead(guards, batch, stats, ask)
+        stats, corrected = look_ahead(guards, batch, stats, ask)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
@@ -130,8 +130,16 @@ def advance(
             pool, batch, stats, decision, rows=rows, head=head, rewrite=rewrite
         )
     if guards:
-        out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
-        decision = obedient(guards, found, batch, stats, decision, out_of_steps=out_of_steps)
+        same = (stats.argmax == pool.argmax[slots]) | ~batch.valid
+        decision = obedient(
+            guards,
+            corrected,
+            batch,
+            stats,
+            decision,
+            rests=same.all(dim=1) & (pool.step[slots] > pool.first_step[slots]),
+            out_of_steps=pool.step[slots] + 1 >= pool.max_steps[slots],
+        )
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)
