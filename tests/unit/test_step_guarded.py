@@ -72,6 +72,7 @@ def run(
     budget: int = BUDGET,
     constraints: Constraints = NOTHING,
     ends: tuple[int, ...] = (END,),
+    doubt: float = 0.0,
 ) -> Run:
     """A request alone, canvas by canvas, until its end token or its budget."""
     engine = Engine(TableModel(seed=seed, sharpness=sharpness))
@@ -79,6 +80,7 @@ def run(
     engine.admit(1, seed=seed, start=START, constraints=constraints, guard=guard)
     engine.pool.max_steps[1] = max_steps
     engine.pool.fused[1] = fused
+    engine.pool.doubt_threshold[1] = doubt
     emissions, tokens = [], []
     while len(tokens) < budget and not set(ends) & set(tokens):
         emission = engine.step(1)
@@ -303,9 +305,10 @@ def test_a_canvas_that_needs_a_correction_ends_once_that_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     early = late = 0
-    for seed, sharpness in enumerate((3.0, 0.0, 3.0)):
+    # The last rule would have every canvas end in its first step.
+    for seed, (sharpness, doubt) in enumerate(((3.0, 0.0), (0.0, 0.0), (3.0, 1.0 + LENGTH))):
         watched = Watched(monkeypatch)
-        ours = run(TREE, seed, sharpness=sharpness, fused=True)
+        ours = run(TREE, seed, sharpness=sharpness, doubt=doubt, fused=True)
         monkeypatch.undo()
         step = -1
         for emission in ours.emissions:
