@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.automata import FAR, enumerate_canvas, random_automaton, random_canvas, read
+from helpers.chains import FAR, enumerate_canvas, random_automaton, random_canvas, read
 from helpers.table_model import CONSTANTS, LENGTH, VOCAB, Engine, TableModel
 
 from vllm_diffusion.belief import beliefs
