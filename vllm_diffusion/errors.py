@@ -7,15 +7,15 @@
     ├── TuneError                   a task to tune for, or a rule to try, makes no sense
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
     ├── ParamsError                 a request asks for something impossible
-    │   └── ConstraintError         a constraint is malformed, not supported, or nothing satisfies it
+    │   └── ConstraintError         a constraint is malformed, unsupported, or has no answer
     │       └── AutomatonError      a constraint makes sense, but has no automaton within the limits
     └── ConfigError                 an engine option is impossible
 
 A message is one sentence or one list of all problems: what was found, what is accepted, and what to
-do about it. Those from `CheckpointError` on are also `ValueError`, which is what vLLM turns into an answer of status
-400 (a request) or a refusal to start (an option, a checkpoint). The two about the installation are
-not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in pydantic's own
-text, and these must be read as they are.
+do about it. Those from `CheckpointError` on are also `ValueError`, which is what vLLM turns into an
+answer of status 400 (a request) or a refusal to start (an option, a checkpoint). The two about the
+installation are not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in
+pydantic's own text, and these must be read as they are.
 """
 
 

@@ -16,6 +16,7 @@ from vllm_diffusion.upstream import (
     canvas_text,
     cpu_host,
     cpu_kernels,
+    gemma_tools,
     request_validation,
     serving_config,
     structured_outputs,
@@ -200,6 +201,18 @@ SERVING_PATCHES: Final = (
         applies=_always,
         install=canvas_text.take_suffix,
         needed=canvas_text.suffix_is_refused,
+    ),
+    Patch(
+        name="gemma-tools",
+        target="vllm.tool_parsers.gemma4_engine_tool_parser.Gemma4EngineToolParser."
+        "get_structural_tag",
+        why="a call that is required, named or strict is enforced for other formats; for Gemma's "
+        "it is hoped for.",
+        upstream_reference="xgrammar/builtin_structural_tag.py: _get_gemma_4_structural_tag",
+        remove_when="vLLM has a structural tag for gemma_4",
+        applies=_always,
+        install=gemma_tools.constrain_calls,
+        needed=gemma_tools.calls_are_free,
     ),
     Patch(
         name="telemetry-outputs",

@@ -8,11 +8,12 @@ and a step from a column by a byte is taken once, however many nodes of the trie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_diffusion.constrain.automaton.graph import distances, reachable
+from vllm_diffusion.constrain.automaton.graph import Ints, distances, reachable
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
@@ -86,7 +87,10 @@ def token_automaton(
     if prefix_until is not None:
         class_of, columns = _behind(prefix_until, class_of, columns, usable)
         start, accepting = len(accepting), np.append(accepting, False)
-    return _record(class_of, columns, accepting, start, ends, limits)
+    count, end = columns.shape
+    class_of[ends] = count
+    columns = np.vstack([columns, np.where(accepting, end, -1).astype(np.int32)])
+    return _record(class_of, columns, accepting, start, limits)
 
 
 def _columns(
@@ -103,7 +107,7 @@ def _columns(
     after: dict[int, int] = {}  # column before and byte -> column behind
     column_of = np.zeros(len(vocabulary.parent), dtype=np.int64)
     column_of[0] = 1
-    for first, behind in zip(vocabulary.levels[1:], vocabulary.levels[2:], strict=False):
+    for first, behind in pairwise(vocabulary.levels[1:].tolist()):
         before = column_of[vocabulary.parent[first:behind]]
         steps = before * width + dfa.column[vocabulary.byte[first:behind]]
         unique, inverse = np.unique(np.where(before == NOWHERE, -1, steps), return_inverse=True)
@@ -128,7 +132,7 @@ def _columns(
 def _merged(
     class_of: NDArray[np.integer], columns: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The same, equal columns merged, unused ones dropped; class 0 is the one that leads nowhere."""
+    """The same, equal columns merged and unused ones dropped; class 0 leads nowhere."""
     used = np.unique(class_of)
     number = {np.full(columns.shape[1], -1, dtype=np.int32).tobytes(): NOWHERE}
     renamed = np.zeros(len(columns), dtype=np.int32)
@@ -140,9 +144,7 @@ def _merged(
 
 def _live(dfa: Dfa, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
     """The states that tokens lead to and that tokens complete a text from. [N]."""
-    symbol, source = np.nonzero(columns >= 0)
-    target = columns[symbol, source]
-    source = source.astype(np.int32)
+    source, _, target = _edges(columns)
     starts = np.zeros(len(dfa), dtype=bool)
     starts[0] = True
     return (distances(source, target, dfa.accepting) >= 0) & reachable(source, target, starts)
@@ -168,36 +170,36 @@ def _record(
     columns: NDArray[np.int32],
     accepting: NDArray[np.bool_],
     start: int,
-    ends: list[int],
     limits: Limits,
 ) -> TokenAutomaton:
-    """With the end behind all other states, and the class of the end tokens behind all others."""
-    count, end = columns.shape
-    last = np.where(accepting, end, -1).astype(np.int32)
-    table = np.vstack([columns, last]).T
-    class_of = class_of.copy()
-    class_of[ends] = count
-    num_edges = int(np.count_nonzero(table >= 0))
+    """The record of an automaton whose columns lead to an end behind all other states."""
+    num_classes, num_states = len(columns), len(accepting) + 1
+    source, symbol, target = _edges(columns)
     for name, value, most in (
-        ("token classes", count + 1, limits.classes),
-        ("edges", num_edges, limits.edges),
+        ("token classes", num_classes, limits.classes),
+        ("edges", len(source), limits.edges),
     ):
         if value > most:
             raise AutomatonError(_too_large(name, value, most))
-    source, symbol = np.nonzero(table >= 0)
-    target = table[source, symbol]
     accepting = np.append(accepting, True)
     return TokenAutomaton(
         class_of=class_of,
-        num_classes=count + 1,
-        source=source.astype(np.int32),
-        symbol=symbol.astype(np.int32),
+        num_classes=num_classes,
+        source=source,
+        symbol=symbol,
         target=target,
-        num_states=end + 1,
+        num_states=num_states,
         start=start,
         accepting=accepting,
-        distance=distances(source.astype(np.int32), target, accepting),
+        distance=distances(source, target, accepting),
     )
+
+
+def _edges(columns: NDArray[np.int32]) -> tuple[Ints, Ints, Ints]:
+    """Source, symbol and target of every transition, in this order."""
+    table = np.ascontiguousarray(columns.T)
+    source, symbol = np.nonzero(table >= 0)
+    return source.astype(np.int32), symbol.astype(np.int32), table[source, symbol]
 
 
 def _too_large(what: str, found: int, most: int) -> str:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_diffusion.constrain.automaton.graph import Predecessors, distances, reachable
 from vllm_diffusion.errors import AutomatonError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
 
 State = TypeVar("State", bound=Hashable)
 
@@ -128,13 +130,13 @@ def _apart(
 ) -> Iterator[tuple[int, int, frozenset[State]]]:
     """Ranges of symbols that do not overlap, each with every state that it leads to."""
     edges.sort(key=lambda edge: edge[:2])
-    if all(edge[1] < behind[0] for edge, behind in zip(edges, edges[1:], strict=False)):
+    if all(edge[1] < behind[0] for edge, behind in pairwise(edges)):
         yield from ((first, last, frozenset({target})) for first, last, target in edges)
         return
     cuts = sorted({edge[0] for edge in edges} | {edge[1] + 1 for edge in edges})
     opened = 0
     active: list[tuple[int, int, State]] = []
-    for first, behind in zip(cuts, cuts[1:], strict=False):
+    for first, behind in pairwise(cuts):
         active = [edge for edge in active if edge[1] >= first]
         while opened < len(edges) and edges[opened][0] == first:
             active.append(edges[opened])
@@ -177,15 +179,15 @@ def _restricted(dfa: Dfa, keep: NDArray[np.bool_]) -> Dfa:
     return Dfa(table=table, column=dfa.column, accepting=dfa.accepting[keep])
 
 
-def _coarsest(dfa: Dfa, colour: NDArray[np.integer]) -> NDArray[np.int64]:
+def _coarsest(dfa: Dfa, start: NDArray[np.integer]) -> NDArray[np.int64]:
     """Colours of the states such that two are equal exactly where the languages are. [N].
 
     Partition refinement (Moore), where a round looks only at the states before those whose colour
     has changed (Hopcroft). The colours behind a state are compared by a random 64-bit linear hash.
     """
     num_states, width = dfa.table.shape
-    _, colour = np.unique(colour, return_inverse=True)
-    colour = np.append(colour, -1)  # what -1 in the table looks up
+    _, colours_of = np.unique(start, return_inverse=True)
+    colour = np.append(colours_of, -1)  # what -1 in the table looks up
     rng = np.random.default_rng(0)
     code = rng.integers(1 << 63, size=2 * num_states + 2, dtype=np.uint64)
     weight = rng.integers(1 << 63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -227,6 +229,6 @@ def _split(
     keeper[owner[candidates]] = candidates
     renamed = keeper[owner] != np.arange(len(owner))
     name = np.where(renamed, colours + np.cumsum(renamed) - 1, owner)
-    changed = order[renamed[part]]
+    changed: NDArray[np.int64] = order[renamed[part]]
     colour[order] = name[part]
     return changed

@@ -1,7 +1,8 @@
 """EBNF and structural tags, as vLLM's xgrammar backend takes them -> grammar.
 
 xgrammar parses; what it parsed is read from its serialised form, which is exact where its printed
-form is for people: a list of expressions, each a number for its kind and its arguments. Lookahead assertions only speed xgrammar up and are not looked at.
+form is for people: a list of expressions, each a number for its kind and its arguments. Lookahead
+assertions only speed xgrammar up and are not looked at.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from vllm_diffusion.constrain.automaton.syntax import (
     complement,
     merged,
 )
+from vllm_diffusion.constrain.automaton.vocabulary import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 _KINDS = {
     7: "tags inside free text (TagDispatch)",
-    9: "tokens by their id",
     10: "all tokens but some, by their ids",
     12: "a regular expression inside a rule",
 }
@@ -66,23 +67,36 @@ def structural_tag(tag: str) -> Grammar:
 
 
 def _read(parsed: Any) -> Grammar:
-    """A grammar from xgrammar's serialised form: rules by index, expressions by index."""
+    """A grammar from xgrammar's serialised form."""
     data = json.loads(parsed.serialize_json())
     if data["__VERSION__"] != VERSION:
         raise AutomatonError(
             f"xgrammar writes grammars in the form {data['__VERSION__']}, and {VERSION} is read "
             "here. Install the xgrammar that comes with the vLLM this release was tested with."
         )
-    names = [rule[0] for rule in data["rules"]]
-    bodies = [rule[1] for rule in data["rules"]]
-    cells = data["grammar_expr_data"]
-    rules: dict[str, Node] = {}
-    reached = [data["root_rule_id"]]
+    return _Reader(data).grammar(data["root_rule_id"])
 
-    def node(index: int) -> Node:
-        first = data["grammar_expr_indptr"][index]
-        kind, length = cells[first : first + 2]
-        arguments = cells[first + 2 : first + 2 + length]
+
+class _Reader:
+    """Rules by index, expressions by index."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self._names = [rule[0] for rule in data["rules"]]
+        self._bodies = [rule[1] for rule in data["rules"]]
+        self._cells = data["grammar_expr_data"]
+        self._first = data["grammar_expr_indptr"]
+        self._reached: list[int] = []
+
+    def grammar(self, root: int) -> Grammar:
+        """The rules that the root leads to."""
+        self._reached = [root]
+        rules = {self._names[rule]: self._node(self._bodies[rule]) for rule in self._reached}
+        return Grammar(rules, self._names[root])
+
+    def _node(self, index: int) -> Node:
+        first = self._first[index]
+        kind, length = self._cells[first : first + 2]
+        arguments = self._cells[first + 2 : first + 2 + length]
         match kind:
             case 0:
                 return Text(bytes(byte & 0xFF for byte in arguments))
@@ -93,25 +107,23 @@ def _read(parsed: Any) -> Grammar:
             case 3:
                 return EMPTY
             case 4:
-                return called(arguments[0])
+                return self._called(arguments[0])
             case 5:
-                return Sequence(tuple(map(node, arguments)))
+                return Sequence(tuple(map(self._node, arguments)))
             case 6:
-                return Choice(tuple(map(node, arguments)))
+                return Choice(tuple(map(self._node, arguments)))
             case 8:
                 rule, least, most = arguments[:3]
-                return Repeat(called(rule), least, None if most < 0 else most)
+                return Repeat(self._called(rule), least, None if most < 0 else most)
+            case 9:
+                return Choice(tuple(Text(mark(token)) for token in arguments))
         what = _KINDS.get(kind, f"an expression of kind {kind}")
         raise AutomatonError(f"The grammar uses {what}, which no automaton is built for.")
 
-    def called(rule: int) -> Call:
-        if rule not in reached:
-            reached.append(rule)
-        return Call(names[rule])
-
-    for rule in reached:
-        rules[names[rule]] = node(bodies[rule])
-    return Grammar(rules, names[data["root_rule_id"]])
+    def _called(self, rule: int) -> Call:
+        if rule not in self._reached:
+            self._reached.append(rule)
+        return Call(self._names[rule])
 
 
 def _characters(arguments: list[int]) -> Chars:

@@ -23,7 +23,8 @@ _DAYS = rf"(?:\d{{1,4}}Y(?:{_MONTHS})?|{_MONTHS}|\d{{1,4}}D)"
 _DURATION = rf"P(?:{_DAYS}(?:{_HOURS})?|{_HOURS}|\d{{1,4}}W)"
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_HOST = rf"{_LABEL}(?:\.{_LABEL})*"
+_NAME = r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"  # of any length: a count costs a state a character
+_HOST = rf"{_NAME}(?:\.{_NAME})*"
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d{2}|[1-9]?\d)"
@@ -49,8 +50,8 @@ FORMATS = {
     "time": _TIME,
     "date-time": rf"{_DATE}T{_TIME}",
     "duration": _DURATION,
-    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})+",
-    "hostname": _HOST,
+    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_NAME}(?:\.{_NAME})+",
+    "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
     "ipv4": rf"{_OCTET}(?:\.{_OCTET}){{3}}",
     "ipv6": _ipv6(),
     "uri": rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(?::[1-9]\d{{0,3}})?(?:/{_PATH})?(?:\?{_QUERY})?(?:#{_QUERY})?",

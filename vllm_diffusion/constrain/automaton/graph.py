@@ -20,7 +20,8 @@ class Predecessors:
         """Those before any of ``states``; one that leads there twice is listed twice."""
         first, count = self._first[states], self._first[states + 1] - self._first[states]
         offset = np.repeat(first - np.cumsum(count) + count, count)
-        return self._source[offset + np.arange(len(offset))]
+        before: Ints = self._source[offset + np.arange(len(offset))]
+        return before
 
 
 def distances(source: Ints, target: Ints, goals: NDArray[np.bool_]) -> Ints:

@@ -1,7 +1,7 @@
-"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
+r"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
 
 A string has one spelling, that of ``json.dumps(ensure_ascii=False)``: an escape stands only where
-JSON demands one. Otherwise "\\u0061" could pass for a name other than "a", and lengths and
+JSON demands one. Otherwise "\u0061" could pass for a name other than "a", and lengths and
 patterns would have to see through escapes. Every string can still be written.
 """
 
@@ -56,9 +56,9 @@ QUOTE = text('"')
 
 
 def literal(value: Any) -> Node:
-    """Exactly this value, as ``json.dumps`` writes it without spaces."""
+    """Exactly this string, number, boolean or null, as ``json.dumps`` writes it."""
     try:
-        return text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+        return text(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except ValueError as error:  # a lone surrogate, or not a number
         raise ConstraintError(f"The value {value!r} cannot be written: {error}.") from error
 
@@ -145,6 +145,19 @@ class Layout:
     def brackets(self, items: Node) -> Node:
         """An array of these items."""
         return sequence(text("["), self._space, items, self._space, text("]"))
+
+    def value(self, value: Any) -> Node:
+        """Exactly this value, its members in this order."""
+        match value:
+            case dict():
+                parts = [self.member(literal(name), self.value(v)) for name, v in value.items()]
+                return self.braces(self._series(parts))
+            case list():
+                return self.brackets(self._series(list(map(self.value, value))))
+        return literal(value)
+
+    def _series(self, parts: list[Node]) -> Node:
+        return sequence(*parts[:1], *map(self.behind_comma, parts[1:]))
 
     def listed(self, part: Node, least: int = 0, most: int | None = None) -> Node:
         """A part, ``least`` to ``most`` times, commas between."""

@@ -12,6 +12,7 @@ edges are followed with a stack of return places that is bounded: what is nested
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,7 +108,7 @@ class Networks:
                 self._edges.append(
                     [
                         (first, behind - 1, start + int(row[first]))
-                        for first, behind in zip(borders, borders[1:], strict=False)
+                        for first, behind in pairwise(borders)
                         if row[first] >= 0
                     ]
                 )

@@ -16,13 +16,16 @@ from vllm_diffusion.constrain.automaton.syntax import (
     Node,
     Repeat,
     choice,
+    optional,
     sequence,
     text,
 )
 
 # Decimals of at most so many significant digits become different doubles, in the same order. More
-# would let a text that is above an exclusive bound be read as the bound itself.
-SIGNIFICANT = 15
+# would let a text that is above an exclusive bound be read as the bound itself. An inclusive bound
+# cannot be passed that way, unless it is no double.
+_SIGNIFICANT = 15
+_LARGEST_EXACT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class Bound:
         whole = isinstance(number, int) or number.is_integer()
         return cls(Decimal(int(number)) if whole else Decimal(repr(number)), exclusive)
 
+    @property
+    def needs_care(self) -> bool:
+        """Whether rounding to a double could bring a number over this end."""
+        return self.exclusive or abs(self.value) > _LARGEST_EXACT
+
     def negated(self) -> Bound:
         """The same bound seen from the other side of zero."""
         return Bound(-self.value, self.exclusive)
@@ -49,7 +57,7 @@ def between(low: Bound | None, high: Bound | None, *, whole: bool) -> Node:
     Args:
         low: the lower end.
         high: the upper end.
-        whole: without a fraction; else at most 15 significant digits behind a decimal point.
+        whole: without a fraction.
     """
     zero = Bound(Decimal(0), exclusive=True)
     options: list[Node] = []
@@ -70,24 +78,25 @@ class _Range:
         self._low, self._high, self._whole = low, high, whole
         self._low_digits = _digits(low)
         self._high_digits = _digits(high) if high else ("", "")
+        self._care = low.needs_care or (high is not None and high.needs_care)
 
     def node(self) -> Node:
+        """What the numbers of the range look like."""
         shortest, longest = len(self._low_digits[0]), len(self._high_digits[0])
         if self._high is None:
-            more = sequence(_digit(1, 9), Repeat(_digit(0, 9), shortest), self._any_fraction(99))
-            return choice(self._leading(shortest, low=True, high=False), more)
+            longer = sequence(_digit(1, 9), Repeat(_digit(0, 9), shortest))
+            if not self._whole and shortest < _SIGNIFICANT:
+                # From the next power of ten on, which is a double, nothing rounds down to the end.
+                longer = sequence(longer, optional(sequence(text("."), Repeat(_digit(0, 9), 1))))
+            return choice(self._digit_at(0, shortest, low=True, high=False), longer)
         return Choice(
             tuple(
-                self._leading(length, low=length == shortest, high=length == longest)
+                self._digit_at(0, length, low=length == shortest, high=length == longest)
                 for length in range(shortest, longest + 1)
             )
         )
 
-    def _leading(self, length: int, *, low: bool, high: bool) -> Node:
-        """Numbers with so many digits before the point, bounded by ``low`` and ``high`` or not."""
-        return self._digit_at(0, length, low, high)
-
-    def _digit_at(self, index: int, length: int, low: bool, high: bool) -> Node:
+    def _digit_at(self, index: int, length: int, *, low: bool, high: bool) -> Node:
         """Digits from ``index`` on; those before equal the bounds named."""
         if index == length:
             return self._fraction(length, low, high)
@@ -95,34 +104,34 @@ class _Range:
             rest = length - index
             first = [_digit(1, 9)] if index == 0 and length > 1 else []
             digits = Repeat(_digit(0, 9), rest - len(first), rest - len(first))
-            return sequence(*first, digits, self._any_fraction(length))
+            return sequence(*first, digits, self._fraction(length, low, high))
         least = int(self._low_digits[0][index]) if low else int(index == 0 and length > 1)
         most = int(self._high_digits[0][index]) if high else 9
         return Choice(
             tuple(
-                sequence(_digit(first, last), self._digit_at(index + 1, length, *tight))
-                for first, last, tight in _runs(least, most, low, high)
+                sequence(_digit(first, last), self._digit_at(index + 1, length, low=down, high=up))
+                for first, last, (down, up) in _runs(least, most, low, high)
             )
         )
-
-    def _any_fraction(self, length: int) -> Node:
-        most = self._places(length)
-        point = sequence(text("."), Repeat(_digit(0, 9), 1, most))
-        return choice(EMPTY, point) if most > 0 else EMPTY
 
     def _fraction(self, length: int, low: bool, high: bool) -> Node:
         """A point and digits, or nothing, behind digits that equal the bounds named."""
         options: list[Node] = [EMPTY] if self._may_stop(0, low, high) else []
-        if self._places(length):
-            options.append(sequence(text("."), self._place_at(0, self._places(length), low, high)))
+        if not self._whole:
+            most = max(_SIGNIFICANT - length, 0) if self._care else None
+            options.append(sequence(text("."), self._place_at(0, most, low, high)))
         return Choice(tuple(options))
 
-    def _place_at(self, index: int, most: int, low: bool, high: bool) -> Node:
+    def _place_at(self, index: int, most: int | None, low: bool, high: bool) -> Node:
         """At least one digit of the fraction, at most ``most`` in all."""
         if index == most:
             return NOTHING
+        if most is None and index >= len(self._low_digits[1]):
+            low = False  # an inclusive bound, reached
         if not (low or high):
-            return Repeat(_digit(0, 9), 1, most - index)
+            return Repeat(_digit(0, 9), 1, None if most is None else most - index)
+        if most is None and high and index >= len(self._high_digits[1]):
+            return Repeat(_digit(0, 0), 1)
         least = int(self._low_digits[1][index : index + 1] or 0) if low else 0
         largest = int(self._high_digits[1][index : index + 1] or 0) if high else 9
         options: list[Node] = []
@@ -139,10 +148,6 @@ class _Range:
         above = not low or (equals_low and not self._low.exclusive)
         below = not equals_high or self._high is None or not self._high.exclusive
         return above and below
-
-    def _places(self, length: int) -> int:
-        """Digits that a fraction behind so many digits may have."""
-        return 0 if self._whole else max(SIGNIFICANT - length, 0)
 
 
 def _digits(bound: Bound) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""Regular expressions in Python's dialect -> syntax nodes.
+r"""Regular expressions in Python's dialect -> syntax nodes.
 
 Python's own parser reads them, so what is accepted is what ``re`` accepts, with two exceptions,
-both on the safe side where dialects differ: \\d, \\w and \\s mean ASCII, and their opposites
+both on the safe side where dialects differ: \d, \w and \s mean ASCII, and their opposites
 everything that no dialect counts among them. ``.`` is anything but a newline.
 """
 

@@ -58,9 +58,11 @@ def json_schema(schema: str, *, any_whitespace: bool = True) -> Grammar:
     try:
         parsed = json.loads(schema)
         Draft202012Validator.check_schema(parsed)
-    except (ValueError, SchemaError) as error:
-        first = str(error).partition("\n")[0]
-        raise ConstraintError(f"This is not a JSON schema: {first}.") from error
+    except SchemaError as error:
+        where = error.json_path.replace("$", "#", 1)
+        raise ConstraintError(f"This is not a JSON schema: at {where}, {error.message}.") from error
+    except ValueError as error:
+        raise ConstraintError(f"This is not a JSON schema: {error}.") from error
     try:
         return _Translation(parsed, write.Layout(any_whitespace=any_whitespace)).grammar()
     except RecursionError as error:
@@ -100,7 +102,7 @@ class _Translation:
             return NOTHING
         values = self._compose.finite(schema)
         if values is not None:
-            return Choice(tuple(map(write.literal, values)))
+            return Choice(tuple(map(self._layout.value, values)))
         match self._compose.only_part(schema, path):
             case "$ref", pointer:
                 return self._reference(pointer)
@@ -262,7 +264,7 @@ class _Translation:
         for count in range(cap + 1):
             span = _span(least - count, most, count)
             if extra is None:
-                end = EMPTY if count >= least else NOTHING
+                end: Node = EMPTY if count >= least else NOTHING
             elif count == 0:
                 end = self._layout.listed(extra, *span)
             else:
@@ -280,7 +282,7 @@ class _Translation:
 
 
 def _types(schema: dict[str, Any]) -> Iterable[str]:
-    """The types that a schema allows: those it names, else those its keywords are about, else all."""
+    """The types that a schema allows: those it names, those its keywords are about, or all."""
     declared = schema.get("type")
     if declared is None:
         implied = [kind for kind in TYPES if OF_TYPE.get(kind, set()) & set(schema)]

@@ -6,8 +6,11 @@ them. Characters are Unicode code points; how UTF-8 spells them is decided later
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 Ranges = tuple[tuple[int, int], ...]
 """Code points, first and last of each range, ascending and apart."""

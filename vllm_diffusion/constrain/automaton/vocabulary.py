@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Vocabulary:
-    """What every token writes. V tokens, M nodes of the trie, level by level; node 0 is the root."""
+    """What every token writes. V tokens, M trie nodes, level by level; node 0 is the root."""
 
     node: NDArray[np.int32]  # [V], where a token ends; 0: it writes nothing that can be read
     parent: NDArray[np.int32]  # [M], -1 for the root
@@ -37,10 +37,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokens: Sequence[bytes], special: Collection[int] = ()) -> Vocabulary:
-        """From the bytes of every token id; special ones write nothing that can be read."""
+        """From the bytes of every token id; special ones are read by their id alone, see `mark`."""
         texts = list(tokens)
         for token in special:
-            texts[token] = b""
+            texts[token] = mark(token)
         data = np.frombuffer(b"".join(texts), dtype=np.uint8)
         length = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
         first = np.cumsum(length) - length
@@ -64,6 +64,11 @@ class Vocabulary:
             levels=np.array(levels),
             fingerprint=digest.hexdigest(),
         )
+
+
+def mark(token: int) -> bytes:
+    """What stands for a special token in texts: bytes that no character of UTF-8 has."""
+    return b"\xff" + token.to_bytes(3, "big")
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:

@@ -1,0 +1,238 @@
+"""How long constraints take to compile, and how large their automata become.
+
+    python benchmarks/constraints.py [--vocab N] [--quick] [--json FILE]
+
+The vocabulary is made up, of Gemma's size and shape: bytes to fall back on, characters of many
+scripts, runs of white space and of punctuation, single digits, and pronounceable words in lower
+case, capitalised and in capitals, with and without a space before them. `trie ms` is building its
+trie, which a server does once. Every constraint is compiled `n` times without a cache; medians.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import time
+from itertools import islice, product
+from statistics import median
+from typing import TYPE_CHECKING
+
+import _report
+
+from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+from vllm_diffusion.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SPECIAL = 16
+END = 1
+
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "email": {"type": "string", "format": "email"},
+        "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 5},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+_TOOL = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": name},
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        "city": {"type": "string"},
+                        "unit": {"enum": ["celsius", "fahrenheit"]},
+                        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+                    },
+                    "required": ["city"],
+                },
+            },
+            "required": ["name", "parameters"],
+        }
+        for name in ("get_weather", "get_forecast", "find_station")
+    ]
+}
+_INVOICE = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "pattern": "^INV-[0-9]{6}$"},
+        "date": {"type": "string", "format": "date"},
+        "customer": _PERSON,
+        "lines": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "item": {"type": "string", "maxLength": 40},
+                    "count": {"type": "integer", "minimum": 1},
+                    "price": {"type": "number", "minimum": 0},
+                },
+                "required": ["item", "count", "price"],
+            },
+        },
+        "paid": {"type": "boolean"},
+    },
+    "required": ["id", "date", "customer", "lines"],
+}
+_TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "value": {"type": "string"},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["value"],
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+_ARITHMETIC = """root ::= sum
+sum ::= sum [+*/-] atom | atom
+atom ::= [0-9]+ | "(" sum ")"
+"""
+
+CONSTRAINTS = {
+    "yes or no": ("choice", '["yes", "no"]'),
+    "100 countries": ("choice", json.dumps([f"country number {n}" for n in range(100)])),
+    "digits": ("regex", r"\d{4}-\d{2}-\d{2}"),
+    "e-mail": ("regex", r"[\w.+-]+@[\w-]+(\.[\w-]+)+"),
+    "sentence": ("regex", r"[A-Z][a-z]*( [a-z]+){3,30}\."),
+    "person": ("json", json.dumps(_PERSON)),
+    "tool call": ("json", json.dumps(_TOOL)),
+    "invoice": ("json", json.dumps(_INVOICE)),
+    "64 properties": (
+        "json",
+        json.dumps(
+            {
+                "type": "object",
+                "properties": {f"field_{n}": {"type": "string"} for n in range(64)},
+                "required": [f"field_{n}" for n in range(64)],
+            }
+        ),
+    ),
+    "string of 200": ("json", json.dumps({"type": "string", "maxLength": 200})),
+    "tree": ("json", json.dumps(_TREE)),
+    "any object": ("json_object", ""),
+    "arithmetic": ("grammar", _ARITHMETIC),
+}
+
+
+def synthetic_tokens(count: int) -> list[bytes]:
+    """Byte strings of a vocabulary; the first ``SPECIAL`` are special tokens and write nothing."""
+    found: dict[bytes, None] = dict.fromkeys([b""])  # stands for the special tokens
+    for token in _tokens():
+        found.setdefault(token)
+        if len(found) == count - SPECIAL + 1:
+            break
+    return [b""] * (SPECIAL - 1) + list(found)
+
+
+def _tokens() -> Iterator[bytes]:
+    yield from (bytes([byte]) for byte in range(256))
+    yield from (blank * n for blank in (b" ", b"\n", b"\t") for n in range(2, 32))
+    yield from (b"\n" * n + b" " * m for n in (1, 2) for m in range(1, 17))
+    marks = string.punctuation
+    for length in (2, 3):
+        for run in islice(product(marks, repeat=length), 0, None, 1 if length == 2 else 7):
+            text = "".join(run).encode()
+            yield from (text, b" " + text)
+    yield from (mark.encode() * n for mark in "=-_*#.~/" for n in range(4, 33))
+    scripts = ((0xA1, 0x24F), (0x370, 0x52F), (0x5D0, 0x6FF), (0x900, 0xDFF), (0x3041, 0x30FF))
+    for first, last in (*scripts, (0x4E00, 0x9FFF), (0xAC00, 0xB400), (0x1F300, 0x1F6FF)):
+        yield from (chr(point).encode() for point in range(first, last + 1))
+    rng = random.Random(0)
+    consonants = [
+        "b",
+        "c",
+        "d",
+        "f",
+        "g",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "w",
+        "z",
+        "th",
+        "st",
+        "tr",
+        "pl",
+        "qu",
+        "sh",
+        "ch",
+    ]
+    vowels = [*("aeiou" * 4), "ea", "ou", "y", "é", "ü"]
+    endings = ["", "n", "s", "r", "ing", "ed", "t"]
+    while True:
+        syllables = [rng.choice(consonants) + rng.choice(vowels) for _ in range(rng.randint(1, 4))]
+        word = "".join(syllables) + rng.choice(endings)
+        for form in (word, word.capitalize(), word.upper()):
+            yield from (form.encode(), b" " + form.encode())
+
+
+def main() -> None:
+    """Compile every constraint of the table and print what it took."""
+    arguments = _report.parser(__doc__)
+    arguments.add_argument("--vocab", type=int, default=262_144)
+    options = arguments.parse_args()
+    tokens = synthetic_tokens(options.vocab)
+    begin = time.perf_counter()
+    vocabulary = Vocabulary.of(tokens)
+    trie = 1e3 * (time.perf_counter() - begin)
+    rows = []
+    for name, (kind, text) in CONSTRAINTS.items():
+        seconds = []
+        for _ in range(1 if options.quick else 5):
+            begin = time.perf_counter()
+            try:
+                automaton = compile_constraint(
+                    kind, text, vocabulary=vocabulary, end_ids=[END], cache=AutomatonCache(0)
+                )
+            except ConstraintError as error:
+                print(f"{name}: {error}")
+                break
+            seconds.append(time.perf_counter() - begin)
+        else:
+            rows.append(
+                {
+                    "constraint": name,
+                    "ms": 1e3 * median(seconds),
+                    "worst ms": 1e3 * max(seconds),
+                    "states": automaton.num_states,
+                    "classes": automaton.num_classes,
+                    "edges": len(automaton.source),
+                    "MB": automaton.nbytes / 1e6,
+                    "depth": automaton.depth,
+                }
+            )
+    _report.print_table(rows)
+    typical = [row["ms"] for row in rows if row["depth"] is None]
+    results = {f"{row['constraint']}.{key}": row[key] for row in rows for key in list(row)[1:]}
+    _report.finish(
+        {"vocab": len(vocabulary), "trie_ms": trie, **results},
+        f"{len(vocabulary)} tokens, trie {trie:.0f} ms; constraints without recursion in "
+        f"{median(typical):.0f} ms (median), {max(typical):.0f} ms at most",
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

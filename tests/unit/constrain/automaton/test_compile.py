@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+from helpers.automata import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
+
+from vllm_diffusion.constrain.automaton.classes import Limits
+from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
+from vllm_diffusion.errors import AutomatonError, ConstraintError
+from vllm_diffusion.testing import tiny_tokenizer
+
+ARITHMETIC = 'root ::= sum\nsum ::= sum "+" atom | atom\natom ::= [0-9]+ | "(" sum ")"'
+
+
+def compiled(kind, text, cache=None, **options):
+    cache = AutomatonCache(0) if cache is None else cache
+    options = {"vocabulary": VOCABULARY, "end_ids": [END], "cache": cache, **options}
+    return compile_constraint(kind, text, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "accepted", "refused"),
+    [
+        (
+            "choice",
+            '["yes", "no", "yes, sure é"]',
+            ["yes", "no", "yes, sure é"],
+            ["", "ye", "yesno"],
+        ),
+        ("regex", "[ab]{2}", ["ab", "bb"], ["a", "abc"]),
+        ("json", '{"type": "integer"}', ["-12"], ["1.5", ""]),
+        ("json_object", "", ["{}", '{"a": [1, {"b": null}]}'], ["[]", "1", ""]),
+        ("grammar", ARITHMETIC, ["1+2+3", "(1+2)+3", "((4))"], ["", "+", "(1"]),
+        (
+            "grammar",
+            r'root ::= "\x41\n" [^a-c\]]? x{2,3} [0-9]*' + '\nx ::= "" | "k" x',
+            ["A\n", "A\ndkkkkk12"],
+            ["A\na"],
+        ),
+        (
+            "structural_tag",
+            json.dumps(
+                {
+                    "type": "structural_tag",
+                    "format": {
+                        "type": "tag",
+                        "begin": "<f>",
+                        "content": {"type": "regex", "pattern": "a+"},
+                        "end": "</f>",
+                    },
+                }
+            ),
+            ["<f>aa</f>"],
+            ["<f></f>", "aa"],
+        ),
+    ],
+)
+def test_every_kind(kind, text, accepted, refused):
+    automaton = compiled(kind, text)
+    rng = np.random.default_rng(0)
+    for each in accepted * 3:
+        assert accepts(automaton, spelled(each, rng)), each
+    for each in refused:
+        assert not accepts(automaton, spelled(each, rng)), each
+
+
+def test_objects_nest_as_deep_as_the_limits_let_them():
+    shallow = compiled("json_object", "", limits=Limits(states=400))
+    deep = compiled("json_object", "", limits=Limits(states=4000))
+    assert 1 <= shallow.depth < deep.depth <= 8
+    assert shallow.num_states <= 401
+    assert deep.num_states <= 4001
+    walk = Walk(deep, seed=0)
+    assert all(isinstance(json.loads(walk.text(free)), dict) for free in range(60))
+    assert compiled("json", '{"type": "integer"}').depth is None
+
+
+def test_a_recursive_constraint_is_not_followed_deeper_than_asked():
+    assert compiled("grammar", ARITHMETIC, limits=Limits(depth=2)).depth == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("choice", "yes", "JSON list of strings"),
+        ("choice", "[1]", "JSON list of strings"),
+        ("choice", "[]", "Nothing satisfies"),
+        ("yaml", "", "one of json, json_object, regex"),
+        ("grammar", "root ::= (", "not a grammar"),
+        ("grammar", 'root ::= a\na ::= b "x"\nb ::= a "y"', "begins with itself"),
+        ("structural_tag", "{}", "not a structural tag"),
+        ("regex", "(" * 3000 + "a" + ")" * 3000, "nested too deep|not a regular expression"),
+    ],
+)
+def test_one_clear_error(kind, text, message):
+    with pytest.raises(ConstraintError, match=message):
+        compiled(kind, text)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("json_object", ""), ("regex", "a{500}")])
+def test_what_is_too_large_says_so(kind, text):
+    with pytest.raises(AutomatonError, match="more than"):
+        compiled(kind, text, limits=Limits(states=20))
+
+
+def test_the_cache_keeps_what_fits():
+    size = compiled("regex", "a{1}").nbytes
+    cache = AutomatonCache(3 * size + 500)
+    first = compiled("regex", "a{1}", cache)
+    assert compiled("regex", "a{1}", cache) is first
+    assert compiled("regex", "a{1}", cache, allowed=[50, 51, 100, 101]) is not first
+    for number in range(2, 8):
+        compiled("regex", f"a{{{number}}}", cache)
+        assert cache.nbytes <= 3 * size + 500
+    assert 1 <= len(cache) <= 3
+    assert compiled("regex", "a{1}", cache) is not first
+    recent = compiled("regex", "a{7}", cache)
+    assert compiled("regex", "a{7}", cache) is recent
+    assert len(AutomatonCache(0)) == 0
+
+
+def test_a_tokenizer_of_the_library():
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tiny_tokenizer.build_tokenizer(512)
+    vocabulary = vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=inner), 520)
+    assert len(vocabulary) == 520
+    for token in range(len(tiny_tokenizer.SPECIAL_TOKENS)):
+        assert vocabulary.text(token) == mark(token)
+    for text in ('{"name": "Alice"}', " the é 😀\n\t"):
+        ids = inner.encode(text, add_special_tokens=False).ids
+        assert b"".join(map(vocabulary.text, ids)).decode() == text
+    assert vocabulary.text(515) == mark(515)
+    schema = json.dumps({"type": "object", "properties": {"name": {"type": "string"}}})
+    automaton = compiled("json", schema, vocabulary=vocabulary, end_ids=[1, 5])
+    assert accepts(automaton, inner.encode('{"name": "Alice"}', add_special_tokens=False).ids)
+    assert isinstance(json.loads(Walk(automaton, 0, vocabulary).text(20)), dict)
+
+
+def test_special_tokens_are_read_by_id_and_never_as_text():
+    special = f"<special{SPECIAL}>"
+    grammar = f'root ::= "a" Token({SPECIAL}) [^x]*'
+    automaton = compile_constraint("grammar", grammar, vocabulary=VOCABULARY, end_ids=[END])
+    rng = np.random.default_rng(0)
+    one, other = spelled("a", rng), spelled("b", rng)
+    assert accepts(automaton, [*one, SPECIAL, *other])
+    assert not accepts(automaton, [*one, SPECIAL, SPECIAL])
+    assert not accepts(automaton, [*one, PAD, *other])
+    assert not accepts(automaton, spelled(f"a{special}b", rng))
