@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from helpers.automata import Walk
@@ -13,9 +13,6 @@ from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
 from vllm_diffusion.upstream.gemma_tools import constrain_calls
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.vllm
 
@@ -47,7 +44,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patch, taken back at the end."""
     from vllm.tool_parsers.gemma4_engine_tool_parser import Gemma4EngineToolParser
 
@@ -55,7 +52,6 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("structural_tag_model", "get_structural_tag"):
         monkeypatch.setattr(Gemma4EngineToolParser, name, getattr(Gemma4EngineToolParser, name))
     constrain_calls()
-    yield
 
 
 def tool(name: str = "weather", **fields: Any) -> dict[str, Any]:
@@ -126,8 +122,6 @@ def test_what_may_be_written_is_parsed_into_calls_of_the_tools(choice: Any, stri
     names = set()
     for free in range(0, 60, 4):
         ids = walk.tokens(free)
-        if b"\xff" in b"".join(t for t in map(walk._vocabulary.text, ids) if t[:1] != b"\xff"):
-            continue
         _, content, calls = parsed_in_one(parser, request, ids)
         assert not content
         (call,) = calls

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_MARK = b"\xff"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Vocabulary:
@@ -38,7 +40,8 @@ class Vocabulary:
     @classmethod
     def of(cls, tokens: Sequence[bytes], special: Collection[int] = ()) -> Vocabulary:
         """From the bytes of every token id; special ones are read by their id alone, see `mark`."""
-        texts = list(tokens)
+        # No text has this byte, and spelled byte by byte a mark would not be its token.
+        texts = [b"" if _MARK in text else text for text in tokens]
         for token in special:
             texts[token] = mark(token)
         data = np.frombuffer(b"".join(texts), dtype=np.uint8)
@@ -68,7 +71,7 @@ class Vocabulary:
 
 def mark(token: int) -> bytes:
     """What stands for a special token in texts: bytes that no character of UTF-8 has."""
-    return b"\xff" + token.to_bytes(3, "big")
+    return _MARK + token.to_bytes(3, "big")
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:

@@ -148,3 +148,6 @@ def test_special_tokens_are_read_by_id_and_never_as_text():
     assert not accepts(automaton, [*one, SPECIAL, SPECIAL])
     assert not accepts(automaton, [*one, PAD, *other])
     assert not accepts(automaton, spelled(f"a{special}b", rng))
+    # Nor byte by byte, by tokens of single bytes.
+    single = {VOCABULARY.text(token): token for token in range(SPECIAL + 1, SPECIAL + 257)}
+    assert None in {single.get(bytes([byte])) for byte in mark(SPECIAL)}
