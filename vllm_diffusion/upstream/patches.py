@@ -192,6 +192,20 @@ SERVING_PATCHES: Final = (
         install=structured_outputs.leave_room,
         needed=canvas_text.requests_lack_a_hook,
     ),
+    *(
+        Patch(
+            name=f"constraint-compile-{name.rpartition('_')[2]}",
+            target=f"vllm.renderers.online_renderer.OnlineRenderer.{name}",
+            why="a constraint compiles for a moment, and a request is checked in the event loop, "
+            "where everybody waits.",
+            upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.add_request",
+            remove_when="vLLM checks requests outside of the event loop",
+            applies=_always,
+            install=partial(structured_outputs.compile_beside, name),
+            needed=structured_outputs.requests_are_checked_in_the_loop,
+        )
+        for name in ("preprocess_chat", "preprocess_completion")
+    ),
     Patch(
         name="completion-suffix",
         target="vllm.renderers.online_renderer.OnlineRenderer.render_completion",

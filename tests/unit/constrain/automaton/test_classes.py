@@ -161,7 +161,7 @@ def test_a_vocabulary_is_a_trie_of_its_texts():
     vocabulary = Vocabulary.of(texts, special=[2])
     unread = [b"" if b"\xff" in text else text for text in texts[3:]]  # no text has this byte
     assert [vocabulary.text(t) for t in range(8)] == [b"", b"ab", mark(2), *unread]
-    assert vocabulary.levels.tolist()[:4] == [0, 1, 4, 6]
-    assert vocabulary.levels[-1] == len(vocabulary.parent) == 1 + 3 + 1 + 40
+    assert vocabulary.levels.tolist()[:4] == [0, 1, 4, 7]
+    assert vocabulary.levels[-1] == len(vocabulary.parent) == 1 + 3 + 1 + 40 + 3
     assert vocabulary.node[1] == vocabulary.node[6]
     assert Vocabulary.of(texts).fingerprint != vocabulary.fingerprint
