@@ -9,8 +9,8 @@
 The automata are random. Those called text are like one that reads a format: from every state most
 classes stay, as inside a string, and a few lead on. Those called tangle are the worst: every edge
 leads anywhere, so hardly any can be merged, and every state is met in every row. --automaton adds
-pickled `TokenAutomaton`s. Milliseconds are those of the processor, median of the repeats; the canvas
-begins in the first state, every row is constrained.
+pickled `TokenAutomaton`s. Milliseconds are those of the processor, median of the repeats; the
+canvas begins in the first state, every row is constrained.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_endpoints(environ, _entry_points("vllm.endpoint_plugins")),
         *check_environment(environ),
         *check_row_pass(),
+        *check_chain(),
         *check_cuda_row_pass(environ),
     ]
     if vllm is not None:
@@ -252,6 +253,21 @@ def check_row_pass() -> list[Finding]:
             )
         ]
     return [Finding(Level.OK, f"the head runs in C++ on CPUs, {ISAS[compiled.vd_best_isa()]}")]
+
+
+def check_chain() -> list[Finding]:
+    """Say whether the C++ part of structured output is there."""
+    from vllm_diffusion.constrain.automaton.native import library  # imports torch
+
+    if library() is None:
+        return [
+            Finding(
+                Level.NOTE,
+                "structured output has no C++ part here; its torch form is slower",
+                "install a C++ compiler and vllm-diffusion again",
+            )
+        ]
+    return [Finding(Level.OK, "structured output runs in C++ on the host")]
 
 
 def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:

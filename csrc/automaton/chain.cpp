@@ -30,13 +30,13 @@ const double log_nothing = std::log(nothing);
 // Probabilities that no statistic in fp32 sees.
 constexpr double unseen = 1e-30;
 // Rows whose classes are summed into sets at once, side by side.
-constexpr int32_t lanes = 8;
+constexpr int64_t lanes = 8;
 
 // exp(value) of a scaled value, at most about 0.
 double scaled(double value) { return value < log_nothing ? 0.0 : std::exp(value); }
 
-using Masses = double __attribute__((vector_size(lanes * sizeof(double)), aligned(8)));
-using Tokens = float __attribute__((vector_size(lanes * sizeof(float)), aligned(4)));
+using Masses = double __attribute__((vector_size(lanes * sizeof(double)), aligned(8), may_alias));
+using Tokens = float __attribute__((vector_size(lanes * sizeof(float)), aligned(4), may_alias));
 
 // Every set's sum of the masses [C, lanes] of its classes, [lanes, S].
 VD_WIDE void sum_sets(const vd_automaton &automaton, const double *masses, double *set_masses) {
@@ -91,10 +91,10 @@ class Chain {
           token(batch.best_log_prob + canvas * length * classes),
           free(batch.free + canvas * length),
           top(length),
-          mass(int64_t{lanes} * classes),
-          tokens(int64_t{lanes} * classes),
-          set_masses(int64_t{lanes} * automaton.sets),
-          set_tokens(int64_t{lanes} * automaton.sets),
+          mass(lanes * classes),
+          tokens(lanes * classes),
+          set_masses(lanes * automaton.sets),
+          set_tokens(lanes * automaton.sets),
           weight((length + 1) * states, none),
           value((length + 1) * states, none),
           share((length + 1) * states),
@@ -163,15 +163,15 @@ class Chain {
 
     // The masses of `lanes` rows from `first` on; lanes behind the canvas repeat its last row.
     void read(int64_t first, bool with_tokens) {
-        for (int32_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
             const int64_t row = std::min(first + lane, length - 1);
             const float *logs = log_mass + row * classes, *best = token + row * classes;
             const float most = std::accumulate(logs + 1, logs + classes, none_f,
                                                [](float a, float b) { return a < b ? b : a; });
             top[row] = std::isfinite(most) ? most : 0.0;
             for (int32_t c = 1; c < classes; ++c) {
-                mass[int64_t{lanes} * c + lane] = scaled(logs[c] - top[row]);
-                if (with_tokens) tokens[int64_t{lanes} * c + lane] = best[c];
+                mass[lanes * c + lane] = scaled(logs[c] - top[row]);
+                if (with_tokens) tokens[lanes * c + lane] = best[c];
             }
         }
         sum_sets(automaton, mass.data(), set_masses.data());
@@ -248,25 +248,27 @@ class Chain {
         std::fill(ended + rows, ended + length, 1.0f);
         for (int64_t first = 0; first < rows; first += lanes) {
             read(first, false);
-            flows.assign(int64_t{lanes} * automaton.sets, 0.0);
-            said.assign(int64_t{lanes} * classes, 0.0);
-            shared.assign(int64_t{lanes} * classes, 0.0);
-            const int32_t count = static_cast<int32_t>(std::min<int64_t>(lanes, rows - first));
-            for (int32_t lane = 0; lane < count; ++lane) {
-                take(first + lane);
+            flows.assign(lanes * automaton.sets, 0.0);
+            said.assign(lanes * classes, 0.0);
+            shared.assign(lanes * classes, 0.0);
+            const int64_t count = std::min(lanes, rows - first);
+            for (int64_t lane = 0; lane < count; ++lane) {
+                const int64_t row = first + lane;
+                take(row);
+                ended[row] = static_cast<float>(state[end]);
                 std::fill(moved.begin(), moved.end(), 0.0);
-                ended[first + lane] = static_cast<float>(state[end]);
                 moved[end] = state[end];
+                const double unshift = std::exp(scale[row] - top[row] - scale[row + 1]);
                 for (int32_t from = 0; from < end; ++from)
                     if (state[from] >= unseen)
-                        move(first + lane, from, state[from], &flows[int64_t{lane} * automaton.sets],
+                        move(row, from, state[from], unshift, &flows[lane * automaton.sets],
                              moved.data(), &said[lane]);
                 state.swap(moved);
             }
             share_sets(automaton, flows.data(), shared.data());
-            for (int32_t lane = 0; lane < count; ++lane)
+            for (int64_t lane = 0; lane < count; ++lane)
                 for (int32_t c = 1; c < classes; ++c) {
-                    const int64_t at = int64_t{lanes} * c + lane;
+                    const int64_t at = lanes * c + lane;
                     marginal[(first + lane) * classes + c] =
                         static_cast<float>(shared[at] * mass[at] + said[at]);
                 }
@@ -275,10 +277,10 @@ class Chain {
 
     // Send the probability of a state through its edges: into the flow of their sets, what is left
     // of it there to be multiplied by the mass of a class, or into what the classes say at once.
-    void move(int64_t row, int32_t from, double probability, double *flow, double *moved,
-              double *said) const {
+    void move(int64_t row, int32_t from, double probability, double unshift, double *flow,
+              double *moved, double *said) const {
         const double here = weight[row * states + from], *after = &share[(row + 1) * states];
-        const double sum = std::exp(here - top[row] - scale[row + 1]);
+        const double sum = share[row * states + from] * unshift;  // what sum_pairs found
         if (sum >= enough) {
             const double part = probability / sum;
             for (int32_t p = automaton.pair_first[from]; p < automaton.pair_first[from + 1]; ++p) {
@@ -292,7 +294,7 @@ class Chain {
         for (int32_t e = automaton.edge_first[from]; e < automaton.edge_first[from + 1]; ++e) {
             const double goes =
                 probability * scaled(through(row, log_mass, weight.data(), e) - here);
-            said[int64_t{lanes} * automaton.edge_class[e]] += goes;
+            said[lanes * automaton.edge_class[e]] += goes;
             moved[automaton.edge_target[e]] += goes;
         }
     }

@@ -14,6 +14,7 @@ RECORDS = [
     records.CanvasBatch,
     records.Noise,
     records.CanvasStats,
+    records.ClassStats,
     records.Commit,
     records.Decision,
     records.Emission,

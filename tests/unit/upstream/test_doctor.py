@@ -104,6 +104,13 @@ def test_the_compiled_part_of_the_head_is_reported(monkeypatch, compiled, level)
     assert ("AVX2" in finding.text) == (compiled is not None)
 
 
+@pytest.mark.parametrize(("compiled", "level"), [(None, Level.NOTE), (object(), Level.OK)])
+def test_the_compiled_part_of_structured_output_is_reported(monkeypatch, compiled, level):
+    monkeypatch.setattr("vllm_diffusion.constrain.automaton.native.library", lambda: compiled)
+    (finding,) = doctor.check_chain()
+    assert finding.level is level
+
+
 def test_the_cuda_part_of_the_head_is_reported_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr("vllm_diffusion.head.cuda.library", object)
     assert doctor.check_cuda_row_pass({}) == []

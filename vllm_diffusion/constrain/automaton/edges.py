@@ -95,14 +95,14 @@ def next_state(edges: Edges, start: Tensor, classes: Tensor, count: Tensor) -> T
         count: [B] int64, how many of the tokens count.
     """
     num_classes = len(edges.reading.first) - 1
+    beyond = edges.source.new_tensor([-1])  # a last place, where no key is found
     keys = edges.source * num_classes + edges.symbol
-    target = torch.cat([edges.target, edges.target.new_tensor([-1])])
+    listed, target = torch.cat([keys, beyond]), torch.cat([edges.target, beyond])
     state = start
     for row in range(classes.shape[1]):
         key = state * num_classes + classes[:, row]
         place = torch.searchsorted(keys, key)
-        found = torch.cat([keys, keys.new_tensor([-1])])[place] == key
-        read = torch.where(found & (state >= 0), target[place], -1)
+        read = torch.where((state >= 0) & (listed[place] == key), target[place], -1)
         state = torch.where((row < count) & (state != edges.end), read, state)
     return state
 

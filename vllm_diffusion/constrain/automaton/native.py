@@ -1,7 +1,7 @@
 """``posterior.condition`` in C++ on the host: sparse, only the states that a row can meet.
 
 The library is built with the package where there is a C++ compiler, see ``compiled`` and
-``csrc/automaton``.
+``csrc/automaton``. A thread takes a canvas at a time and, for it, 24 bytes a row and state.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.automata import from_table, random_automaton, read
+from helpers.chains import from_table, random_automaton, read
 
 from vllm_diffusion.constrain.automaton.edges import Edges, next_state
 from vllm_diffusion.constrain.automaton.native import MergedEdges

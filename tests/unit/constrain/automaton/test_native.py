@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.automata import random_automaton
+from helpers.chains import FORMS, random_automaton, random_canvas, statistics_of
 
 from vllm_diffusion.constrain.automaton import native
 from vllm_diffusion.constrain.automaton.edges import Edges
-from vllm_diffusion.constrain.automaton.posterior import Posterior, condition
+from vllm_diffusion.constrain.automaton.posterior import Posterior, chain, condition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -155,6 +155,29 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(threads)
     for field in fields(Posterior):
         assert torch.equal(getattr(found[0], field.name), getattr(found[1], field.name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_canvases_on_a_gpu_are_conditioned_like_those_of_the_host(form: str) -> None:
+    automaton = random_automaton(3, states=40, classes=30, vocab=60, density=0.15)
+    canvases = [random_canvas(seed, automaton, LENGTH) for seed in range(CANVASES)]
+    probs = torch.stack([canvas.probs for canvas in canvases]).flatten(0, 1)
+    stats, classes = statistics_of(automaton, probs)
+    asked = {
+        "log_mass": classes.log_mass.reshape(CANVASES, LENGTH, -1),
+        "best_log_prob": classes.best_log_prob.reshape(CANVASES, LENGTH, -1),
+        "free": stats.top_prob.log().reshape(CANVASES, LENGTH),
+        "start": torch.zeros(CANVASES, dtype=torch.int64),
+        "rows": torch.full((CANVASES,), LENGTH - 3),
+        "left": torch.arange(CANVASES),
+        "uniforms": torch.rand(CANVASES, LENGTH, generator=torch.Generator().manual_seed(0)),
+    }
+    there = {name: values.cuda() for name, values in asked.items()}
+    edges = Edges.of(automaton, "cuda")
+    found = condition(edges=edges if form == "C++" else replace(edges, merged=None), **there)
+    assert found.marginal.is_cuda
+    assert_same(found.to(torch.device("cpu")), chain(edges=Edges.of(automaton), **asked))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from helpers.automata import (
+from helpers.chains import (
     FORMS,
     Canvas,
     conditioned,

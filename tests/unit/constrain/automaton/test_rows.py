@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.automata import (
+from helpers.chains import (
     Canvas,
     conditioned,
     enumerate_canvas,
