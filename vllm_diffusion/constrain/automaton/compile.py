@@ -9,12 +9,13 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from vllm_diffusion.constrain.automaton import ebnf
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
+from vllm_diffusion.constrain.automaton.ebnf import ebnf
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.automaton.regex import regex
 from vllm_diffusion.constrain.automaton.schema import json_schema
 from vllm_diffusion.constrain.automaton.syntax import Choice, Grammar, text
+from vllm_diffusion.constrain.automaton.tags import structural_tag
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ def _grammar(kind: str, source: str, any_whitespace: bool) -> Grammar:
         case "choice":
             return Grammar({"choice": Choice(tuple(map(text, _choices(source))))}, "choice")
         case "grammar":
-            return ebnf.ebnf(source)
+            return ebnf(source)
         case "structural_tag":
-            return ebnf.structural_tag(source)
+            return structural_tag(source, any_whitespace=any_whitespace)
     raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
 
 

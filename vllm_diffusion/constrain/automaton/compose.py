@@ -44,6 +44,7 @@ _SMALLER = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperti
 
 # References within references: deeper ones go round in a circle.
 _DEEPEST = 32
+_MOST_ALTERNATIVES = 256
 
 
 class Composition:
@@ -128,6 +129,9 @@ class Composition:
         return {**naming, "type": "string"} if isinstance(naming, dict) else merged
 
     def _products(self, left: list[Schema], right: list[Schema], path: str) -> list[Schema]:
+        if len(left) * len(right) > _MOST_ALTERNATIVES:
+            self._problems.append(f"{path} has too many combinations of alternatives")
+            return []
         products = [self._merged(one, other, path) for one in left for other in right]
         return [product for product in products if product is not False]
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Edges that may be looked at for every state allowed: what is ambiguous costs time, not states.
+_WORK_PER_STATE = 512
+
 State = TypeVar("State", bound=Hashable)
 
 
@@ -74,13 +77,14 @@ def determinised(
         max_states: of the result.
 
     Raises:
-        AutomatonError: the result would have more states.
+        AutomatonError: the result would have more states, or takes too much work to find.
     """
     known: dict[State, Moves[State]] = {}
     number: dict[frozenset[State], int] = {frozenset({start}): 0}
     pending = [frozenset({start})]
     rows: list[list[tuple[int, int, int]]] = []
     accepting: list[bool] = []
+    work = 0
     for members in pending:
         edges: list[tuple[int, int, State]] = []
         accepts = False
@@ -89,6 +93,12 @@ def determinised(
                 known[member] = moves(member)
             edges.extend(known[member].edges)
             accepts = accepts or known[member].accepting
+        work += len(edges)
+        if work > max_states * _WORK_PER_STATE:
+            raise AutomatonError(
+                "The constraint can be read in too many ways at once. Make its parts differ in how "
+                "they begin, or lower its bounds."
+            )
         row = []
         for first, last, targets in _apart(edges):
             if targets not in number:

@@ -1,4 +1,4 @@
-"""EBNF and structural tags, as vLLM's xgrammar backend takes them -> grammar.
+"""EBNF, as vLLM's xgrammar backend takes it -> grammar.
 
 xgrammar parses; what it parsed is read from its serialised form, which is exact where its printed
 form is for people: a list of expressions, each a number for its kind and its arguments. Lookahead
@@ -44,26 +44,6 @@ def ebnf(grammar: str) -> Grammar:
         return _read(Parsed.from_ebnf(grammar))
     except RuntimeError as error:
         raise ConstraintError(f"This is not a grammar: {error}") from error
-
-
-def structural_tag(tag: str) -> Grammar:
-    """The rules of a structural tag; AutomatonError if it mixes tags into free text."""
-    from xgrammar import Grammar as Parsed
-    from xgrammar import StructuralTagItem
-
-    try:
-        parsed = json.loads(tag)
-        if "structures" not in parsed:
-            return _read(Parsed.from_structural_tag(tag))
-        items = [
-            StructuralTagItem(
-                begin=item["begin"], schema=json.dumps(item["schema"]), end=item["end"]
-            )
-            for item in parsed["structures"]
-        ]
-        return _read(Parsed.from_structural_tag(items, parsed["triggers"]))
-    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConstraintError(f"This is not a structural tag: {error}") from error
 
 
 def _read(parsed: Any) -> Grammar:

@@ -59,7 +59,7 @@ def literal(value: Any) -> Node:
     """Exactly this string, number, boolean or null, as ``json.dumps`` writes it."""
     try:
         return text(json.dumps(value, ensure_ascii=False, allow_nan=False))
-    except ValueError as error:  # a lone surrogate, or not a number
+    except ValueError as error:  # not a number
         raise ConstraintError(f"The value {value!r} cannot be written: {error}.") from error
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_diffusion.errors import ConstraintError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -77,8 +79,11 @@ class Grammar:
 
 
 def text(value: str) -> Text:
-    """These characters; ConstraintError is not raised, surrogates are a UnicodeEncodeError."""
-    return Text(value.encode())
+    """These characters; ConstraintError if UTF-8 cannot spell them."""
+    try:
+        return Text(value.encode())
+    except UnicodeEncodeError as error:
+        raise ConstraintError(f"{value!r} has half of a surrogate pair in it.") from error
 
 
 def sequence(*parts: Node) -> Sequence:
@@ -122,6 +127,25 @@ def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
 def without(ranges: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Ranges:
     """The code points of ``ranges`` that are not in ``others``."""
     return complement((*complement(ranges), *others))
+
+
+def renamed(grammar: Grammar, prefix: str) -> Grammar:
+    """The same, the name of every rule behind ``prefix``."""
+
+    def node(old: Node) -> Node:
+        match old:
+            case Call(rule):
+                return Call(prefix + rule)
+            case Sequence(parts):
+                return Sequence(tuple(map(node, parts)))
+            case Choice(options):
+                return Choice(tuple(map(node, options)))
+            case Repeat(part, least, most):
+                return Repeat(node(part), least, most)
+        return old
+
+    rules = {prefix + name: node(body) for name, body in grammar.rules.items()}
+    return Grammar(rules, prefix + grammar.root)
 
 
 def without_left_recursion(rules: Mapping[str, Node]) -> dict[str, Node]:

@@ -84,6 +84,12 @@ def test_too_many_states():
         determinised(0, lambda n: Moves(((0, 0, n + 1),), False), symbols=2, max_states=5)
 
 
+def test_too_much_work():
+    everywhere = tuple((0, 0, n) for n in range(2000)) + tuple((1, 1, n) for n in range(1000))
+    with pytest.raises(AutomatonError, match="too many ways at once"):
+        determinised(0, lambda _: Moves(everywhere, False), symbols=2, max_states=5)
+
+
 def test_graphs():
     source = np.array([0, 1, 2, 4], dtype=np.int32)
     target = np.array([1, 2, 0, 2], dtype=np.int32)

@@ -306,6 +306,14 @@ REFUSED = {
     ),
     "names twice": (obj({}, minProperties=2, additionalProperties=J), ["'minProperties' beside"]),
     "different": ({"allOf": [string(pattern="a"), string(pattern="b")]}, ["different 'pattern'"]),
+    "combinations": (
+        {"allOf": [{"anyOf": [{"minLength": a * b} for a in range(20)]} for b in range(3)]},
+        ["too many combinations"],
+    ),
+    "circle": (
+        {"$defs": {"a": {"$ref": "#/$defs/a", "type": "string"}}, "$ref": "#/$defs/a"},
+        ["is defined by itself"],
+    ),
     "all": (obj({"a": {"not": {}}, "b": arr(J, uniqueItems=True)}), ["a has 'not'", "b has 'uniq"]),
 }
 
@@ -347,5 +355,5 @@ def test_what_nothing_satisfies(schema):
 
 def test_a_long_list_of_properties_does_not_recurse():
     names = [f"p{index}" for index in range(600)]
-    grammar = json_schema(json.dumps(obj(dict.fromkeys(names, J))))
+    grammar = json_schema(json.dumps(obj(dict.fromkeys(names, J), names)))
     assert not Networks(grammar, max_states=20_000).recursive
