@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class DeviceAutomaton:
     """What a step needs of a ``TokenAutomaton``, on the device."""
 
-    class_of: Tensor  # [V] int64, class of every token id
+    class_of: Tensor  # [V] int32, class of every token id
     num_classes: int  # C, class 0 counted
     edges: Edges
 
@@ -39,7 +39,7 @@ class DeviceAutomaton:
     def of(automaton: TokenAutomaton, device: torch.device) -> DeviceAutomaton:
         """The same numbers on a device."""
         return DeviceAutomaton(
-            class_of=torch.from_numpy(automaton.class_of).to(device, torch.int64),
+            class_of=torch.from_numpy(automaton.class_of).to(device),
             num_classes=automaton.num_classes,
             edges=Edges.of(automaton, device),
         )
@@ -54,7 +54,7 @@ class DeviceAutomaton:
             tokens: [K, L] int64.
             count: [K] int64, at most L.
         """
-        state = next_state(self.edges, state, self.class_of[tokens], count)
+        state = next_state(self.edges, state, self.class_of[tokens].long(), count)
         return torch.where(state < 0, self.edges.end, state)
 
 
