@@ -37,37 +37,10 @@ int64_t invert(const float *weights, const float *mass_of, int64_t bins, int64_t
     return begin + first_above(weights + begin, end - begin, target - before, &ignored);
 }
 
-namespace plain {
-#define VD_LANES 4
-#include "row_pass.inc"
-#undef VD_LANES
-}  // namespace plain
-
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VD_X86 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace {
-namespace avx2 {
-#define VD_LANES 8
-#include "row_pass.inc"
-#undef VD_LANES
-}  // namespace avx2
-}  // namespace
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace {
-namespace avx512 {
-#define VD_LANES 16
-#include "row_pass.inc"
-#undef VD_LANES
-}  // namespace avx512
-}  // namespace
-#pragma GCC pop_options
-#endif
+#define VD_PASS "row_pass.inc"
+#include "each_isa.inc"
 
 extern "C" int32_t vd_best_isa(void) {
 #ifdef VD_X86

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from threading import Barrier, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vllm_diffusion.head import reading
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasStats, Noise, Penalties, Rewrite, Truncation
+
+if TYPE_CHECKING:
+    import pytest
 
 SCALE = 5.65
 STATISTICS = ("entropy", "top_prob", "margin", "soft_embedding")
@@ -161,6 +165,19 @@ def assert_same_shape(ours: CanvasStats, other: CanvasStats) -> None:
         one, two = getattr(ours, field.name), getattr(other, field.name)
         assert one.shape == two.shape, field.name
         assert one.dtype == two.dtype, field.name
+
+
+def counted_readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are read, every time that the vocabulary is; filled while the test runs."""
+    seen: list[int] = []
+    tiles = reading.tiles
+
+    def counting(vocabulary, hidden, rewrite, **how):
+        seen.append(len(hidden))
+        return tiles(vocabulary, hidden, rewrite, **how)
+
+    monkeypatch.setattr(reading, "tiles", counting)
+    return seen
 
 
 def over_ranks(case: Case, ranks: int, call) -> list:

@@ -15,7 +15,10 @@ whether anything is left. Rows whose canvas asks for nothing keep their logits b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import torch
 
 from vllm_diffusion.constrain.penalties import penalise
 from vllm_diffusion.constrain.pins import pin
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.records import Rewrite
+
+
+LENIENCE: Final = 30.0
+"""Nats that a forbidden id costs where a constraint may still have to choose it."""
 
 
 def rewrite_logits(logits: Tensor, rewrite: Rewrite) -> Tensor:
@@ -60,3 +67,29 @@ def truncate_logits(scaled: Tensor, rewrite: Rewrite) -> Tensor:
     if rewrite.truncation is None:
         return scaled
     return truncate(scaled, rewrite.truncation, rewrite.canvas)
+
+
+def lenient_logits(logits: Tensor, rewrite: Rewrite, temperature: Tensor) -> Tensor:
+    """The rewrite for rows under a constraint, which wins over every other wish.
+
+    What is not allowed, forbidden or cut off costs ``LENIENCE`` nats, once, instead of everything:
+    the constraint never finds nothing left. Pins stay, they were checked against it.
+
+    Args:
+        logits: [R, V] fp32, softcapped.
+        rewrite: of these R rows.
+        temperature: [R] fp32.
+
+    Returns:
+        [R, V] fp32, tempered.
+    """
+    strict = rewrite_logits(logits, replace(rewrite, pinned=None)) / temperature[:, None]
+    strict = truncate_logits(strict, rewrite)
+    free = rewrite_logits(logits, without_masks(rewrite)) / temperature[:, None]
+    scaled = torch.where(strict == -torch.inf, free - LENIENCE, strict)
+    return scaled if rewrite.pinned is None else pin(scaled, rewrite.pinned)
+
+
+def without_masks(rewrite: Rewrite) -> Rewrite:
+    """Bias and penalties alone."""
+    return replace(rewrite, allowed=None, forbidden=None, pinned=None, truncation=None)

@@ -20,6 +20,7 @@ _MASK32: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
+_MURMUR: Final = (0x85EBCA6B, 0xC2B2AE35)
 
 # 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even
 # above one half and the largest word becomes 1.0, whose Gumbel is infinite.
@@ -33,6 +34,7 @@ class Purpose(IntEnum):
     SAMPLE = 1
     RENOISE = 2
     DRAFT = 3
+    CLASS = 4
 
 
 def request_seed(seed: int | None, request_id: str) -> int:
@@ -88,6 +90,33 @@ def philox(
 def uniform(word: Tensor) -> Tensor:
     """fp32 in the open interval (0, 1) from a 32-bit word: the top 23 bits, centred; exact."""
     return ((word >> (32 - _UNIFORM_BITS)).to(torch.float32) + 0.5) * 2.0**-_UNIFORM_BITS
+
+
+def token_words(key: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
+    """A 32-bit word per token id, where a Philox call for each would cost more than its weight.
+
+    The finaliser of MurmurHash3 (Appleby, public domain) over id and key, one word of the key on
+    either side of its first product, so that no two keys give the same words in another order.
+
+    Args:
+        key: two words of [...] int64 in [0, 2**32), from ``philox``.
+        token: [...] int64 ids.
+
+    Returns:
+        int64 of the broadcast shape, in [0, 2**32).
+    """
+    word = (token + key[0]) & _MASK32
+    word = ((word ^ (word >> 16)) * _MURMUR[0] & _MASK32) ^ key[1]
+    word = (word ^ (word >> 13)) * _MURMUR[1] & _MASK32
+    return word ^ (word >> 16)
+
+
+def fine_uniform(word: Tensor) -> Tensor:
+    """fp32 in the open interval (0, 1) from a 32-bit word, all of its bits kept near 0.
+
+    For races among many: the least of 2**18 numbers with 23 bits would often be shared by two.
+    """
+    return ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def random_tokens(

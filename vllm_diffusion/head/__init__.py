@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
+    from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores
 
 
 class Head(Protocol):
@@ -32,6 +32,32 @@ class Head(Protocol):
             soft_top_k: [R] int64, how many of the most likely ids the soft embedding is the mean
                 of, their probabilities renormalised: an approximation. 0, or None for all rows, is
                 all of them, exactly; -1 says that nobody reads it, and it is 0.
+        """
+        ...
+
+    def by_class(
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
+        *,
+        class_of: Tensor,
+        num_classes: int,
+    ) -> tuple[CanvasStats, ClassStats]:
+        """What ``__call__`` gives, and the same distribution by class of tokens.
+
+        One pass over the vocabulary serves both, except for rows whose rewrite forbids ids. Of
+        these the statistics by class are those of another distribution, in which such an id costs
+        ``constrain.rewrite.LENIENCE`` nats; pins stay hard. A greedy canvas's sample in a class is
+        the best token of the class.
+
+        Args:
+            hidden, temperature, noise, rewrite, soft_top_k: see ``__call__``.
+            class_of: [V] int32, in [0, num_classes); 0 for tokens that nobody asks about. Give the
+                same tensor, unchanged, in every step: what is prepared for it is kept with it.
+            num_classes: C, class 0 counted. [R, C] numbers exist, whatever the memory budget.
         """
         ...
 

@@ -6,16 +6,16 @@ Memory is bounded by running at most ``max_rows`` rows of the vocabulary at a ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
+from vllm_diffusion.constrain.rewrite import lenient_logits, rewrite_logits, truncate_logits
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.head.sample import sample_rows
+from vllm_diffusion.head.sample import class_keys, race, sample_rows
 from vllm_diffusion.head.soft import most_likely
-from vllm_diffusion.records import CanvasStats, TokenScores
+from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,32 @@ class ReferenceHead:
             soft_top_k=soft_top_k,
         )
         return CanvasStats.concatenate([self._rows(part) for part in rows.chunks(self.max_rows)])
+
+    def by_class(
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
+        *,
+        class_of: Tensor,
+        num_classes: int,
+    ) -> tuple[CanvasStats, ClassStats]:
+        """See ``Head``."""
+        rows = Rows(
+            hidden=hidden,
+            temperature=temperature,
+            noise=noise,
+            rewrite=rewrite,
+            soft_top_k=soft_top_k,
+        )
+        stats, classes = [], []
+        for part in rows.chunks(self.max_rows):
+            stats.append(self._rows(part))
+            logits = self.logits(part.hidden)
+            classes.append(class_statistics(logits, part, class_of, num_classes))
+        return CanvasStats.concatenate(stats), ClassStats.concatenate(classes)
 
     def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
         """See ``Head``."""
@@ -150,6 +176,56 @@ def row_statistics(
         margin=top[:, 0] - second,
         soft_embedding=soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k)),
     )
+
+
+def class_statistics(logits: Tensor, rows: Rows, class_of: Tensor, num_classes: int) -> ClassStats:
+    """Statistics by class of softmax(lenient(logits) / temperature), a class at a time.
+
+    Args:
+        logits: [R, V] fp32, or fp64 for the truth.
+        rows: these rows.
+        class_of, num_classes: see ``Head.by_class``.
+    """
+    rewrite, shape = rows.rewrite, (len(logits), num_classes)
+    if rewrite is None:
+        scaled = logits / rows.temperature[:, None]
+    else:
+        scaled = lenient_logits(logits, rewrite, rows.temperature)
+    log_prob = scaled.log_softmax(dim=-1)
+    key = class_keys(rows.noise)
+    nobody = torch.full(shape, -1, dtype=torch.int64, device=logits.device)
+    nothing = logits.new_full(shape, -torch.inf)
+    found = ClassStats(
+        log_mass=nothing,
+        entropy=logits.new_zeros(shape),
+        best=nobody,
+        best_log_prob=nothing.clone(),
+        second_log_prob=nothing.clone(),
+        sample=nobody.clone(),
+    )
+    for number in range(1, num_classes):
+        ids = (class_of == number).nonzero()[:, 0]
+        if not len(ids):
+            continue
+        here = log_prob[:, ids]
+        top, place = here.max(dim=-1)
+        inside = here - top[:, None]
+        # A pin leaves other classes no token.
+        there = top != -torch.inf
+        mass = here.logsumexp(dim=-1)
+        share = (here - mass[:, None]).clamp(min=torch.finfo(here.dtype).min)
+        drawn = race(inside.exp(), key, ids).argmax(dim=-1)
+        found.log_mass[:, number] = mass
+        found.entropy[:, number] = torch.where(there, -(share.exp() * share).sum(dim=-1), 0.0)
+        found.best[:, number] = torch.where(there, ids[place], -1)
+        found.best_log_prob[:, number] = top
+        if len(ids) > 1:
+            found.second_log_prob[:, number] = here.topk(2, dim=-1).values[:, 1]
+        found.sample[:, number] = torch.where(there, ids[drawn], -1)
+    if rewrite is None or rewrite.greedy is None:
+        return found
+    sample = torch.where(rewrite.greedy[rewrite.canvas, None], found.best, found.sample)
+    return replace(found, sample=sample)
 
 
 def _of_most_likely(prob: Tensor, argmax: Tensor, count: Tensor | None) -> Tensor:

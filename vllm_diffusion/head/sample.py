@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn import functional
 
-from vllm_diffusion.denoise.rng import Purpose, philox, uniform
+from vllm_diffusion.denoise.rng import Purpose, fine_uniform, philox, token_words, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,30 @@ def sample_listed(weight: Tensor, ids: Tensor, vocab: int, noise: Noise) -> Tens
     tile = tile_scores(mass, gumbel_uniform).argmax(dim=-1, keepdim=True)
     cumulative = torch.where(tile_of == tile, weight, 0.0).cumsum(dim=-1)
     return _first_above(cumulative, cdf_uniform.gather(1, tile)[:, 0] * cumulative[:, -1])
+
+
+def class_keys(noise: Noise) -> tuple[Tensor, Tensor]:
+    """Two words of every row, each [R] int64: the key of its race inside classes."""
+    word0, word1, _, _ = philox(noise.seed, noise.position, noise.step, Purpose.CLASS)
+    return word0, word1
+
+
+def race(weight: Tensor, key: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
+    """Scores whose largest, among any of the ids, is a draw of one of these by weight.
+
+    An exponential race: w / -log(u), a number of its own for every id and row, so that neither the
+    order of the ids nor what they are classed with matters.
+
+    Args:
+        weight: [R, N], non-negative.
+        key: of every row, see ``class_keys``.
+        ids: [N] int64.
+
+    Returns:
+        [R, N], 0 where the weight is.
+    """
+    word = token_words((key[0][:, None], key[1][:, None]), ids)
+    return weight / -torch.log1p(-fine_uniform(word).to(weight.dtype))
 
 
 def tile_scores(mass: Tensor, uniform: Tensor) -> Tensor:

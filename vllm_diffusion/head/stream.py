@@ -6,11 +6,13 @@
                                      else tiles without what is cut off, see ``cut``
     all others                       tiles: product, softcap, rewrite, ``absorb``, product
 
-The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
-``native``, in Triton on a GPU, see ``fused``, or in CUDA where that is asked for, see ``cuda``.
-Which rows are which must be known on the host; a batch in which nobody asks for any of this does
-not wait for the device. Under tensor parallelism every rank keeps its rows of the embedding and
-exchanges statistics, [R] each, and the [R, H] soft embedding.
+Statistics by class come from the same tiles. Rows whose rewrite forbids ids have theirs from a
+distribution of its own, in which these only cost: their tiles are read once more.
+
+How tiles are read: ``reading``. Which rows are which must be known on the host; a batch in which
+nobody asks for any of this does not wait for the device. Under tensor parallelism every rank keeps
+its rows of the embedding and exchanges statistics, [R] or [R, C] each, and the [R, H] soft
+embedding.
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.truncate import of_rows
-from vllm_diffusion.constrain.window import TiledRewrite, rewrite_listed
-from vllm_diffusion.head import cut, native, sample, tile
+from vllm_diffusion.constrain.window import rewrite_listed
+from vllm_diffusion.head import cut, reading, sample
 from vllm_diffusion.head.best import Best
+from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
 from vllm_diffusion.head.reference import row_statistics
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.head.sample import sample_listed, tile_uniforms
-from vllm_diffusion.head.soft import SoftEmbedding
-from vllm_diffusion.head.tile import RunningStats
-from vllm_diffusion.records import CanvasStats, Noise, Rewrite, TokenScores
+from vllm_diffusion.head.sample import sample_listed
+from vllm_diffusion.head.scores import scores
+from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores, Truncation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -50,7 +52,9 @@ _TILE_COPIES: Final = 6
 # Beside them, the best ids of a row while it is read.
 _LIST_BYTES: Final = 128 * cut.LISTED
 
-_STREAMED, _CUT, _PINNED = -1, -2, -3  # kinds of rows; from 0 on: the canvas whose list counts
+# Kinds of rows; from 0 on: the canvas whose list counts. Only statistics by class take all masks
+# alike.
+_STREAMED, _CUT, _PINNED, _MASKED = -1, -2, -3, -4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +93,50 @@ class StreamingHead:
             parts.append(way(rows.take(index)))
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(hidden))
 
+    def by_class(
+        self,
+        hidden: Tensor,
+        temperature: Tensor,
+        noise: Noise,
+        rewrite: Rewrite | None = None,
+        soft_top_k: Tensor | None = None,
+        *,
+        class_of: Tensor,
+        num_classes: int,
+    ) -> tuple[CanvasStats, ClassStats]:
+        """See ``Head``."""
+        rows = Rows(
+            hidden=hidden,
+            temperature=temperature,
+            noise=noise,
+            rewrite=rewrite,
+            soft_top_k=soft_top_k,
+        )
+        classes = TokenClasses(of=class_of, count=num_classes)
+        if rewrite is None:
+            return self._by_class(rows, classes)
+        kinds = self._class_kinds(rewrite)
+        ways = {_STREAMED: self._by_class, _MASKED: self._lenient, _PINNED: self._pinned_by_class}
+        places, stats, found = [], [], []
+        for kind in torch.unique(kinds).tolist():
+            index = (kinds == kind).nonzero()[:, 0]
+            one, other = ways[kind](rows.take(index), classes)
+            places.append(index)
+            stats.append(one)
+            found.append(other)
+        order = torch.cat(places)
+        together = CanvasStats.concatenate(stats).spread(order, len(hidden))
+        return together, ClassStats.concatenate(found).spread(order)
+
     def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
         """See ``Head``."""
         count = min(count, self.vocabulary.size)
         parts = []
         for rows in self._chunks(hidden):
             best = Best(count)
-            for _, first, logits in self._tiles(hidden[rows], rewrite.rows(rows)):
+            for _, first, logits in reading.tiles(
+                self.vocabulary, hidden[rows], rewrite.rows(rows)
+            ):
                 best.add(logits, first)
             values, ids = best.over_ranks(self.vocabulary)
             parts.append(ids.masked_fill(values == -torch.inf, -1))
@@ -115,7 +156,16 @@ class StreamingHead:
         if count < 0 and ids is None:  # The answer itself is [R, vocab].
             return self.whole.scores(hidden, tokens, count=count, raw_logits=raw_logits)
         parts = [
-            self._scores(hidden[rows], tokens[rows], count, ids, among=among, raw=raw_logits)
+            scores(
+                partial(reading.tiles, self.vocabulary, hidden[rows], None),
+                hidden[rows],
+                tokens[rows],
+                self.vocabulary,
+                count=count,
+                ids=ids,
+                among=among,
+                raw=raw_logits,
+            )
             for rows in self._chunks(hidden)
         ]
         return TokenScores.concatenate(parts)
@@ -127,9 +177,8 @@ class StreamingHead:
         if rewrite.allowed is None and rewrite.truncation is None and rewrite.pinned is None:
             return None
         kinds = torch.full_like(rewrite.canvas, _STREAMED)
-        if (asked := rewrite.truncation) is not None:
-            cuts = (asked.min_p > 0) | (asked.top_k < self.vocabulary.size) | (asked.top_p < 1)
-            kinds = torch.where(cuts[rewrite.canvas], _CUT, kinds)
+        if rewrite.truncation is not None:
+            kinds = torch.where(self._cuts(rewrite.truncation)[rewrite.canvas], _CUT, kinds)
         if rewrite.allowed is not None:
             listed = (rewrite.allowed >= 0).sum(dim=1)
             short = (listed > 0) & (listed <= LISTED_AT_MOST)
@@ -137,6 +186,10 @@ class StreamingHead:
         if rewrite.pinned is not None:
             kinds = torch.where(rewrite.pinned >= 0, _PINNED, kinds)
         return kinds if bool((kinds != _STREAMED).any()) else None
+
+    def _cuts(self, asked: Truncation) -> Tensor:
+        """[B] bool, canvases whose distribution is cut."""
+        return (asked.min_p > 0) | (asked.top_k < self.vocabulary.size) | (asked.top_p < 1)
 
     def _pinned(self, rows: Rows) -> CanvasStats:
         """Rows that have one id left."""
@@ -184,7 +237,7 @@ class StreamingHead:
         """Rows that keep the ids above a limit."""
         wide, places, parts = [], [], []
         start = 0
-        for part in rows.chunks(self._at_once(_TILE_COPIES * 4 * sample.TILE + _LIST_BYTES)):
+        for part in rows.chunks(self._at_once(_tile_bytes() + _LIST_BYTES)):
             index = torch.arange(start, start + len(part), device=part.hidden.device)
             start += len(part)
             found = self._survivors(part)
@@ -198,14 +251,16 @@ class StreamingHead:
         if wide:
             index = torch.cat([rest for rest, _ in wide])
             places.append(index)
-            parts.append(self._wide(rows.take(index), torch.cat([best for _, best in wide])))
+            kept = rows.take(index)
+            limits = self._limits(kept, torch.cat([best for _, best in wide]))
+            parts.append(self._streamed(kept, limits))
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
 
     def _survivors(self, rows: Rows) -> cut.Survivors:
         assert rows.rewrite is not None
         assert rows.rewrite.truncation is not None
         asked = of_rows(rows.rewrite.truncation, rows.rewrite.canvas)
-        tiles = self._tiles(rows.hidden, rows.rewrite)
+        tiles = reading.tiles(self.vocabulary, rows.hidden, rows.rewrite)
         return cut.survivors(tiles, rows.temperature, asked, self.vocabulary)
 
     def _survived(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
@@ -220,17 +275,15 @@ class StreamingHead:
         rest = replace(rows, rewrite=replace(rows.rewrite, truncation=None))
         return self._among(rest, ids, logits)
 
-    def _wide(self, rows: Rows, best: Tensor) -> CanvasStats:
-        """Rows that keep more ids than are listed."""
+    def _limits(self, rows: Rows, best: Tensor) -> Tensor:
+        """[R] fp32 where rows are cut that keep more ids than are listed; ``best`` is [R] fp32."""
         limits, start = [], 0
-        for part in rows.chunks(
-            self._at_once(2 * _TILE_COPIES * 4 * sample.TILE + cut.TABLE_BYTES)
-        ):
+        for part in rows.chunks(self._at_once(2 * _tile_bytes() + cut.TABLE_BYTES)):
             assert part.rewrite is not None
             assert part.rewrite.truncation is not None
             limits.append(
                 cut.limits(
-                    partial(self._tiles, part.hidden, part.rewrite),
+                    partial(reading.tiles, self.vocabulary, part.hidden, part.rewrite),
                     best[start : start + len(part)],
                     part.temperature,
                     of_rows(part.rewrite.truncation, part.rewrite.canvas),
@@ -238,7 +291,70 @@ class StreamingHead:
                 )
             )
             start += len(part)
-        return self._streamed(rows, torch.cat(limits))
+        return torch.cat(limits)
+
+    # ---- statistics by class ----
+
+    def _class_kinds(self, rewrite: Rewrite) -> Tensor:
+        """[R] int64 the kind of every row: streamed where no id is forbidden."""
+        masked = torch.zeros_like(rewrite.canvas, dtype=torch.bool)
+        if rewrite.truncation is not None:
+            masked |= self._cuts(rewrite.truncation)[rewrite.canvas]
+        if rewrite.allowed is not None:
+            masked |= (rewrite.allowed >= 0).any(dim=1)[rewrite.canvas]
+        if rewrite.forbidden is not None:
+            masked |= (rewrite.forbidden >= 0).any(dim=1)
+        kinds = torch.where(masked, _MASKED, _STREAMED)
+        if rewrite.pinned is not None:
+            kinds = torch.where(rewrite.pinned >= 0, _PINNED, kinds)
+        return kinds
+
+    def _pinned_by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
+        stats = self._pinned(rows)
+        return stats, of_pins(stats.argmax, classes)
+
+    def _by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
+        """Rows that may say anything: one pass for both."""
+        stats, found = [], []
+        for part in rows.chunks(self._at_once(_tile_bytes() + CLASS_BYTES * classes.count)):
+            by_class = ClassPass(classes, self.vocabulary, part)
+            tiles = reading.tiles_of(self.vocabulary, part)
+            one, together = reading.read(self.vocabulary, part, tiles, by_class)
+            stats.append(one)
+            found.append(by_class.over_ranks(together))
+        return CanvasStats.concatenate(stats), ClassStats.concatenate(found)
+
+    def _lenient(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
+        """Rows with masks: another pass, over another distribution."""
+        stats = self(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
+        assert rows.rewrite is not None
+        found, unread = [], torch.full_like(rows.noise.step, -1)
+        bytes_a_row = _tile_bytes() + CLASS_BYTES * classes.count
+        if rows.rewrite.truncation is not None:
+            # A product over other rows rounds otherwise, which would cut the id at a row's limit.
+            bytes_a_row += _tile_bytes() + cut.TABLE_BYTES
+        for part in replace(rows, soft_top_k=unread).chunks(self._at_once(bytes_a_row)):
+            by_class = ClassPass(classes, self.vocabulary, part)
+            tiles = reading.lenient_tiles(self.vocabulary, part, self._cut_limits(part))
+            _, together = reading.read(self.vocabulary, part, tiles, by_class)
+            found.append(by_class.over_ranks(together))
+        return stats, ClassStats.concatenate(found)
+
+    def _cut_limits(self, rows: Rows) -> Tensor:
+        """[R] fp32 the least tempered logit that a cut leaves, -inf for rows without one."""
+        assert rows.rewrite is not None
+        limit = torch.full_like(rows.temperature, -torch.inf)
+        if rows.rewrite.truncation is None:
+            return limit
+        cuts = self._cuts(rows.rewrite.truncation)[rows.rewrite.canvas]
+        if not bool(cuts.any()):
+            return limit
+        found = self._survivors(rows)
+        limit = torch.where(cuts, found.limit, limit)
+        wide = cuts & ~found.complete
+        if not bool(wide.any()):
+            return limit
+        return torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
 
     # ---- the stream ----
 
@@ -247,140 +363,21 @@ class StreamingHead:
         return max(1, self.budget // bytes_a_row)
 
     def _chunks(self, hidden: Tensor) -> Iterator[slice]:
-        at_once = self._at_once(_TILE_COPIES * 4 * sample.TILE)
+        at_once = self._at_once(_tile_bytes())
         for start in range(0, len(hidden), at_once):
             yield slice(start, start + at_once)
 
     def _streamed(self, rows: Rows, limit: Tensor | None = None) -> CanvasStats:
         """Rows over the whole vocabulary, without what is below ``limit`` [R] fp32."""
         parts, start = [], 0
-        for part in rows.chunks(self._at_once(_TILE_COPIES * 4 * sample.TILE)):
-            mine = None if limit is None else limit[start : start + len(part), None]
-            parts.append(self._stream(part, mine))
+        for part in rows.chunks(self._at_once(_tile_bytes())):
+            mine = None if limit is None else limit[start : start + len(part)]
+            tiles = reading.tiles_of(self.vocabulary, part, mine)
+            parts.append(reading.read(self.vocabulary, part, tiles)[0])
             start += len(part)
         return CanvasStats.concatenate(parts)
 
-    def _stream(self, rows: Rows, limit: Tensor | None) -> CanvasStats:
-        vocabulary, rewrite, temperature = self.vocabulary, rows.rewrite, rows.temperature
-        gumbel, inside = tile_uniforms(rows.noise, -(-vocabulary.size // sample.TILE))
-        running = RunningStats.of_nothing(len(rows), temperature.device)
-        soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
-        for number, first, logits in self._tiles(rows.hidden, rewrite, cap=rewrite is not None):
-            if limit is not None:
-                logits.masked_fill_(logits / temperature[:, None] < limit, -torch.inf)
-            if rewrite is not None:
-                tile.without_infinities(logits)
-            soft.see(logits, first)
-            weight, shrink = _absorb(logits)(
-                running,
-                logits,
-                first=first,
-                softcap=vocabulary.softcap if rewrite is None else None,
-                temperature=temperature,
-                uniforms=(gumbel[:, number], inside[:, number]),
-            )
-            soft.add(weight, shrink, first)
-        together, shrink = running.over_ranks(temperature, vocabulary)
-        drawn = together.sample
-        if rewrite is not None and rewrite.greedy is not None:
-            drawn = torch.where(rewrite.greedy[rewrite.canvas], together.argmax, drawn)
-        beside = ((together.second - together.top) / temperature).exp()
-        return CanvasStats(
-            argmax=together.argmax,
-            sample=drawn,
-            entropy=together.mass.log() - together.moment / together.mass,
-            top_prob=1 / together.mass,
-            margin=(1 - beside) / together.mass,
-            soft_embedding=soft.over_ranks(
-                together, shrink, temperature, capped=rewrite is not None
-            ),
-        )
 
-    def _tiles(
-        self, hidden: Tensor, rewrite: Rewrite | None, *, cap: bool = True
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
-
-        Capped and rewritten, in fp32; or, not capped, just what the product gives.
-        """
-        vocabulary = self.vocabulary
-        end = vocabulary.first + len(vocabulary)
-        starts = range(vocabulary.first, end, sample.TILE)
-        edges = torch.tensor([*starts, end], device=hidden.device)
-        tiled = None if rewrite is None else TiledRewrite(rewrite, edges, vocabulary.size)
-        buffer = None
-        for number, first in enumerate(starts):
-            rows = vocabulary.output[first - vocabulary.first :][: sample.TILE]
-            if buffer is None or buffer.shape[1] != len(rows):
-                buffer = hidden.new_empty(len(hidden), len(rows))
-            logits = torch.mm(hidden, rows.T, out=buffer)
-            if cap:
-                logits = vocabulary.capped(logits.float())
-            if tiled is not None:
-                logits = tiled.apply(logits, number, first)
-            yield first // sample.TILE, first, logits
-
-    def _scores(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        count: int,
-        ids: tuple[int, ...] | None,
-        *,
-        among: bool,
-        raw: bool,
-    ) -> TokenScores:
-        vocabulary = self.vocabulary
-        if ids is None:
-            asked = tokens[:, None]
-            best = Best(min(count, vocabulary.size))
-        else:
-            beside = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
-            asked = torch.cat([tokens[:, None], beside], dim=1)
-            best = Best(0)
-            if among:
-                distinct, place = torch.unique(asked, return_inverse=True)
-                values = vocabulary.logits_of(hidden, distinct).gather(1, place)
-                return _scored(asked, values, values[:, 1:].logsumexp(1), values[:, 1:], raw=raw)
-        # The logits asked for come from the same products as those they are ranked among.
-        values = torch.zeros(asked.shape, device=hidden.device)
-        top = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-        mass = torch.zeros_like(top)
-        for _, first, logits in self._tiles(hidden, None):
-            place = asked - first
-            here = (place >= 0) & (place < logits.shape[1])
-            values = torch.where(here, logits.gather(1, torch.where(here, place, 0)), values)
-            best.add(logits, first)
-            higher = torch.maximum(top, logits.amax(dim=1))
-            mass = mass * (top - higher).exp() + (logits - higher[:, None]).exp().sum(dim=1)
-            top = higher
-        values = vocabulary.add(values)
-        total = vocabulary.gather(top + mass.log()).logsumexp(dim=0)
-        ranks = torch.zeros_like(top)  # counts are exact in fp32 below 2**24
-        for _, _, logits in self._tiles(hidden, None):
-            ranks += (logits >= values[:, :1]).sum(dim=1)
-        if ids is None:
-            more, listed = best.over_ranks(vocabulary)
-            values, asked = torch.cat([values, more], dim=1), torch.cat([asked, listed], dim=1)
-        if not raw:
-            values = values - total[:, None]
-        return TokenScores(ids=asked, values=values, ranks=vocabulary.add(ranks).long())
-
-
-def _absorb(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The form of ``tile.absorb`` that is fastest for these logits."""
-    if logits.is_cuda:
-        from vllm_diffusion.head import cuda
-
-        if cuda.chosen():
-            return cuda.absorb
-        from vllm_diffusion.head import fused
-
-        return fused.absorb
-    return native.absorb if native.fits(logits) else tile.absorb
-
-
-def _scored(ids: Tensor, values: Tensor, total: Tensor, field: Tensor, *, raw: bool) -> TokenScores:
-    """Scores among ``field`` alone, the chosen id in the first column of ``values``."""
-    ranks = (field >= values[:, :1]).sum(dim=1)
-    return TokenScores(ids=ids, values=values if raw else values - total[:, None], ranks=ranks)
+def _tile_bytes() -> int:
+    """What the tiles of a row take at their highest."""
+    return _TILE_COPIES * 4 * sample.TILE

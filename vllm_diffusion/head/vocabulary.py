@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import embedding_bag
 
+from vllm_diffusion.head import sample
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -48,6 +50,10 @@ class Vocabulary:
     def __len__(self) -> int:
         """Ids on this rank."""
         return self.output.shape[0]
+
+    def tiles(self) -> range:
+        """First id of every tile of this rank."""
+        return range(self.first, self.first + len(self), sample.TILE)
 
     def capped(self, logits: Tensor) -> Tensor:
         """The softcap, in place."""

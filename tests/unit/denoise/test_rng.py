@@ -11,10 +11,12 @@ from torch import Tensor
 
 from vllm_diffusion.denoise.rng import (
     Purpose,
+    fine_uniform,
     philox,
     random_tokens,
     request_seed,
     split_seed,
+    token_words,
     uniform,
 )
 
@@ -165,3 +167,36 @@ def test_split_seed_keeps_all_64_bits(seed: int) -> None:
     low, high = split_seed(seed)
     assert 0 <= low < 1 << 32
     assert low + (high << 32) == seed
+
+
+# ---- a number per token ----
+
+
+def test_words_of_tokens_are_murmurs_finaliser_with_a_second_key() -> None:
+    def mixed(token: int, one: int, two: int) -> int:
+        word = (token + one) % 2**32
+        word = (word ^ word >> 16) * 0x85EBCA6B % 2**32 ^ two
+        word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+        return word ^ word >> 16
+
+    for token, one, two in product((0, 1, 262143), (0, 7, ONES), (0, 0x9E3779B9, ONES)):
+        key = torch.tensor(one), torch.tensor(two)
+        assert int(token_words(key, torch.tensor(token))) == mixed(token, one, two)
+    # fmix32 of MurmurHash3 itself, where the second word is 0.
+    assert int(token_words((torch.tensor(0), torch.tensor(0)), torch.tensor(1))) == 0x514E28B7
+
+
+def test_tokens_of_one_row_have_words_like_any_random_numbers() -> None:
+    key = torch.tensor(123456789), torch.tensor(987654321)
+    words = token_words(key, torch.arange(1 << 18))
+    assert len(words.unique()) == 1 << 18  # the mix is a bijection
+    assert_frequencies(words >> 24, torch.ones(256))
+    assert_frequencies(words & 255, torch.ones(256))
+
+
+def test_fine_uniforms_are_open_and_keep_small_words_apart() -> None:
+    words = torch.tensor([0, 1, 2, 255, 1 << 31, ONES - 1, ONES])
+    numbers = fine_uniform(words)
+    assert numbers.dtype == torch.float32
+    assert bool(((numbers > 0) & (numbers < 1)).all())
+    assert len(numbers[:5].unique()) == 5

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.head import cuda, stream
+from vllm_diffusion.head import cuda, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,21 +34,21 @@ def test_triton_runs_on_gpus(monkeypatch: pytest.MonkeyPatch, value: str | None)
     fused = pytest.importorskip("vllm_diffusion.head.fused", reason="no Triton here")
     if value is not None:
         monkeypatch.setenv(cuda.VARIABLE, value)
-    assert stream._absorb(on_a_gpu) is fused.absorb
+    assert reading.absorb_of(on_a_gpu) is fused.absorb
 
 
 @pytest.mark.usefixtures("installed_in")
 def test_cuda_runs_where_it_is_built_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.VARIABLE, "cuda")
     monkeypatch.setattr(cuda, "library", object)
-    assert stream._absorb(on_a_gpu) is cuda.absorb
+    assert reading.absorb_of(on_a_gpu) is cuda.absorb
 
 
 @pytest.mark.usefixtures("installed_in")
 def test_asking_for_what_is_not_built_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.VARIABLE, "cuda")
     with pytest.raises(ConfigError, match=r"not built.*nvcc"):
-        stream._absorb(on_a_gpu)
+        reading.absorb_of(on_a_gpu)
 
 
 def test_a_library_that_does_not_load_is_an_error(installed_in: Path) -> None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.heads import Case, assert_no_worse, assert_same_tokens, make_case, over_ranks
+from helpers.heads import (
+    Case,
+    assert_no_worse,
+    assert_same_tokens,
+    counted_readings,
+    make_case,
+    over_ranks,
+)
 
 from vllm_diffusion.constrain.truncate import of_rows, truncate
 from vllm_diffusion.head import cut, sample
@@ -215,22 +222,14 @@ def test_no_row_takes_the_head_that_holds_its_logits(monkeypatch: pytest.MonkeyP
     assert_same_tokens(head(*case.arguments()), case.truth())
 
 
-def test_rows_that_keep_few_ids_are_read_once() -> None:
+def test_rows_that_keep_few_ids_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cut_case(2, rewrite=False)
-    read: list[int] = []
-
-    class Counting(StreamingHead):
-        def _tiles(self, hidden, rewrite, **how):
-            read.append(len(hidden))
-            return super()._tiles(hidden, rewrite, **how)
-
+    read = counted_readings(monkeypatch)
     few = Truncation(
         min_p=torch.zeros(40), top_k=torch.full((40,), 20), top_p=torch.ones(40), sorts=True
     )
-    head = case.streaming()
-    head = Counting(vocabulary=head.vocabulary, whole=head.whole, budget=head.budget)
     rewrite = replace(case.rewrite, truncation=few)
-    ours = head(*replace(case, rewrite=rewrite).arguments())
+    ours = case.streaming()(*replace(case, rewrite=rewrite).arguments())
     assert read == [40]
     assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
     assert of_rows(few, torch.tensor([3])).top_k.tolist() == [20]

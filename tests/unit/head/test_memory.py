@@ -34,17 +34,18 @@ whole = ReferenceHead(
 )
 vocabulary = Vocabulary(output=embedding, embedding=embedding, size=vocab, softcap=30.0)
 head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=budget)
-if kind == "torch":
+if kind in ("torch", "classes-torch"):
     native.library = lambda: None
 if kind in ("reference", "reference-top_p", "unchunked"):
     head = whole
 cut = Truncation(
     min_p=torch.tensor([0.01 if kind == "min_p" else 0.0]),
-    top_k=torch.tensor([50 if kind == "top_k" else vocab]),
+    top_k=torch.tensor([50 if kind in ("top_k", "classes-cut") else vocab]),
     top_p=torch.tensor([0.95 if "top_p" in kind else 1.0]),
     sorts=kind != "min_p",
 )
 listed = torch.arange(0, vocab, 64)[None]
+class_of = (torch.arange(vocab) % 3000).int()
 def call(rows):
     canvas = torch.zeros(rows, dtype=torch.int64)
     rewrite = soft = None
@@ -58,7 +59,12 @@ def call(rows):
         soft = torch.full((rows,), 64)
     counter = torch.arange(rows)
     noise = Noise(seed=torch.ones(rows, 2, dtype=torch.int64), position=counter, step=counter * 0)
-    head(states[:rows], torch.full((rows,), 0.6), noise, rewrite, soft)
+    call = states[:rows], torch.full((rows,), 0.6), noise
+    if "classes" in kind:
+        if kind == "classes-cut":
+            rewrite = Rewrite(canvas=canvas, truncation=cut)
+        return head.by_class(*call, rewrite, class_of=class_of, num_classes=3000)
+    head(*call, rewrite, soft)
 call(2)
 Path("/proc/self/clear_refs").write_text("5")
 before = held("VmRSS")
@@ -104,6 +110,15 @@ def extra_mb(rows: int, kind: str, budget: int = 64) -> float:
 def test_a_step_stays_within_its_budget(rows: int, kind: str) -> None:
     # The rest is the libraries' own and what is O(rows * hidden), here 16 wide.
     assert extra_mb(rows, kind) <= 64 + 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells memory peaks")
+@pytest.mark.parametrize("kind", ["classes", "classes-torch", "classes-cut"])
+def test_so_do_classes_beside_their_answer(kind: str) -> None:
+    rows = 500
+    answer = rows * 3000 * (4 * 4 + 2 * 8) / 2**20  # and once more, where its parts are joined
+    assert extra_mb(rows, kind) <= 64 + 20 + 2 * answer
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from helpers.heads import (
     over_ranks,
 )
 
-from vllm_diffusion.head import sample, stream
+from vllm_diffusion.head import sample, soft
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.soft import most_likely
 from vllm_diffusion.records import CanvasStats
@@ -118,13 +118,13 @@ def test_ranks_take_the_same_ids(ranks: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_second_product_is_of_the_rows_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(8)
     products: list[int] = []
-    inner = stream.SoftEmbedding.add
+    inner = soft.SoftEmbedding.add
 
     def counted(self, weight, shrink, first):
         products.append(len(self._soft))
         inner(self, weight, shrink, first)
 
-    monkeypatch.setattr(stream.SoftEmbedding, "add", counted)
+    monkeypatch.setattr(soft.SoftEmbedding, "add", counted)
     case.streaming()(*case.arguments(), counts(case))
     assert products == [len(case.hidden) // len(COUNTS)]
 

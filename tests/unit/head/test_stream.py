@@ -12,13 +12,13 @@ from helpers.heads import (
     assert_no_worse,
     assert_same_shape,
     assert_same_tokens,
+    counted_readings,
     make_case,
     over_ranks,
 )
 
 from vllm_diffusion.head import sample, stream
 from vllm_diffusion.head.reference import ReferenceHead
-from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.records import Rewrite
 
 TILES = [16, 128, sample.TILE]
@@ -171,27 +171,17 @@ def test_a_row_of_nan_does_not_end_the_process() -> None:
 # ---- what is not computed ----
 
 
-def counting(head: StreamingHead) -> tuple[StreamingHead, list[int]]:
-    """The same head, and how many rows its tiles hold."""
-    seen: list[int] = []
-
-    class Counting(StreamingHead):
-        def _tiles(self, hidden, rewrite, **how):
-            seen.append(len(hidden))
-            return super()._tiles(hidden, rewrite, **how)
-
-    return Counting(vocabulary=head.vocabulary, whole=head.whole, budget=head.budget), seen
-
-
-def test_rows_with_short_lists_and_pins_are_not_streamed() -> None:
+def test_rows_with_short_lists_and_pins_are_not_streamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = counted_readings(monkeypatch)
     case = make_case(1, canvases=4)
     allowed = torch.tensor([[-1, -1], [3, 5], [-1, -1], [2, -1]])
     pinned = torch.full((32,), -1)
     pinned[1] = pinned[9] = 4
     rewrite = Rewrite(canvas=torch.arange(4).repeat_interleave(8), allowed=allowed, pinned=pinned)
-    head, seen = counting(case.streaming())
-    ours = head(*replace(case, rewrite=rewrite).arguments())
-    assert seen == [15]
+    ours = case.streaming()(*replace(case, rewrite=rewrite).arguments())
+    assert read == [15]
     assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
 
 

@@ -1,0 +1,161 @@
+"""One reading of rows over the vocabulary: tiles of logits in, statistics out.
+
+The products are the library's. What is between them is ``tile.absorb``: in C++ on a CPU, see
+``native``, in Triton on a GPU, see ``fused``, or in CUDA where that is asked for, see ``cuda``.
+Where statistics by class are asked for too, ``classes`` sees every tile before it is used up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.constrain.rewrite import LENIENCE, without_masks
+from vllm_diffusion.constrain.window import TiledRewrite
+from vllm_diffusion.head import native, sample, tile
+from vllm_diffusion.head.sample import tile_uniforms
+from vllm_diffusion.head.soft import SoftEmbedding
+from vllm_diffusion.head.tile import RunningStats
+from vllm_diffusion.records import CanvasStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from vllm_diffusion.head.classes import ClassPass
+    from vllm_diffusion.head.rows import Rows
+    from vllm_diffusion.head.vocabulary import Vocabulary
+    from vllm_diffusion.records import Rewrite
+
+
+def tiles(
+    vocabulary: Vocabulary, hidden: Tensor, rewrite: Rewrite | None, *, cap: bool = True
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
+
+    Capped and rewritten, in fp32; or, not capped, just what the product gives.
+    """
+    tiled = None if rewrite is None else _tiled(vocabulary, rewrite)
+    buffer = None
+    for number, first in enumerate(vocabulary.tiles()):
+        rows = vocabulary.output[first - vocabulary.first :][: sample.TILE]
+        if buffer is None or buffer.shape[1] != len(rows):
+            buffer = hidden.new_empty(len(hidden), len(rows))
+        logits = torch.mm(hidden, rows.T, out=buffer)
+        if cap:
+            logits = vocabulary.capped(logits.float())
+        if tiled is not None:
+            logits = tiled.apply(logits, number, first)
+        yield first // sample.TILE, first, logits
+
+
+def tiles_of(
+    vocabulary: Vocabulary, rows: Rows, limit: Tensor | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """``tiles`` of the rows, capped where they are rewritten, without what is below their limit.
+
+    Args:
+        vocabulary: of this rank.
+        rows: to be read.
+        limit: [R] fp32, the least tempered logit that stays; None leaves everything.
+    """
+    rewrite = rows.rewrite
+    for number, first, logits in tiles(vocabulary, rows.hidden, rewrite, cap=rewrite is not None):
+        if limit is not None:
+            out = logits / rows.temperature[:, None] < limit[:, None]
+            logits.masked_fill_(out, -torch.inf)
+        yield number, first, logits
+
+
+def lenient_tiles(
+    vocabulary: Vocabulary, rows: Rows, limit: Tensor
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The same where masks do not forbid but cost, see ``constrain.rewrite.lenient_logits``.
+
+    Args:
+        vocabulary: of this rank.
+        rows: to be read, rewritten.
+        limit: [R] fp32, see ``tiles_of``; -inf leaves everything.
+    """
+    assert rows.rewrite is not None
+    temperature = rows.temperature[:, None]
+    strict = _tiled(vocabulary, replace(rows.rewrite, pinned=None))
+    free = _tiled(vocabulary, without_masks(rows.rewrite))
+    for place, (number, first, logits) in enumerate(tiles(vocabulary, rows.hidden, None)):
+        kept = strict.apply(logits, place, first)
+        out = (kept == -torch.inf) | (kept / temperature < limit[:, None])
+        dear = free.apply(logits, place, first) - LENIENCE * temperature
+        yield number, first, torch.where(out, dear, kept)
+
+
+def read(
+    vocabulary: Vocabulary,
+    rows: Rows,
+    theirs: Iterator[tuple[int, int, Tensor]],
+    by_class: ClassPass | None = None,
+) -> tuple[CanvasStats, RunningStats]:
+    """Statistics of the rows, and the sums they come from.
+
+    Args:
+        vocabulary: of this rank.
+        rows: what is read.
+        theirs: number, first id and logits [R, n] of their tiles, used up; capped where the rows
+            are rewritten.
+        by_class: sees them too.
+    """
+    rewrite, temperature = rows.rewrite, rows.temperature
+    softcap = vocabulary.softcap if rewrite is None else None
+    gumbel, inside = tile_uniforms(rows.noise, -(-vocabulary.size // sample.TILE))
+    running = RunningStats.of_nothing(len(rows), temperature.device)
+    soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
+    for number, first, logits in theirs:
+        if rewrite is not None:
+            tile.without_infinities(logits)
+        soft.see(logits, first)
+        if by_class is not None:
+            by_class.see(logits, first, softcap)
+        weight, shrink = absorb_of(logits)(
+            running,
+            logits,
+            first=first,
+            softcap=softcap,
+            temperature=temperature,
+            uniforms=(gumbel[:, number], inside[:, number]),
+        )
+        soft.add(weight, shrink, first)
+    together, shrink = running.over_ranks(temperature, vocabulary)
+    drawn = together.sample
+    if rewrite is not None and rewrite.greedy is not None:
+        drawn = torch.where(rewrite.greedy[rewrite.canvas], together.argmax, drawn)
+    beside = ((together.second - together.top) / temperature).exp()
+    stats = CanvasStats(
+        argmax=together.argmax,
+        sample=drawn,
+        entropy=together.mass.log() - together.moment / together.mass,
+        top_prob=1 / together.mass,
+        margin=(1 - beside) / together.mass,
+        soft_embedding=soft.over_ranks(together, shrink, temperature, capped=rewrite is not None),
+    )
+    return stats, together
+
+
+def absorb_of(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of ``tile.absorb`` that is fastest for these logits."""
+    if logits.is_cuda:
+        from vllm_diffusion.head import cuda
+
+        if cuda.chosen():
+            return cuda.absorb
+        from vllm_diffusion.head import fused
+
+        return fused.absorb
+    return native.absorb if native.fits(logits) else tile.absorb
+
+
+def _tiled(vocabulary: Vocabulary, rewrite: Rewrite) -> TiledRewrite:
+    edges = [*vocabulary.tiles(), vocabulary.first + len(vocabulary)]
+    device = rewrite.canvas.device
+    return TiledRewrite(rewrite, torch.tensor(edges, device=device), vocabulary.size)
