@@ -164,6 +164,22 @@ class CanvasStats:
             soft_embedding=torch.zeros_like(hidden),
         )
 
+    def replaced(self, index: Tensor, others: CanvasStats) -> CanvasStats:
+        """The same, other statistics at the rows ``index`` [N] int64, counted over all canvases."""
+
+        def put(values: Tensor, other: Tensor) -> Tensor:
+            rows = values.reshape(-1, *other.shape[1:])
+            return rows.index_copy(0, index, other.to(values.dtype)).reshape(values.shape)
+
+        return CanvasStats(
+            argmax=put(self.argmax, others.argmax),
+            sample=put(self.sample, others.sample),
+            entropy=put(self.entropy, others.entropy),
+            top_prob=put(self.top_prob, others.top_prob),
+            margin=put(self.margin, others.margin),
+            soft_embedding=put(self.soft_embedding, others.soft_embedding),
+        )
+
     def spread(self, index: Tensor, rows: int) -> CanvasStats:
         """These rows at the places ``index`` [R] int64 of ``rows`` rows, zeros elsewhere."""
 

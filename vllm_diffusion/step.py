@@ -3,12 +3,14 @@
       hidden rows [B, L, H]
             |  head            softmax(logits / T(step)): argmax, sample, entropy, soft embedding
             |                  (the request's bias, masks, top_k ... change the logits in there)
+            |  automata        a canvas that must obey is conditioned on being accepted, ``belief``
             v
       CanvasStats
             |  accept          the surest keep their sample, what has held its argmax ...
             |  renoise         ... the others become uniform noise
             |  stop            argmax unchanged and entropy low, or no doubt left, or out of steps
             |                  (what a text with holes has too much is taken out of its canvas)
+            |                  (a guarded canvas is corrected, and committed as far as it is legal)
             v
       Decision ---- observe    whoever wants to watch, see ``trace``
             |  canvas          the pool moves on: next input, history, self-conditioning, phase
@@ -23,18 +25,21 @@ Takes tensors, gives tensors, never waits for the device, knows nothing of reque
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from vllm_diffusion.belief import beliefs, said_of, soft_embeddings
+from vllm_diffusion.constrain.guard import Guard, Outlook, look_ahead, obedient, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound, held
 from vllm_diffusion.denoise.renoise import uniform_tokens
 from vllm_diffusion.denoise.schedule import linear_temperature
 from vllm_diffusion.denoise.stop import stable_and_confident, sure_at_once
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.records import (
     CanvasBatch,
     CanvasStats,
@@ -66,7 +71,8 @@ def advance(
     head: Head,
     *,
     rewrite: Rewrite | None = None,
-    automata: Sequence[ConstrainedCanvases] = (),  # noqa: ARG001 - TODO: condition on them
+    automata: Sequence[ConstrainedCanvases] = (),
+    guards: Mapping[int, Guard] | None = None,
     rule: Rule | None = None,
     observe: Observer | None = None,
 ) -> Emission:
@@ -79,6 +85,8 @@ def advance(
         head: turns hidden rows into statistics.
         rewrite: what the requests change in the distributions; None for nothing at all.
         automata: which canvases obey one, each canvas at most once.
+        guards: of the canvases that a grammar guards, by their place in the batch. Such a batch
+            waits for the device.
         rule: instead of ``decide``.
         observe: called between the decision and its effect on the pool.
     """
@@ -93,84 +101,46 @@ def advance(
         position=batch.position.flatten(),
         step=pool.step[slots].repeat_interleave(length),
     )
-    rows = hidden.reshape(num * length, -1)
-    stats = statistics(
-        head,
-        rows,
-        temperature.repeat_interleave(length),
-        noise,
-        rewrite,
-        read=batch.valid & ~pool.causal[slots][:, None],
+    rows = Rows(
+        hidden=hidden.reshape(num * length, -1),
+        temperature=temperature.repeat_interleave(length),
+        noise=noise,
+        rewrite=rewrite,
         soft_top_k=soft_embeddings(pool, slots, published=rule is None, length=length),
-    ).reshape(num, length)
+    )
+    read = batch.valid & ~pool.causal[slots][:, None]
+    stats = beliefs(head, rows, read=read, automata=automata)
+    guards = _denoising(pool, slots, guards or {})
+    found: dict[int, Outlook] = {}
+    if guards:
+
+        def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
+            asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, masks))
+            return said_of(head, asked)
+
+        stats, found = look_ahead(guards, batch, stats, ask)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
         decision = replace(decision, commit=commit)
     if rewrite is not None and rewrite.words is not None:
         stats, decision = without_bad_words(
-            pool, batch, stats, decision, rows=rows, head=head, rewrite=rewrite
+            pool, batch, stats, decision, rows=rows.hidden, head=head, rewrite=rewrite
         )
+    if guards:
+        out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
+        decision = obedient(guards, found, batch, stats, decision, out_of_steps=out_of_steps)
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)
 
 
-def soft_embeddings(
-    pool: CanvasPool, slots: Tensor, *, published: bool, length: int
-) -> Tensor | None:
-    """How much of a soft embedding every row needs, see ``Head``; None: all of it, all of them.
-
-    The last step that a canvas may take conditions nothing. Which canvases that concerns is looked
-    at where it is free.
-
-    Args:
-        pool: the canvases' state.
-        slots: [B] int64.
-        published: the rule ends a canvas that is out of steps.
-        length: rows a canvas.
-    """
-    top_k = None if pool.soft_top_k is None else pool.soft_top_k[slots]
-    if published and slots.device.type == "cpu":
-        last = pool.step[slots] + 1 >= pool.max_steps[slots]
-        if last.any():
-            top_k = torch.where(last, -1, 0 if top_k is None else top_k)
-    return None if top_k is None else top_k.repeat_interleave(length)
-
-
-def statistics(
-    head: Head,
-    rows: Tensor,
-    temperature: Tensor,
-    noise: Noise,
-    rewrite: Rewrite | None,
-    *,
-    read: Tensor,
-    soft_top_k: Tensor | None = None,
-) -> CanvasStats:
-    """Run the head where somebody reads what it says: not on commit rows, nor beyond a canvas.
-
-    Which rows those are is data of the device. Only where it is the host's memory is it free to
-    look, so elsewhere all rows are computed.
-
-    Args:
-        head: turns rows into statistics.
-        rows: [R, H] hidden states.
-        temperature: [R] fp32.
-        noise: of these rows.
-        rewrite: of these rows.
-        read: bool, as many as there are rows.
-        soft_top_k: of these rows.
-    """
-    if read.device.type != "cpu" or read.all():
-        return head(rows, temperature, noise, rewrite, soft_top_k)
-    index = read.flatten().nonzero()[:, 0]
-    if not index.numel():
-        return CanvasStats.of_nothing(rows)
-    part = None if rewrite is None else rewrite.rows(index)
-    top_k = None if soft_top_k is None else soft_top_k[index]
-    stats = head(rows[index], temperature[index], noise.rows(index), part, top_k)
-    return stats.spread(index, len(rows))
+def _denoising(pool: CanvasPool, slots: Tensor, guards: Mapping[int, Guard]) -> dict[int, Guard]:
+    """Those whose canvas is not being committed: what is has been written."""
+    if not guards:
+        return {}
+    causal = pool.causal[slots].tolist()
+    return {canvas: guard for canvas, guard in guards.items() if not causal[canvas]}
 
 
 def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from helpers.automata import Walk
+from helpers.spelling import Walk
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of

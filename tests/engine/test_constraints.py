@@ -1,4 +1,4 @@
-"""A constraint from a request to the rows of its canvases and back, with stand-ins at both ends."""
+"""A constraint from a request to the rows of its canvases and back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.inside import Inside
-from helpers.obedient import make_obedient
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_diffusion import step
 from vllm_diffusion.constrain.automaton.walk import Walk
+from vllm_diffusion.engine import sampler
 from vllm_diffusion.engine.constraints import ConstraintBackend, attached
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def llm(
 ) -> Iterator[LLM]:
     """The engine; after the test it serves as before it, and holds nothing."""
     llm = engine()
-    make_obedient(monkeypatch, seen)
+
+    def watched(*args: Any, automata: Any = (), **options: Any) -> Any:
+        seen.append(automata)
+        return step.advance(*args, automata=automata, **options)
+
+    monkeypatch.setattr(sampler, "advance", watched)
     yield llm
     seen.clear()
     generate(llm, "hello", max_tokens=4)
@@ -189,9 +195,6 @@ def test_n_answers_of_one_request(llm: LLM) -> None:
 def test_a_rule_that_breaks_the_constraint_ends_the_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_diffusion import step
-    from vllm_diffusion.engine import sampler
-
     def disobey(*args: Any, automata: Any = (), **options: Any) -> Any:
         del automata
         return step.advance(*args, **options)

@@ -26,6 +26,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
+from vllm_diffusion.constrain.guard import Guard, Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
@@ -44,6 +46,8 @@ from vllm_diffusion.step import advance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 
 LENGTH, VOCAB, SLOTS = 16, 61, 6
 
@@ -206,6 +210,8 @@ class Engine:
         self.table = ConstraintTable(
             canvas_length=LENGTH, vocab_size=VOCAB, device=torch.device("cpu")
         )
+        self.guards = Guards()
+        self.automata = AutomatonSlots(num_slots=SLOTS, device=torch.device("cpu"))
         self.text = torch.zeros(SLOTS, 512, dtype=torch.int64)
         self.start: dict[int, int] = {}
         self.width: dict[int, int] = {}
@@ -217,7 +223,16 @@ class Engine:
         start: int,
         width: int = LENGTH,
         constraints: Constraints = NOTHING,
+        *,
+        guard: Guard | None = None,
+        automaton: TokenAutomaton | None = None,
+        budget: int = 1 << 20,
     ) -> None:
+        self.guards.admit(slot, guard)
+        self.automata.release(slot)
+        if automaton is not None:
+            name, behind = str(id(automaton)), start + budget
+            self.automata.admit(slot, automaton, name=name, output=(), behind=behind)
         self.start[slot], self.width[slot] = start, width
         self.table.admit(slot, constraints, prompt_length=start)
         self.pool.admit(slot, seed=seed)
@@ -269,7 +284,16 @@ class Engine:
             argmax=self.pool.argmax,
             step=self.pool.step - self.pool.first_step,
         )
-        emission = advance(self.pool, batch, hidden, self.head, rewrite=rewrite)
+        emission = advance(
+            self.pool,
+            batch,
+            hidden,
+            self.head,
+            rewrite=rewrite,
+            automata=self.automata.canvases(slots, batch),
+            guards=self.guards.of(slots),
+        )
+        self.automata.advance(slots, batch, emission)
         for row, slot in enumerate(slots):
             first, count = self.start[slot], int(emission.count[row])
             self.text[slot, first : first + count] = emission.tokens[row, :count]

@@ -130,8 +130,8 @@ class _Writer:
         unknown = sorted(schema.keys() - _SAID - _SILENT)
         if unknown and self._strict:
             raise ConstraintError(
-                f"A strict tool's {path} uses {', '.join(unknown)}, which a call in Gemma's form "
-                'is not held to: leave it out, or set "strict" to false.'
+                f"A strict tool's {path} uses {', '.join(unknown)}, which calls in Gemma's form "
+                'are not held to: leave it out, or set "strict" to false.'
             )
         if "$ref" in schema:
             return self._reference(str(schema["$ref"]), path)

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     RENOISE = 2
     DRAFT = 3
     CLASS = 4
+    PATH = 5
 
 
 def request_seed(seed: int | None, request_id: str) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -23,31 +24,34 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputGrammar,
 )
 
+from vllm_diffusion.constrain.automaton.allowed import restricted
+from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.thinking import behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.engine.compiler import automaton_of
+from vllm_diffusion.engine.compiler import guard_of, kept_by, parsers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 
-    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+    from vllm_diffusion.constrain.guard import Guard
+    from vllm_diffusion.engine.compiler import Kept, ParsedConstraint
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_CARRIER: Final = "vllm_diffusion_automaton"
+_CARRIER: Final = "vllm_diffusion_constraint"
 """Key in the ``extra_args`` that a worker sees; no client can send an object there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NamedAutomaton:
+class NamedConstraint:
     """What a worker gets of a constraint."""
 
     name: str
-    """Equal for equal automata."""
-    automaton: TokenAutomaton
+    """Equal for equal constraints."""
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +64,8 @@ class Thinking:
     """Other ids by which vLLM would take it for ended."""
 
 
-def attach(new: NewRequestData, named: NamedAutomaton) -> None:
-    """Put an automaton beside the options of a request that goes to the worker.
+def attach(new: NewRequestData, named: NamedConstraint) -> None:
+    """Put a constraint beside the options of a request that goes to the worker.
 
     The scheduler's own copy of the options stays as it is: a request is sent again after
     preemption, and what its client may hold is not to be touched.
@@ -72,84 +76,120 @@ def attach(new: NewRequestData, named: NamedAutomaton) -> None:
     new.sampling_params = sampling
 
 
-def attached(new: NewRequestData) -> NamedAutomaton | None:
+def attached(new: NewRequestData) -> NamedConstraint | None:
     """What ``attach`` put there."""
     sampling = new.sampling_params
     extra = sampling.extra_args if sampling is not None else None
     named = (extra or {}).get(_CARRIER)
-    return named if isinstance(named, NamedAutomaton) else None
+    return named if isinstance(named, NamedConstraint) else None
 
 
 class ConstraintGrammar(StructuredOutputGrammar):
-    """The constraint of one request on the host: what vLLM asks of a grammar, by an automaton.
+    """The constraint of one request on the host: what vLLM asks of a grammar.
 
     vLLM itself leaves out the tokens of a request's thinking, so there is no trace of it here.
     """
+
+    @abstractmethod
+    def for_worker(
+        self, thinking: Thinking | None, allowed: Collection[int] | None
+    ) -> NamedConstraint:
+        """What the worker gets, see ``attach``.
+
+        Args:
+            thinking: of the request, before its first token.
+            allowed: the only tokens that the request may write; None: all.
+        """
+
+    def validate_tokens(self, tokens: list[int]) -> NoReturn:
+        """Never asked for: no draft is cut."""
+        raise NotImplementedError
+
+    def rollback(self, num_tokens: int) -> NoReturn:
+        """Never asked for: nothing is accepted that does not stay."""
+        raise NotImplementedError
+
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> NoReturn:
+        """Never asked for: a canvas is not masked from left to right."""
+        raise NotImplementedError
+
+    def reset(self) -> NoReturn:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+class AutomatonGrammar(ConstraintGrammar):
+    """One that an automaton keeps."""
 
     def __init__(self, automaton: TokenAutomaton, end_ids: Iterable[int], *, name: str) -> None:
         self.automaton = automaton
         self._end_ids = tuple(sorted(end_ids))
         self._name = name
         self._walk = Walk(automaton)
-        self._states = [automaton.start]
-        self._sent: NamedAutomaton | None = None
+        self._state = automaton.start
+        self._sent: NamedConstraint | None = None
 
-    def for_worker(self, thinking: Thinking | None) -> NamedAutomaton:
-        """What the worker gets, the same every time, see ``attach``.
-
-        Args:
-            thinking: of the request, read when it is first sent.
-        """
+    def for_worker(
+        self, thinking: Thinking | None, allowed: Collection[int] | None
+    ) -> NamedConstraint:
+        """See ``ConstraintGrammar``; the same every time."""
         if self._sent is None:
             name, automaton = self._name, self.automaton
+            if allowed is not None:
+                automaton = restricted(automaton, allowed)
+                name = f"{name} of {sorted(allowed)}"
             if thinking is not None:
                 forbidden = (*self._end_ids, *thinking.forbidden)
                 automaton = behind_thinking(automaton, thinking.until, forbidden=forbidden)
                 name = f"{name} behind {thinking}"
-            self._sent = NamedAutomaton(name=name, automaton=automaton)
+            self._sent = NamedConstraint(name=name, kept=automaton)
         return self._sent
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Walk on; False, and no move at all, if the constraint has no such text."""
-        states = self._states[-1:]
-        for token in tokens:
-            state = self._walk.step(states[-1], token)
-            if state == DEAD:
-                logger.error(
-                    "Request %s broke its constraint with token %d of %s.",
-                    request_id,
-                    token,
-                    tokens,
-                )
-                return False
-            states.append(state)
-        self._states += states[1:]
+        state = self._walk.through(self._state, tokens)
+        if state == DEAD:
+            _broken(request_id, tokens)
+            return False
+        self._state = state
         return True
-
-    def validate_tokens(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first that the constraint excludes."""
-        state = self._states[-1]
-        for count, token in enumerate(tokens):
-            if (state := self._walk.step(state, token)) == DEAD:
-                return tokens[:count]
-        return tokens
-
-    def rollback(self, num_tokens: int) -> None:
-        """Take the last tokens back."""
-        if num_tokens:
-            del self._states[-num_tokens:]
-
-    def fill_bitmask(self, bitmask: Any, batch_index: int) -> NoReturn:
-        """Never asked for: a canvas is not masked from left to right."""
-        raise NotImplementedError
 
     def is_terminated(self) -> bool:
         """Whether the text is over, its end token included."""
-        return self._states[-1] == self.automaton.end
+        return self._state == self.automaton.end
 
-    def reset(self) -> None:
-        """Start over."""
-        del self._states[1:]
+
+class ParserGrammar(ConstraintGrammar):
+    """One that a parser keeps."""
+
+    def __init__(self, parsed: ParsedConstraint, guard: Guard, *, name: str) -> None:
+        self._named = NamedConstraint(name=name, kept=parsed)
+        self._guard = guard
+
+    def for_worker(
+        self, thinking: Thinking | None, allowed: Collection[int] | None
+    ) -> NamedConstraint:
+        """See ``ConstraintGrammar``; tokens that are not allowed are the worker's own business."""
+        del allowed
+        assert thinking is None, "checked where the request entered"
+        return self._named
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """Read on; False if the grammar has no such text."""
+        try:
+            self._guard.write(tokens)
+        except ValueError:
+            _broken(request_id, tokens)
+            return False
+        return True
+
+    def is_terminated(self) -> bool:
+        """Whether the text is over, its end token included."""
+        return self._guard.is_over()
+
+
+def _broken(request_id: str, tokens: list[int]) -> None:
+    logger.error("Request %s broke its constraint with some of the tokens %s.", request_id, tokens)
 
 
 @dataclass
@@ -168,7 +208,7 @@ class ConstraintBackend(StructuredOutputBackend):
             ConstraintError: only if the check was left out.
         """
         ends = frozenset(stop_token_ids or ())
-        automaton = automaton_of(
+        kept = kept_by(
             (request_type, grammar_spec),
             ends,
             tokenizer=self.tokenizer,
@@ -177,7 +217,10 @@ class ConstraintBackend(StructuredOutputBackend):
         )
         text = f"{request_type.name} {sorted(ends)} {grammar_spec}"
         name = hashlib.sha256(text.encode()).hexdigest()
-        return ConstraintGrammar(automaton, ends, name=name)
+        if isinstance(kept, TokenAutomaton):
+            return AutomatonGrammar(kept, ends, name=name)
+        guard = guard_of(kept, parsers_of(self.tokenizer, self.vocab_size))
+        return ParserGrammar(kept, guard, name=name)
 
     def allocate_token_bitmask(self, max_num_seqs: int) -> NoReturn:
         """Never asked for, see ``ConstraintGrammar.fill_bitmask``."""

@@ -19,16 +19,20 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
+from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.constraints import attached
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
@@ -85,6 +89,7 @@ class CanvasModelState(ModelState):
             device=device,
         )
         self.automata = AutomatonSlots(num_slots=self.max_num_reqs, device=device)
+        self.guards = Guards()
         self._fusion = Fusion.of(vllm_config)
         self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
@@ -135,6 +140,7 @@ class CanvasModelState(ModelState):
             sampler.req_states,
             constraints=self.constraints,
             automata=self.automata,
+            guards=self.guards,
             logprobs=self.logprobs,
             head_bytes=budget,
         )
@@ -169,7 +175,7 @@ class CanvasModelState(ModelState):
                 asked, level=params.noise_level, seed=seed, start=prompt_length, rule=rule
             )
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)
-        self._admit_automaton(req_index, new_req_data)
+        self._admit_constraint(req_index, new_req_data)
         self.logprobs.admit(req_index, sampling, params)
         if self._recorder is not None:
             self._recorder.begin(
@@ -180,18 +186,21 @@ class CanvasModelState(ModelState):
                 prompt_length=prompt_length,
             )
 
-    def _admit_automaton(self, slot: int, new: NewRequestData) -> None:
+    def _admit_constraint(self, slot: int, new: NewRequestData) -> None:
+        self.automata.release(slot)
+        self.guards.release(slot)
         if (named := attached(new)) is None:
-            self.automata.release(slot)
             return
         prompt_length = len(new.prompt_token_ids)
-        self.automata.admit(
-            slot,
-            named.automaton,
-            name=named.name,
-            output=new.prefill_token_ids[prompt_length:],
-            behind=min(prompt_length + new.sampling_params.max_tokens, self.max_model_len),
-        )
+        written = new.prefill_token_ids[prompt_length:]
+        behind = min(prompt_length + new.sampling_params.max_tokens, self.max_model_len)
+        if isinstance(named.kept, TokenAutomaton):
+            self.automata.admit(slot, named.kept, name=named.name, output=written, behind=behind)
+            return
+        left = behind - prompt_length - len(written)
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        parsers = parsers_of(tokenizer, self.pool.vocab_size)
+        self.guards.admit(slot, guard_of(named.kept, parsers, tokens_left=left, written=written))
 
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
@@ -199,6 +208,7 @@ class CanvasModelState(ModelState):
         if slot is not None:
             self.pool.causal[slot].fill_(True)
             self.automata.release(slot)
+            self.guards.release(slot)
             self.logprobs.release(slot)
             if self._recorder is not None:
                 self._recorder.end(slot)

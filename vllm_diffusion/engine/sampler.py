@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
+    from vllm_diffusion.constrain.guard import Guards
     from vllm_diffusion.constrain.table import ConstraintTable
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.head import Head
@@ -62,6 +63,7 @@ class CanvasSampler:
         req_states: RequestState,
         constraints: ConstraintTable,
         automata: AutomatonSlots,
+        guards: Guards,
         logprobs: CanvasLogprobs,
         head_bytes: int,
     ) -> None:
@@ -71,6 +73,7 @@ class CanvasSampler:
         self.req_states = req_states
         self.constraints = constraints
         self.automata = automata
+        self.guards = guards
         self.logprobs = logprobs
         self.head_bytes = head_bytes
         self.rule: Rule | None = None
@@ -131,6 +134,7 @@ class CanvasSampler:
                 self.head,
                 rewrite=rewrite,
                 automata=self.automata.canvases(slots, batch),
+                guards=self.guards.of(slots),
                 rule=self.rule,
                 observe=self.observe,
             )

@@ -152,7 +152,8 @@ class WholeCanvasMixin:
             asked = self.requests[new.req_id].structured_output_request
             if asked is not None and isinstance(asked.grammar, ConstraintGrammar):
                 thinking = thinking_of(self.structured_output_manager, self.requests[new.req_id])
-                attach(new, asked.grammar.for_worker(thinking))
+                allowed = new.sampling_params.allowed_token_ids
+                attach(new, asked.grammar.for_worker(thinking, allowed))
 
     def _hold_cut_canvases(self: Any) -> None:
         # The running loop serves requests in this order and takes what fits, so walking the same

@@ -109,7 +109,7 @@ def check_room(
     """
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_diffusion.engine.constraint_check import automaton_for, no_room
+    from vllm_diffusion.engine.constraint_check import constraint_for, no_room
 
     model = input_processor.model_config
     if not model.is_diffusion or sampling.structured_outputs is None:
@@ -117,8 +117,8 @@ def check_room(
     left = model.max_model_len - prompt_length
     limit = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
     config, tokenizer = input_processor.structured_outputs_config, input_processor.tokenizer
-    automaton = automaton_for(_completed(sampling, model, tokenizer), model, config, tokenizer)
-    if problem := no_room(automaton, limit, thinks=thinks):
+    kept = constraint_for(_completed(sampling, model, tokenizer), model, config, tokenizer)
+    if problem := no_room(kept, limit, thinks=thinks):
         raise VLLMValidationError(problem)
 
 

@@ -105,7 +105,7 @@ def compile_constraint(
     automaton = cache.get(key)
     if automaton is None:
         try:
-            grammar = _grammar(kind, text, any_whitespace)
+            grammar = grammar_of(kind, text, any_whitespace=any_whitespace)
             automaton = _deepest(
                 Networks(grammar, max_states=limits.states),
                 limits,
@@ -120,7 +120,13 @@ def compile_constraint(
     return automaton
 
 
-def _grammar(kind: str, source: str, any_whitespace: bool) -> Grammar:
+def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Grammar:
+    """The rules of a constraint, see ``compile_constraint``.
+
+    Raises:
+        ConstraintError: it is malformed or not supported.
+        AutomatonError: it makes sense, but says what no automaton is built for.
+    """
     match kind:
         case "json":
             return json_schema(source, any_whitespace=any_whitespace)

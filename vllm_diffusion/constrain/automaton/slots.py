@@ -10,7 +10,7 @@ however many; it lives on the device, so nothing here waits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -39,7 +39,7 @@ class DeviceAutomaton:
     def of(automaton: TokenAutomaton, device: torch.device) -> DeviceAutomaton:
         """The same numbers on a device."""
         return DeviceAutomaton(
-            class_of=torch.from_numpy(automaton.class_of).to(device),
+            class_of=torch.from_numpy(automaton.class_of).to(device, torch.int32),
             num_classes=automaton.num_classes,
             edges=Edges.of(automaton, device),
         )
@@ -54,8 +54,10 @@ class DeviceAutomaton:
             tokens: [K, L] int64.
             count: [K] int64, at most L.
         """
-        state = next_state(self.edges, state, self.class_of[tokens].long(), count)
-        return torch.where(state < 0, self.edges.end, state)
+        # Looking costs nothing where state lives on the host.
+        places = tokens.shape[1] if count.device.type != "cpu" else int(count.max())
+        onward = next_state(self.edges, state, self.class_of[tokens[:, :places]].long(), count)
+        return torch.where(onward < 0, self.edges.end, onward)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +65,32 @@ class ConstrainedCanvases:
     """The K canvases of a batch that obey one automaton, in the batch's order."""
 
     automaton: DeviceAutomaton
-    canvas: Tensor  # [K] int64, which canvas of the batch
+    places: tuple[int, ...]  # which canvases of the batch, on the host
+    canvas: Tensor  # [K] int64, the same on the device
     start: Tensor  # [K] int64, state before its first row
     rows: Tensor  # [K] int64, rows that obey, 0..width: those behind are past the request's end
     left: Tensor  # [K] int64, tokens the request may write behind this canvas
+
+    def some(self, which: slice) -> ConstrainedCanvases:
+        """Some of the canvases."""
+        return ConstrainedCanvases(
+            automaton=self.automaton,
+            places=self.places[which],
+            canvas=self.canvas[which],
+            start=self.start[which],
+            rows=self.rows[which],
+            left=self.left[which],
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
     automaton: DeviceAutomaton
     behind: int  # absolute position behind the last token that may be written
+
+
+_Group: TypeAlias = tuple[DeviceAutomaton, tuple[int, ...], "Tensor", "Tensor"]
+"""An automaton, its K canvases on host and device, and where each must be over, [K] int64."""
 
 
 class AutomatonSlots:
@@ -85,8 +103,7 @@ class AutomatonSlots:
         self._owners: dict[int, _Owner] = {}
         # Requests of one constraint share its tensors, which go with the last of them.
         self._shared: WeakValueDictionary[str, DeviceAutomaton] = WeakValueDictionary()
-        self._seen: tuple[tuple[int, ...], list[tuple[DeviceAutomaton, Tensor, Tensor]]] | None
-        self._seen = None
+        self._seen: tuple[tuple[int, ...], list[_Group]] | None = None
 
     def admit(
         self,
@@ -135,12 +152,13 @@ class AutomatonSlots:
         return tuple(
             ConstrainedCanvases(
                 automaton=automaton,
+                places=places,
                 canvas=canvas,
                 start=self.state[batch.slots[canvas]],
                 rows=rows,
                 left=remaining - rows,
             )
-            for automaton, canvas, behind in self._groups(tuple(slots))
+            for automaton, places, canvas, behind in self._groups(tuple(slots))
             for remaining in ((behind - batch.position[canvas, 0]).clamp(min=0),)
             for rows in (torch.minimum(batch.width[canvas], remaining),)
         )
@@ -158,31 +176,22 @@ class AutomatonSlots:
         # Most steps emit nothing. Only where state lives on the host is it free to look.
         if emission.count.device.type == "cpu" and not emission.count.any():
             return
-        for automaton, canvas, _ in self._groups(tuple(slots)):
+        for automaton, _, canvas, _ in self._groups(tuple(slots)):
             at = batch.slots[canvas]
             tokens, count = emission.tokens[canvas].long(), emission.count[canvas]
             self.state[at] = automaton.behind(self.state[at], tokens, count)
 
-    def _groups(self, slots: tuple[int, ...]) -> list[tuple[DeviceAutomaton, Tensor, Tensor]]:
-        """Of every automaton its canvases and where each of them must be over, [K] int64."""
+    def _groups(self, slots: tuple[int, ...]) -> list[_Group]:
         if self._seen is None or self._seen[0] != slots:
-            members: dict[int, list[tuple[int, int]]] = {}
-            automata: dict[int, DeviceAutomaton] = {}
+            members: dict[DeviceAutomaton, list[tuple[int, int]]] = {}
             for canvas, slot in enumerate(slots):
                 if (owner := self._owners.get(slot)) is not None:
-                    automata[id(owner.automaton)] = owner.automaton
-                    members.setdefault(id(owner.automaton), []).append((canvas, owner.behind))
-            self._seen = (
-                slots,
-                [
-                    (
-                        automata[key],
-                        self._tensor([c for c, _ in each]),
-                        self._tensor([b for _, b in each]),
-                    )
-                    for key, each in members.items()
-                ],
-            )
+                    members.setdefault(owner.automaton, []).append((canvas, owner.behind))
+            groups = []
+            for automaton, each in members.items():
+                places, behind = zip(*each, strict=True)
+                groups.append((automaton, places, self._tensor(places), self._tensor(behind)))
+            self._seen = slots, groups
         return self._seen[1]
 
     def _tensor(self, values: Sequence[int]) -> Tensor:

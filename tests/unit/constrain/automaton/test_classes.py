@@ -5,7 +5,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from helpers.automata import END, PAD, SPECIAL, VOCABULARY, accepts, after
+from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, accepts, after
 
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
 from vllm_diffusion.constrain.automaton.network import Networks

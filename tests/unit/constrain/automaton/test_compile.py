@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.automata import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
+from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
 
 from vllm_diffusion.constrain.automaton.classes import Limits
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.automata import END, VOCABULARY, Walk, accepts, spelled
+from helpers.spelling import END, VOCABULARY, Walk, accepts, spelled
 from jsonschema import Draft202012Validator
 
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint

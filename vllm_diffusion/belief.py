@@ -1,0 +1,146 @@
+"""What the model believes about the canvases of a step: the head, and what constrains it.
+
+      hidden rows [B * L, H]
+            |  head            where somebody reads what it says: not on commit rows, nor beyond a
+            |                  canvas
+            |  automata        a canvas that must obey one is conditioned on being accepted, all of
+            |                  its rows at once (``constrain.automaton``)
+            v
+      CanvasStats [B, L]
+
+The self-conditioning of a constrained canvas stays the model's own, unconstrained belief: that is
+what it was trained with, and the head has it after one pass over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from vllm_diffusion.constrain.automaton.posterior import condition
+from vllm_diffusion.constrain.automaton.rows import constrained
+from vllm_diffusion.denoise.rng import Purpose, philox, uniform
+from vllm_diffusion.records import CanvasStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
+    from vllm_diffusion.head import Head
+    from vllm_diffusion.head.rows import Rows
+
+# What the statistics of constrained rows by class may take at once; a class of a row takes 24
+# numbers at its highest. Canvases of one automaton that need more are taken in turn.
+_BYTES_AT_ONCE: Final = 2**28
+_BYTES_A_CLASS: Final = 96
+
+
+def beliefs(
+    head: Head, rows: Rows, *, read: Tensor, automata: Sequence[ConstrainedCanvases] = ()
+) -> CanvasStats:
+    """Statistics of all canvases of a step, [B, L].
+
+    Args:
+        head: turns rows into statistics.
+        rows: all of them, canvas by canvas.
+        read: [B, L] bool, where somebody looks.
+        automata: which canvases obey one, each canvas at most once.
+    """
+    num, length = read.shape
+    if not automata:
+        return _read(head, rows, read).reshape(num, length)
+    obeying = {canvas for each in automata for canvas in each.places}
+    stats = CanvasStats.of_nothing(rows.hidden)
+    if others := [canvas for canvas in range(num) if canvas not in obeying]:
+        free = torch.tensor(others, device=read.device)
+        index = rows_of(free, length)
+        stats = stats.replaced(index, _read(head, rows.take(index), read[free]))
+    for each in automata:
+        for part in _in_turn(each, length):
+            index = rows_of(part.canvas, length)
+            stats = stats.replaced(index, _obedient(head, rows.take(index), part))
+    return stats.reshape(num, length)
+
+
+def rows_of(canvases: Tensor, length: int) -> Tensor:
+    """[K * length] int64, the rows of canvases [K] int64 among those of a batch."""
+    offset = torch.arange(length, device=canvases.device)
+    return (canvases[:, None] * length + offset).flatten()
+
+
+def soft_embeddings(
+    pool: CanvasPool, slots: Tensor, *, published: bool, length: int
+) -> Tensor | None:
+    """How much of a soft embedding every row needs, see ``Head``; None: all of it, all of them.
+
+    The last step that a canvas may take conditions nothing. Which canvases that concerns is looked
+    at where it is free.
+
+    Args:
+        pool: the canvases' state.
+        slots: [B] int64.
+        published: the rule ends a canvas that is out of steps.
+        length: rows a canvas.
+    """
+    top_k = None if pool.soft_top_k is None else pool.soft_top_k[slots]
+    if published and slots.device.type == "cpu":
+        last = pool.step[slots] + 1 >= pool.max_steps[slots]
+        if last.any():
+            top_k = torch.where(last, -1, 0 if top_k is None else top_k)
+    return None if top_k is None else top_k.repeat_interleave(length)
+
+
+def _read(head: Head, rows: Rows, read: Tensor) -> CanvasStats:
+    """Run the head where somebody reads what it says; zeros elsewhere, or anything.
+
+    Which rows those are is data of the device. Only where it is the host's memory is it free to
+    look, so elsewhere all rows are computed.
+    """
+    if read.device.type != "cpu" or read.all():
+        return said_of(head, rows)
+    index = read.flatten().nonzero()[:, 0]
+    if not index.numel():
+        return CanvasStats.of_nothing(rows.hidden)
+    return said_of(head, rows.take(index)).spread(index, len(rows))
+
+
+def said_of(head: Head, rows: Rows) -> CanvasStats:
+    """What the head says of some rows."""
+    return head(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
+
+
+def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[ConstrainedCanvases]:
+    row = canvases.automaton.num_classes * _BYTES_A_CLASS
+    at_once = max(1, _BYTES_AT_ONCE // (row * length))
+    for first in range(0, len(canvases.places), at_once):
+        yield canvases.some(slice(first, first + at_once))
+
+
+def _obedient(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasStats:
+    """Statistics of the rows of K canvases given that their automaton accepts them."""
+    automaton, num = canvases.automaton, len(canvases.places)
+    own, classes = head.by_class(
+        rows.hidden,
+        rows.temperature,
+        rows.noise,
+        rows.rewrite,
+        rows.soft_top_k,
+        class_of=automaton.class_of,
+        num_classes=automaton.num_classes,
+    )
+    word, *_ = philox(rows.noise.seed, rows.noise.position, rows.noise.step, Purpose.PATH)
+    posterior = condition(
+        classes.log_mass.reshape(num, -1, automaton.num_classes),
+        classes.best_log_prob.reshape(num, -1, automaton.num_classes),
+        own.top_prob.log().reshape(num, -1),
+        edges=automaton.edges,
+        start=canvases.start,
+        rows=canvases.rows,
+        left=canvases.left,
+        uniforms=uniform(word).reshape(num, -1),
+    )
+    return constrained(own, classes, posterior, automaton.class_of)

@@ -1,0 +1,126 @@
+"""A constraint as a grammar that a parser follows token by token, compiled for a vocabulary.
+
+Takes what vLLM's structured outputs take, a kind and its text. Gives a compiled grammar, from which
+every request gets a parser of its own. Any grammar without context will do: what nests may nest
+as deep as it likes. Compiling takes long (it sorts the vocabulary by what the grammar's states say
+of it), so results are kept; xgrammar does both, and is the only thing that this file wraps.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import xgrammar
+
+from vllm_diffusion.constrain.automaton.compile import grammar_of
+from vllm_diffusion.constrain.automaton.written import written
+from vllm_diffusion.constrain.guard import Guard
+from vllm_diffusion.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CACHE_BYTES: Final = 256 << 20
+"""Compiled grammars that are kept, about; each takes up to a few MB at 262144 tokens."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary and keeps them; may be shared by threads.
+
+    Args:
+        vocabulary: what every token id writes; empty for one that writes nothing, as special tokens
+            do, which no grammar can say. As long as the model's vocabulary.
+        threads: that compile one grammar.
+        cache_bytes: that compiled grammars may take, roughly.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[bytes],
+        *,
+        threads: int = 4,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        # Which tokens end a text is the request's. Named here, they would write nothing elsewhere:
+        # xgrammar lets such a token stand anywhere in the text of a request that has others.
+        info = xgrammar.TokenizerInfo(
+            list(vocabulary),
+            xgrammar.VocabType.RAW,
+            vocab_size=len(vocabulary),
+            stop_token_ids=[],
+        )
+        self._silent = frozenset(token for token, text in enumerate(vocabulary) if not text)
+        self._compiler = xgrammar.GrammarCompiler(
+            info, max_threads=threads, cache_limit_bytes=cache_bytes
+        )
+
+    def compile(
+        self, kind: str, text: str, *, any_whitespace: bool = True
+    ) -> xgrammar.CompiledGrammar:
+        """Compile a constraint, or find it among those that were.
+
+        Args:
+            kind: a field of vLLM's ``StructuredOutputsParams``.
+            text: what it holds, as JSON where it is no text.
+            any_whitespace: between the parts of JSON values; else none.
+
+        Raises:
+            ConstraintError: the text is no constraint of this kind, or xgrammar cannot follow it,
+                or no token of the vocabulary can begin it.
+        """
+        try:
+            compiled = self._compiler.compile_grammar(
+                _grammar(kind, text, any_whitespace=any_whitespace)
+            )
+        # What xgrammar raises is as various as what it reads.
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise ConstraintError(
+                f"The constraint {kind} cannot be read: {_reason(error)}"
+            ) from error
+        mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+        matcher = xgrammar.GrammarMatcher(compiled)
+        matcher.fill_next_token_bitmask(mask)
+        if not mask.any() and not matcher.is_completed():
+            raise ConstraintError(f"No token of the vocabulary can begin what {kind} asks for.")
+        return compiled
+
+    def guard(
+        self,
+        compiled: xgrammar.CompiledGrammar,
+        *,
+        end_tokens: Sequence[int],
+        tokens_left: int | None = None,
+        written: Sequence[int] = (),
+    ) -> Guard:
+        """The guard of a request.
+
+        Args:
+            compiled: by this compiler.
+            end_tokens: ids that end the request's text, at least one.
+            tokens_left: that it may write yet; None for any number.
+            written: the tokens it has written, where it comes back.
+        """
+        return Guard(
+            xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(end_tokens)),
+            end_tokens=end_tokens,
+            silent=self._silent,
+            vocab_size=compiled.tokenizer_info.vocab_size,
+            tokens_left=tokens_left,
+            written=written,
+        )
+
+
+def _grammar(kind: str, text: str, *, any_whitespace: bool) -> xgrammar.Grammar:
+    if kind == "grammar":
+        return xgrammar.Grammar.from_ebnf(text)
+    if kind == "structural_tag":
+        return xgrammar.Grammar.from_structural_tag(text)
+    # xgrammar reads the others too, but not all that a schema says.
+    rules = grammar_of(kind, text, any_whitespace=any_whitespace)
+    return xgrammar.Grammar.from_ebnf(written(rules))
+
+
+def _reason(error: Exception) -> str:
+    """What xgrammar says, without the place in its source that it begins with."""
+    return re.sub(r"^\[\S+ \S+\.cc:\d+: ", "", str(error).strip())
