@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vllm_diffusion.upstream import (
     cpu_host,
     cpu_kernels,
     ledger,
+    structured_outputs,
     torch_companions,
     versions,
 )
@@ -240,6 +242,40 @@ def test_a_suffix_becomes_an_option_of_a_diffusion_model(monkeypatch):
 def test_another_model_keeps_its_answer_to_a_suffix(monkeypatch):
     refused = suffixed(monkeypatch, is_diffusion=False, suffix="b")
     assert "only supported for models with FIM" in refused
+
+
+@pytest.mark.parametrize("name", ["preprocess_chat", "preprocess_completion"])
+def test_a_renderers_method_takes_its_request_first(name):
+    method = resolve(f"vllm.renderers.online_renderer.OnlineRenderer.{name}")
+    assert list(inspect.signature(method).parameters)[:2] == ["self", "request"]
+
+
+@pytest.mark.parametrize("is_diffusion", [True, False])
+def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    async def preprocess_chat(_self, _request):
+        return "rendered"
+
+    seen = []
+
+    def check(sampling, *_args):
+        seen.append((sampling.structured_outputs.choice, threading.current_thread()))
+        raise ValueError
+
+    monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
+    monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
+    structured_outputs.compile_beside("preprocess_chat")
+    model = types.SimpleNamespace(is_diffusion=is_diffusion)
+    config = types.SimpleNamespace(model_config=model, structured_outputs_config=None)
+    inner = types.SimpleNamespace(config=config, get_tokenizer=lambda: None)
+    renderer = types.SimpleNamespace(model_config=model, renderer=inner)
+    asked = StructuredOutputsParams(choice=["a"])
+    request = types.SimpleNamespace(extract_structured_outputs=lambda: asked, stop_token_ids=[])
+    assert asyncio.run(OnlineRenderer.preprocess_chat(renderer, request)) == "rendered"
+    assert [choice for choice, _ in seen] == [["a"]] * is_diffusion
+    assert threading.current_thread() not in [thread for _, thread in seen]
 
 
 REPLIES = {

@@ -48,15 +48,19 @@ def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralT
     if not tools:
         return None
     # Chat completions keep a tool's fields one level below; a choice of one tool likewise.
-    functions = [vars(tool).get("function", tool) for tool in tools]
-    named = None if isinstance(choice, str) else vars(choice).get("function", choice)
+    functions = [vars(vars(tool).get("function", tool)) for tool in tools]
+    named = None if isinstance(choice, str) else vars(choice).get("function", choice).name
     if named is not None:
-        functions = [each for each in functions if each.name == named.name]
+        functions = [each for each in functions if each["name"] == named]
     ids = parser.vocab
     try:
         grammar = call_grammar(
             [
-                Function(name=each.name, parameters=each.parameters, strict=each.strict is True)
+                Function(
+                    name=each["name"],
+                    parameters=each.get("parameters"),
+                    strict=each.get("strict") is True,
+                )
                 for each in functions
             ],
             CallTokens(begin=ids["<|tool_call>"], end=ids["<tool_call|>"], quote=ids['<|"|>']),

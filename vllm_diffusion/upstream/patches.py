@@ -16,6 +16,7 @@ from vllm_diffusion.upstream import (
     canvas_text,
     cpu_host,
     cpu_kernels,
+    gemma_tools,
     request_validation,
     serving_config,
     structured_outputs,
@@ -191,6 +192,20 @@ SERVING_PATCHES: Final = (
         install=structured_outputs.leave_room,
         needed=canvas_text.requests_lack_a_hook,
     ),
+    *(
+        Patch(
+            name=f"constraint-compile-{name.rpartition('_')[2]}",
+            target=f"vllm.renderers.online_renderer.OnlineRenderer.{name}",
+            why="a constraint compiles for a moment, and a request is checked in the event loop, "
+            "where everybody waits.",
+            upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.add_request",
+            remove_when="vLLM checks requests outside of the event loop",
+            applies=_always,
+            install=partial(structured_outputs.compile_beside, name),
+            needed=structured_outputs.requests_are_checked_in_the_loop,
+        )
+        for name in ("preprocess_chat", "preprocess_completion")
+    ),
     Patch(
         name="completion-suffix",
         target="vllm.renderers.online_renderer.OnlineRenderer.render_completion",
@@ -200,6 +215,18 @@ SERVING_PATCHES: Final = (
         applies=_always,
         install=canvas_text.take_suffix,
         needed=canvas_text.suffix_is_refused,
+    ),
+    Patch(
+        name="gemma-tools",
+        target="vllm.tool_parsers.gemma4_engine_tool_parser.Gemma4EngineToolParser."
+        "get_structural_tag",
+        why="a call that is required, named or strict is enforced for other formats; for Gemma's "
+        "it is hoped for.",
+        upstream_reference="xgrammar/builtin_structural_tag.py: _get_gemma_4_structural_tag",
+        remove_when="vLLM has a structural tag for gemma_4",
+        applies=_always,
+        install=gemma_tools.constrain_calls,
+        needed=gemma_tools.calls_are_free,
     ),
     Patch(
         name="telemetry-outputs",

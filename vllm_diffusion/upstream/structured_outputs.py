@@ -9,8 +9,11 @@ Also here: how vLLM says that a request thinks before its constraint begins.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -117,6 +120,55 @@ def check_room(
     kept = constraint_for(_completed(sampling, model, tokenizer), model, config, tokenizer)
     if problem := no_room(kept, limit, thinks=thinks):
         raise VLLMValidationError(problem)
+
+
+def compile_beside(name: str) -> None:
+    """Make a method of `OnlineRenderer` compile the constraint of its request in a thread.
+
+    The checks of a request run in the event loop, before its answer begins. With the automaton in
+    the cache by then, they take no time from other clients.
+
+    Args:
+        name: of an async method that takes the request first and is awaited before the checks.
+    """
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    original = vars(OnlineRenderer)[name]
+
+    @functools.wraps(original)
+    async def compiling(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await original(self, request, *args, **kwargs)
+        if self.model_config.is_diffusion and hasattr(request, "extract_structured_outputs"):
+            await asyncio.to_thread(_compile, self.renderer, request)
+        return result
+
+    setattr(OnlineRenderer, name, compiling)
+
+
+def _compile(renderer: Any, request: Any) -> None:
+    """Leave the automaton of a request in the cache; whatever is wrong is said by its checks."""
+    from vllm.sampling_params import SamplingParams
+
+    with contextlib.suppress(Exception):
+        constraint = request.extract_structured_outputs()
+        if constraint is not None:
+            sampling = SamplingParams(
+                # vLLM's check may write into it.
+                structured_outputs=replace(constraint),
+                stop_token_ids=request.stop_token_ids,
+            )
+            config = renderer.config
+            sampling._validate_structured_outputs(
+                config.model_config, config.structured_outputs_config, renderer.get_tokenizer()
+            )
+
+
+def requests_are_checked_in_the_loop() -> bool:
+    """Whether a rendered request still enters the engine in the event loop."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    source = inspect.getsource(AsyncLLM.add_request)
+    return "request = self.input_processor.process_inputs(\n" in source
 
 
 def diffusion_is_refused() -> bool:

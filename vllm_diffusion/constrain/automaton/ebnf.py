@@ -23,11 +23,11 @@ from vllm_diffusion.constrain.automaton.syntax import (
     complement,
     merged,
 )
+from vllm_diffusion.constrain.automaton.vocabulary import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 _KINDS = {
     7: "tags inside free text (TagDispatch)",
-    9: "tokens by their id",
     10: "all tokens but some, by their ids",
     12: "a regular expression inside a rule",
 }
@@ -95,6 +95,8 @@ class _Reader:
             case 8:
                 rule, least, most = arguments[:3]
                 return Repeat(self._called(rule), least, None if most < 0 else most)
+            case 9:
+                return Choice(tuple(Text(mark(token)) for token in arguments))
         what = _KINDS.get(kind, f"an expression of kind {kind}")
         raise AutomatonError(f"The grammar uses {what}, which no automaton is built for.")
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_MARK = b"\xff"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Vocabulary:
@@ -37,10 +39,11 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokens: Sequence[bytes], special: Collection[int] = ()) -> Vocabulary:
-        """From the bytes of every token id; special ones write nothing that can be read."""
-        texts = list(tokens)
+        """From the bytes of every token id; special ones are read by their id alone, see `mark`."""
+        # No text has this byte, and spelled byte by byte a mark would not be its token.
+        texts = [b"" if _MARK in text else text for text in tokens]
         for token in special:
-            texts[token] = b""
+            texts[token] = mark(token)
         data = np.frombuffer(b"".join(texts), dtype=np.uint8)
         length = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
         first = np.cumsum(length) - length
@@ -64,6 +67,11 @@ class Vocabulary:
             levels=np.array(levels),
             fingerprint=digest.hexdigest(),
         )
+
+
+def mark(token: int) -> bytes:
+    """What stands for a special token in texts: bytes that no character of UTF-8 has."""
+    return _MARK + token.to_bytes(3, "big")
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:

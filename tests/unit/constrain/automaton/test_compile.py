@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from helpers.spelling import END, VOCABULARY, Walk, accepts, spelled
+from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
 
 from vllm_diffusion.constrain.automaton.classes import Limits
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
-from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
+from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 from vllm_diffusion.testing import tiny_tokenizer
 
@@ -161,12 +161,27 @@ def test_a_tokenizer_of_the_library():
     vocabulary = vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=inner), 520)
     assert len(vocabulary) == 520
     for token in range(len(tiny_tokenizer.SPECIAL_TOKENS)):
-        assert vocabulary.text(token) == b""
+        assert vocabulary.text(token) == mark(token)
     for text in ('{"name": "Alice"}', " the é 😀\n\t"):
         ids = inner.encode(text, add_special_tokens=False).ids
         assert b"".join(map(vocabulary.text, ids)).decode() == text
-    assert vocabulary.text(515) == b""
+    assert vocabulary.text(515) == mark(515)
     schema = json.dumps({"type": "object", "properties": {"name": {"type": "string"}}})
     automaton = compiled("json", schema, vocabulary=vocabulary, end_ids=[1, 5])
     assert accepts(automaton, inner.encode('{"name": "Alice"}', add_special_tokens=False).ids)
     assert isinstance(json.loads(Walk(automaton, 0, vocabulary).text(20)), dict)
+
+
+def test_special_tokens_are_read_by_id_and_never_as_text():
+    special = f"<special{SPECIAL}>"
+    grammar = f'root ::= "a" Token({SPECIAL}) [^x]*'
+    automaton = compile_constraint("grammar", grammar, vocabulary=VOCABULARY, end_ids=[END])
+    rng = np.random.default_rng(0)
+    one, other = spelled("a", rng), spelled("b", rng)
+    assert accepts(automaton, [*one, SPECIAL, *other])
+    assert not accepts(automaton, [*one, SPECIAL, SPECIAL])
+    assert not accepts(automaton, [*one, PAD, *other])
+    assert not accepts(automaton, spelled(f"a{special}b", rng))
+    # Nor byte by byte, by tokens of single bytes.
+    single = {VOCABULARY.text(token): token for token in range(SPECIAL + 1, SPECIAL + 257)}
+    assert None in {single.get(bytes([byte])) for byte in mark(SPECIAL)}

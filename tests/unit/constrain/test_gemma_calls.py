@@ -1,0 +1,145 @@
+"""Calls in Gemma's form: which the grammar of some tools takes, token by token."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
+from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary, vocabulary_of
+from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
+from vllm_diffusion.constrain.gemma_calls import CallTokens, Function, call_grammar
+from vllm_diffusion.errors import ConstraintError
+from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
+
+pytest.importorskip("xgrammar")
+
+TOKENS = CallTokens(
+    begin=token_id("<|tool_call>"), end=token_id("<tool_call|>"), quote=token_id('<|"|>')
+)
+NODE = {
+    "type": "object",
+    "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/node"}},
+    "required": ["x"],
+}
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 8},
+        "days": {"type": "integer", "description": "how many"},
+        "unit": {"enum": ["c", "f", 7, None]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+        "node": {"$ref": "#/$defs/node"},
+    },
+    "required": ["city", "unit"],
+    "$defs": {"node": NODE},
+}
+
+
+@cache
+def tokenizer() -> Any:
+    return build_tokenizer(512)
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    from transformers import PreTrainedTokenizerFast
+
+    return vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer()), 512)
+
+
+def takes(text: str, *functions: Function, required: bool = True, several: bool = True) -> bool:
+    """Whether a complete answer is what the grammar says."""
+    grammar = call_grammar(functions, TOKENS, required=required, several=several)
+    automaton = compile_constraint("grammar", grammar, vocabulary=vocabulary(), end_ids=[1])
+    ids = tokenizer().encode(text, add_special_tokens=False).ids
+    state = Walk(automaton).through(automaton.start, ids)
+    return state != DEAD and bool(automaton.accepting[state])
+
+
+def tool(parameters: Any = WEATHER, *, name: str = "weather", strict: bool = True) -> Function:
+    return Function(name=name, parameters=parameters, strict=strict)
+
+
+def call(arguments: str, name: str = "weather") -> str:
+    return f"<|tool_call>call:{name}{{{arguments}}}<tool_call|>".replace("'", '<|"|>')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        ("city:'Paris',unit:'c'", True),
+        ("city:'Paris',days:3,tags:[true,false],unit:7", True),
+        ("city:'a|b',node:{next:{x:1.5},x:-2e3},unit:null", True),
+        ("city:'Paris'", False),  # lacks one
+        ("unit:'c',city:'Paris'", False),  # another order
+        ("city:'Paris',unit:'k'", False),
+        ("city:'',unit:'c'", False),
+        ("city:'Paris, France',unit:'c'", False),
+        ("city:Paris,unit:'c'", False),
+        ("city:'Paris',days:3.5,unit:'c'", False),
+        ("city:'Paris',tags:[],unit:'c'", False),
+        ("city:'Paris',tags:[true,true,true],unit:'c'", False),
+        ("city:'Paris',node:{},unit:'c'", False),
+        ("city:'Paris',more:1,unit:'c'", False),
+    ],
+)
+def test_arguments_follow_their_schema(arguments: str, taken: bool) -> None:
+    assert takes(call(arguments), tool()) is taken
+
+
+def test_a_string_cannot_spell_what_ends_it() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    assert takes(call("a:'x < y'"), tool(schema))
+    assert not takes(call("a:'x <| y'"), tool(schema))
+
+
+def test_a_tool_without_a_schema_takes_anything_and_one_without_parameters_nothing() -> None:
+    anything = tool(None, strict=False)
+    assert takes(call("a:{b:[1,'x',null]},c_d:true"), anything)
+    assert takes(call(""), anything)
+    nothing = tool({"type": "object", "properties": {}})
+    assert takes(call(""), nothing)
+    assert not takes(call("a:1"), nothing)
+
+
+def test_calls_that_are_required_are_all_there_is() -> None:
+    one, two = tool(None, name="one", strict=False), tool(None, name="two", strict=False)
+    both = call("", "one") + call("", "two")
+    assert takes(both, one, two)
+    assert takes(call("", "two"), one, two)
+    assert not takes(both, one, two, several=False)
+    for text in ("", "text", "text" + both, both + "text", call("", "three")):
+        assert not takes(text, one, two)
+
+
+def test_calls_that_are_not_required_stand_in_text() -> None:
+    one = tool(None, name="one", strict=False)
+    mixed = f"text {call('', 'one')} more"
+    for text in ("", "text", mixed, mixed * 2, "spelled call:one{}"):
+        assert takes(text, one, required=False)
+    assert not takes(mixed * 2, one, required=False, several=False)
+    assert not takes(f"text {call('', 'other')}", one, required=False)
+
+
+def test_a_strict_schema_that_cannot_be_kept_is_refused_and_another_one_kept_in_part() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a+"}}}
+    with pytest.raises(ConstraintError, match=r"parameters\.a uses pattern"):
+        takes("", tool(schema))
+    assert takes(call("a:'b'"), tool(schema, strict=False))
+    assert not takes(call("a:1"), tool(schema, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"properties": {"a": {"$ref": "#/$defs/gone"}}}, "refers to '#/\\$defs/gone'"),
+        ({"properties": {"a": {"$ref": "http://other"}}}, "refers to 'http://other'"),
+        ({"properties": {"a:b": {}}}, "called 'a:b'"),
+    ],
+)
+def test_a_schema_that_makes_no_sense(schema: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConstraintError, match=problem):
+        takes("", tool(schema, strict=False))
