@@ -102,6 +102,7 @@ def test_one_clear_error(kind, text, message):
     ("kind", "text"),
     [
         ("json_object", ""),
+        ("regex", "a{50}"),
         ("regex", "a{500}"),
         ("regex", "(a{1000}){1000}"),
         ("regex", "((a{0,99}){0,99}){0,99}"),

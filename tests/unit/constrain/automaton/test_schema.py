@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers.spelling import END, VOCABULARY, Walk, accepts, spelled
 from helpers.schemas import TABLE, J, N, S, arr, obj, string
+from helpers.spelling import END, VOCABULARY, Walk, accepts, spelled
 from jsonschema import Draft202012Validator
 
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
