@@ -5,7 +5,8 @@
 The vocabulary is made up, of Gemma's size and shape: bytes to fall back on, characters of many
 scripts, runs of white space and of punctuation, single digits, and pronounceable words in lower
 case, capitalised and in capitals, with and without a space before them. `trie ms` is building its
-trie, which a server does once. Every constraint is compiled `n` times without a cache; medians.
+trie, which a server does once. Every constraint is compiled five times without a cache; medians.
+The first grammar also imports xgrammar. `depth` is how deep a recursive one is followed.
 """
 
 from __future__ import annotations
@@ -121,6 +122,12 @@ CONSTRAINTS = {
             }
         ),
     ),
+    "30 optional": (
+        "json",
+        json.dumps(
+            {"type": "object", "properties": {f"field_{n}": {"type": "string"} for n in range(30)}}
+        ),
+    ),
     "string of 200": ("json", json.dumps({"type": "string", "maxLength": 200})),
     "tree": ("json", json.dumps(_TREE)),
     "any object": ("json_object", ""),
@@ -201,7 +208,7 @@ def main() -> None:
     for name, (kind, text) in CONSTRAINTS.items():
         seconds = []
         for _ in range(1 if options.quick else 5):
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             try:
                 automaton = compile_constraint(
                     kind, text, vocabulary=vocabulary, end_ids=[END], cache=AutomatonCache(0)
@@ -209,13 +216,14 @@ def main() -> None:
             except ConstraintError as error:
                 print(f"{name}: {error}")
                 break
-            seconds.append(time.perf_counter() - begin)
+            seconds.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
         else:
             rows.append(
                 {
                     "constraint": name,
-                    "ms": 1e3 * median(seconds),
-                    "worst ms": 1e3 * max(seconds),
+                    "ms": 1e3 * median(wall for wall, _ in seconds),
+                    "cpu ms": 1e3 * median(cpu for _, cpu in seconds),
+                    "worst cpu ms": 1e3 * max(cpu for _, cpu in seconds),
                     "states": automaton.num_states,
                     "classes": automaton.num_classes,
                     "edges": len(automaton.source),
@@ -224,12 +232,12 @@ def main() -> None:
                 }
             )
     _report.print_table(rows)
-    typical = [row["ms"] for row in rows if row["depth"] is None]
+    typical = [row["cpu ms"] for row in rows if row["depth"] is None]
     results = {f"{row['constraint']}.{key}": row[key] for row in rows for key in list(row)[1:]}
     _report.finish(
         {"vocab": len(vocabulary), "trie_ms": trie, **results},
         f"{len(vocabulary)} tokens, trie {trie:.0f} ms; constraints without recursion in "
-        f"{median(typical):.0f} ms (median), {max(typical):.0f} ms at most",
+        f"{median(typical):.0f} ms of processor time (median), {max(typical):.0f} ms at most",
         options.json,
     )
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from vllm_diffusion.belief import beliefs, said_of, soft_embeddings
-from vllm_diffusion.constrain.guard import Guard, Outlook, look_ahead, obedient, under_mask
+from vllm_diffusion.constrain.guard import Guard, look_ahead, obedient, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.denoise.accept import entropy_bound, held
@@ -111,14 +111,14 @@ def advance(
     read = batch.valid & ~pool.causal[slots][:, None]
     stats = beliefs(head, rows, read=read, automata=automata)
     guards = _denoising(pool, slots, guards or {})
-    found: dict[int, Outlook] = {}
+    corrected: dict[int, int] = {}
     if guards:
 
         def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
             asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, masks))
             return said_of(head, asked)
 
-        stats, found = look_ahead(guards, batch, stats, ask)
+        stats, corrected = look_ahead(guards, batch, stats, ask)
     decision = (rule or decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
@@ -128,8 +128,16 @@ def advance(
             pool, batch, stats, decision, rows=rows.hidden, head=head, rewrite=rewrite
         )
     if guards:
-        out_of_steps = pool.step[slots] + 1 >= pool.max_steps[slots]
-        decision = obedient(guards, found, batch, stats, decision, out_of_steps=out_of_steps)
+        same = (stats.argmax == pool.argmax[slots]) | ~batch.valid
+        decision = obedient(
+            guards,
+            corrected,
+            batch,
+            stats,
+            decision,
+            rests=same.all(dim=1) & (pool.step[slots] > pool.first_step[slots]),
+            out_of_steps=pool.step[slots] + 1 >= pool.max_steps[slots],
+        )
     if observe is not None:
         observe(pool, batch, stats, decision)
     return pool.apply(batch, stats, decision)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_diffusion import records
-from vllm_diffusion.records import CanvasStats, Noise
+from vllm_diffusion.records import CanvasStats, ClassStats, Noise
 
 RECORDS = [
     records.CanvasBatch,
@@ -96,3 +96,17 @@ def test_noise_rows_cuts_every_part_of_the_key() -> None:
     assert part.seed.tolist() == [[2, 3], [4, 5]]
     assert part.position.tolist() == [7, 14]
     assert part.step.tolist() == [1, 2]
+
+
+def test_statistics_by_class_are_joined_and_put_in_their_places() -> None:
+    def numbered(rows: int, first: int) -> ClassStats:
+        line = torch.arange(first, first + rows)[:, None] * 10 + torch.arange(2)
+        names = [field.name for field in fields(ClassStats)]
+        return ClassStats(**{name: line + 1000 * at for at, name in enumerate(names)})
+
+    joined = ClassStats.concatenate([numbered(2, 0), numbered(1, 2)])
+    placed = joined.spread(torch.tensor([2, 0, 1]))
+    for field in fields(ClassStats):
+        whole = getattr(numbered(3, 0), field.name)
+        assert torch.equal(getattr(joined, field.name), whole)
+        assert torch.equal(getattr(placed, field.name), whole[[1, 2, 0]])

@@ -72,6 +72,7 @@ def run(
     budget: int = BUDGET,
     constraints: Constraints = NOTHING,
     ends: tuple[int, ...] = (END,),
+    doubt: float = 0.0,
 ) -> Run:
     """A request alone, canvas by canvas, until its end token or its budget."""
     engine = Engine(TableModel(seed=seed, sharpness=sharpness))
@@ -79,6 +80,7 @@ def run(
     engine.admit(1, seed=seed, start=START, constraints=constraints, guard=guard)
     engine.pool.max_steps[1] = max_steps
     engine.pool.fused[1] = fused
+    engine.pool.doubt_threshold[1] = doubt
     emissions, tokens = [], []
     while len(tokens) < budget and not set(ends) & set(tokens):
         emission = engine.step(1)
@@ -138,10 +140,22 @@ def test_a_budget_cuts_a_text_and_frees_the_rows_behind_it() -> None:
     for budget in (1, 3, 17):
         ours = run(JSON, 8, budget=budget)
         assert may_be_begun(JSON, ours.tokens)
-    # Were they not free, the canvas would have to be legal as a whole to settle.
-    ours = run(JSON, 8, budget=1, sharpness=3.0)
-    assert ours.counts == [LENGTH]
-    assert ours.emissions[0].reason.tolist() == [StopReason.SETTLED]
+    # The model writes nothing but brackets: one is a beginning, two are not.
+    brackets = Constraints(bias=((VOCABULARY.index(b"{"), 90.0),))
+    for budget, counts in ((1, [LENGTH]), (2, [2])):
+        ours = run(JSON, 8, budget=budget, constraints=brackets)
+        assert ours.counts == counts
+        assert ours.emissions[0].reason.tolist() == [StopReason.SETTLED]
+
+
+def test_logits_that_are_no_numbers_end_no_canvas_short_of_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nothing = torch.full((LENGTH, VOCAB), torch.nan)
+    monkeypatch.setattr(TableModel, "logits", lambda *_: nothing)
+    ours = run(JSON, 1, max_steps=2, budget=12)
+    assert may_be_begun(JSON, ours.tokens)
+    assert min(ours.counts) >= 1
 
 
 # ---- what a step does ----
@@ -287,18 +301,42 @@ def test_neighbours_do_not_notice_each_other(*, fused: bool) -> None:
         assert_equal_slots(alone.pool, together.pool, slot)
 
 
-def test_a_canvas_settles_only_if_all_of_it_is_legal() -> None:
-    settled = 0
-    for seed in range(5):
-        ours = run(TREE, seed, sharpness=3.0)
-        behind: list[int] = []
+def test_a_canvas_that_needs_a_correction_ends_once_that_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    early = late = 0
+    # The last rule would have every canvas end in its first step.
+    for seed, (sharpness, doubt) in enumerate(((3.0, 0.0), (0.0, 0.0), (3.0, 1.0 + LENGTH))):
+        watched = Watched(monkeypatch)
+        ours = run(TREE, seed, sharpness=sharpness, doubt=doubt, fused=True)
+        monkeypatch.undo()
+        step = -1
         for emission in ours.emissions:
-            count = int(emission.count[0])
-            if emission.reason.tolist() == [StopReason.SETTLED]:
-                settled += 1
-                assert count == LENGTH
-            behind += emission.tokens[0, :count].tolist()
-    assert settled > 1
+            step += int(emission.steps[0])
+            settled = emission.reason.tolist() == [StopReason.SETTLED]
+            if int(emission.count[0]) == LENGTH:
+                continue
+            if settled:
+                early += 1
+                last, now = (watched.stats[at].argmax for at in (step - 1, step))
+                assert int(emission.steps[0]) > 1
+                assert torch.equal(last, now)
+                row = int(emission.count[0]) - 1
+                assert bool(watched.decisions[step].accept[0, row])
+            else:
+                late += 1
+                assert int(emission.steps[0]) == CONSTANTS.max_steps
+    assert early > 3
+    assert late > 3
+
+
+def test_nothing_behind_a_correction_is_committed() -> None:
+    # Every row says the same: the first is legal, the second is not and becomes a key.
+    brackets = Constraints(bias=((VOCABULARY.index(b"{"), 90.0),))
+    ours = run(JSON, 3, constraints=brackets)
+    assert ours.counts[0] == 2
+    assert int(ours.emissions[0].steps[0]) < CONSTANTS.max_steps
+    assert ours.emissions[0].reason.tolist() == [StopReason.SETTLED]
 
 
 def test_a_canvas_that_comes_back_goes_on_as_it_would_have() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import xgrammar
 
 from vllm_diffusion.constrain.automaton.compile import grammar_of
+from vllm_diffusion.constrain.automaton.ebnf import parsed
 from vllm_diffusion.constrain.automaton.written import written
 from vllm_diffusion.constrain.guard import Guard
 from vllm_diffusion.errors import ConstraintError
@@ -113,7 +114,7 @@ class GrammarCompiler:
 
 def _grammar(kind: str, text: str, *, any_whitespace: bool) -> xgrammar.Grammar:
     if kind == "grammar":
-        return xgrammar.Grammar.from_ebnf(text)
+        return parsed(text)
     if kind == "structural_tag":
         return xgrammar.Grammar.from_structural_tag(text)
     # xgrammar reads the others too, but not all that a schema says.

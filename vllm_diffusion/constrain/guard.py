@@ -5,12 +5,14 @@ its rows at once as ``constrain.automaton`` does. It can say how far a canvas is
 
 1. Every step, the argmax of a guarded canvas is read from the committed text on. The first row
    that may not stand there is asked again under the mask of what may: all of its statistics become
-   those of the masked distribution, and its new argmax is the next input of the row. Reading goes
-   on behind it, up to ``CORRECTIONS`` times. What is illegal behind that follows from tokens that
-   are about to change: it is left to the ordinary rule.
-2. A canvas settles only if all of it is legal, corrections in.
-3. At the step limit it commits the rows that are legal, corrections in, at least one. The rest is
-   denoised again, as part of the next canvas.
+   those of the masked distribution, and its new argmax is the next input of the row. The rows
+   behind it were guessed beside another token. They are left to the ordinary rule, and see the
+   correction in the next step.
+2. A canvas whose argmax is legal as it is settles by the ordinary rule, and is committed whole.
+3. One that needs a correction ends where the rule would settle it and the correction has changed
+   nothing since the step before; or at the step limit. It commits its rows up to the corrected one,
+   which is at least one. The rest is denoised again, as part of the next canvas, behind a text that
+   the model cannot overlook any more.
 
 So whatever is committed is the beginning of a text that the grammar allows, and behind a complete
 one stands an end token. What follows the end is free, as are rows that the request's budget does
@@ -24,8 +26,8 @@ The parser is on the host: a batch with guarded canvases waits for the device in
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,9 +41,6 @@ if TYPE_CHECKING:
     from xgrammar import GrammarMatcher
 
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
-
-CORRECTIONS: Final = 1
-"""Rows of a canvas that are corrected in a step."""
 
 
 class Guard:
@@ -145,22 +144,13 @@ class Guard:
         return self._given_up_ahead
 
 
-@dataclass(slots=True)
-class Outlook:
-    """How far a canvas is legal."""
-
-    legal: int  # rows from the first on, corrections in
-    first: int  # the token of the first of them
-    corrected: list[int] = field(default_factory=list)  # rows
-
-
 def look_ahead(
     guards: Mapping[int, Guard],
     batch: CanvasBatch,
     stats: CanvasStats,
     ask: Callable[[Tensor, Sequence[Tensor]], CanvasStats],
-) -> tuple[CanvasStats, dict[int, Outlook]]:
-    """Read every guarded canvas and correct it.
+) -> tuple[CanvasStats, dict[int, int]]:
+    """Read every guarded canvas and correct its first illegal row.
 
     Args:
         guards: of the canvases that denoise, by their place in the batch.
@@ -169,81 +159,83 @@ def look_ahead(
         ask: the head once more, given [N] int64 rows of the batch and a mask [V] bool for each.
 
     Returns:
-        The statistics with those of the corrected rows in them; what became of each canvas.
+        The statistics with those of the corrected rows in them; the row by canvas.
     """
-    length = stats.argmax.shape[1]
+    length, device = stats.argmax.shape[1], stats.argmax.device
     argmax, width = stats.argmax.tolist(), batch.width.tolist()
-    found = {}
+    corrected, masks = {}, []
     for canvas, guard in guards.items():
         guard.rewind()
-        tokens = argmax[canvas][: width[canvas]]
-        found[canvas] = Outlook(legal=guard.walk(tokens), first=tokens[0])
-    for _ in range(CORRECTIONS):
-        stuck = {canvas: each for canvas, each in found.items() if each.legal < width[canvas]}
-        if not stuck:
-            break
-        rows = torch.tensor([canvas * length + each.legal for canvas, each in stuck.items()])
-        rows = rows.to(stats.argmax.device)
-        again = ask(rows, [guards[canvas].legal() for canvas in stuck])
-        stats = stats.replaced(rows, again)
-        for (canvas, each), token in zip(stuck.items(), again.argmax.tolist(), strict=True):
-            each.first = each.first if each.legal else token
-            each.corrected.append(each.legal)
-            rest = argmax[canvas][each.legal + 1 : width[canvas]]
-            each.legal += guards[canvas].walk([token, *rest])
-    return stats, found
+        row = guard.walk(argmax[canvas][: width[canvas]])
+        if row < width[canvas]:
+            corrected[canvas] = row
+            masks.append(guard.legal())
+    if not corrected:
+        return stats, corrected
+    rows = torch.tensor([canvas * length + row for canvas, row in corrected.items()], device=device)
+    again = ask(rows, masks)
+    tokens = [
+        # Logits that are no numbers have no best token, and end no canvas: any legal one does.
+        token if mask[token] else int(mask.int().argmax())
+        for token, mask in zip(again.argmax.tolist(), masks, strict=True)
+    ]
+    again = replace(again, argmax=rows.new_tensor(tokens))
+    return stats.replaced(rows, again), corrected
 
 
 def obedient(
     guards: Mapping[int, Guard],
-    found: Mapping[int, Outlook],
+    corrected: Mapping[int, int],
     batch: CanvasBatch,
     stats: CanvasStats,
     decision: Decision,
     *,
+    rests: Tensor,
     out_of_steps: Tensor,
 ) -> Decision:
     """What becomes of guarded canvases: corrections held, nothing illegal settled or committed.
 
     Args:
         guards, batch: as for ``look_ahead``; a guard of a canvas that finishes has written it.
-        found: what ``look_ahead`` found.
+        corrected: the rows that ``look_ahead`` has corrected.
         stats: of the step, corrections in.
         decision: of the rule.
+        rests: [B] bool, the argmax is that of the step before, corrections in.
         out_of_steps: [B] bool, canvases that must end.
     """
-    device, (num, length) = stats.argmax.device, stats.argmax.shape
-    whole_rows = [found[each].legal if each in found else length for each in range(num)]
-    whole = torch.tensor(whole_rows, device=device) >= batch.width
-    corrected = [canvas * length + row for canvas, each in found.items() for row in each.corrected]
     held = torch.zeros_like(batch.valid)
-    held.view(-1)[torch.tensor(corrected, dtype=torch.int64, device=device)] = True
-    finished = decision.finished & (whole | out_of_steps)
+    for canvas, row in corrected.items():
+        held[canvas, row] = True
+    may_end = ~held.any(dim=1) | rests
+    finished = decision.finished & (may_end | out_of_steps)
     decision = replace(
         decision,
         accept=decision.accept | held,
         next_tokens=torch.where(held, stats.argmax, decision.next_tokens),
         finished=finished,
-        reason=torch.where(whole, decision.reason, StopReason.STEPS),
+        reason=torch.where(may_end, decision.reason, StopReason.STEPS),
     )
-    ends = finished.tolist()
     commit = decision.commit or _whole(batch, stats.argmax)
-    said, count, counts = commit.tokens.clone(), commit.count.clone(), commit.count.tolist()
-    cut = False
+    said, counts = commit.tokens.tolist(), commit.count.tolist()
+    tokens, count = commit.tokens.clone(), commit.count.clone()
+    changed = False
     for canvas, guard in guards.items():
-        if not ends[canvas]:
+        if not bool(finished[canvas]):
             continue
-        tokens = said[canvas, : counts[canvas]].tolist()
         guard.rewind()
-        legal = guard.walk(tokens)
-        if not legal:  # A bad word was taken out where the grammar leaves no other.
-            said[canvas, 0] = tokens[0] = found[canvas].first
+        end = min(counts[canvas], corrected.get(canvas, counts[canvas]) + 1)
+        legal = guard.walk(said[canvas][:end])
+        if not legal:
+            # A bad word was taken out of the first row, and the grammar leaves nothing else there.
+            best = int(guard.legal().int().argmax())
+            said[canvas][0] = tokens[canvas, 0] = best
             legal = 1
-        cut |= legal < len(tokens)
+            changed = True
+        changed |= legal < counts[canvas]
         count[canvas] = legal
-        guard.write(tokens[:legal])
-    if cut:
-        decision = replace(decision, commit=replace(commit, tokens=said, count=count))
+        guard.write(said[canvas][:legal])
+    if changed:
+        decision = replace(decision, commit=replace(commit, tokens=tokens, count=count))
     return decision
 
 
@@ -260,11 +252,15 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
     Returns:
         The rewrite of the N rows, each as a canvas of its own.
     """
-    own = Rewrite(canvas=torch.arange(len(rows), device=rows.device))
     lists: list[list[int]] = [[]] * len(rows)
     if rewrite is not None and rewrite.allowed is not None:
         lists = rewrite.allowed[rewrite.canvas[rows]].tolist()
-    own = replace(own, **_as_lists(masks, lists, rows.device))
+    allowed, forbidden = _as_lists(masks, lists)
+    own = Rewrite(
+        canvas=torch.arange(len(rows), device=rows.device),
+        allowed=_padded(allowed, rows.device),
+        forbidden=_padded(forbidden, rows.device),
+    )
     if rewrite is None:
         return own
     canvas = rewrite.canvas[rows]
@@ -293,28 +289,30 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
 
 
 def _as_lists(
-    masks: Sequence[Tensor], lists: Sequence[Sequence[int]], device: torch.device
-) -> dict[str, Tensor]:
-    """``Rewrite.allowed`` and ``Rewrite.forbidden`` of rows: the shorter of the two for each.
+    masks: Sequence[Tensor], lists: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The ids that rows may say, or those that they may not: the shorter list, the other empty.
 
     Args:
         masks: [V] bool for each row.
         lists: the ids that its request allows, -1 pads; of -1 alone, or empty, for all.
-        device: where the batch runs.
     """
     allowed, forbidden = [], []
     for mask, mine in zip(masks, lists, strict=True):
         both = [token for token in mine if token >= 0 and mask[token]]
-        few = 2 * int(mask.sum()) <= len(mask)
+        few = bool(both) or 2 * int(mask.sum()) <= len(mask)
         legal = torch.tensor(both) if both else mask.nonzero()[:, 0]
-        allowed.append(legal if both or few else legal[:0])
-        forbidden.append(legal[:0] if both or few else (~mask).nonzero()[:, 0])
-    parts = {"allowed": allowed, "forbidden": forbidden}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-1).to(device)
-        for name, part in parts.items()
-        if any(len(each) for each in part)
-    }
+        allowed.append(legal if few else legal[:0])
+        forbidden.append(legal[:0] if few else (~mask).nonzero()[:, 0])
+    return allowed, forbidden
+
+
+def _padded(lists: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """[N, M] int64, -1 pads; None where all lists are empty."""
+    if not any(len(each) for each in lists):
+        return None
+    padded = torch.nn.utils.rnn.pad_sequence([*lists], batch_first=True, padding_value=-1)
+    return padded.to(device)
 
 
 def _whole(batch: CanvasBatch, argmax: Tensor) -> Commit:

@@ -36,8 +36,8 @@ class Limits:
     """How large an automaton may become. What is beyond needs a parser."""
 
     states: int = 8192
-    classes: int = 4096
-    edges: int = 1 << 19
+    classes: int = 2048
+    edges: int = 1 << 17
     depth: int = 8  # of rules that embed themselves, as deep as the other limits let it
 
 

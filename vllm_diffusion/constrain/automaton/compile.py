@@ -6,6 +6,7 @@ import json
 import logging
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ from vllm_diffusion.constrain.automaton.tags import structural_tag
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
+    from vllm_diffusion.constrain.automaton.dfa import Dfa
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 
@@ -102,18 +104,20 @@ def compile_constraint(
         *(kind, text, vocabulary.fingerprint, tuple(end_ids), prefix_until, any_whitespace, limits),
         None if allowed is None else tuple(allowed),
     )
+    over_tokens = partial(
+        token_automaton,
+        vocabulary=vocabulary,
+        end_ids=end_ids,
+        allowed=allowed,
+        prefix_until=prefix_until,
+        limits=limits,
+    )
     automaton = cache.get(key)
     if automaton is None:
         try:
             grammar = grammar_of(kind, text, any_whitespace=any_whitespace)
-            automaton = _deepest(
-                Networks(grammar, max_states=limits.states),
-                limits,
-                vocabulary=vocabulary,
-                end_ids=end_ids,
-                allowed=allowed,
-                prefix_until=prefix_until,
-            )
+            networks = Networks(grammar, max_states=limits.states)
+            automaton = _deepest(networks, over_tokens, limits.depth)
         except RecursionError as error:
             raise AutomatonError("The constraint is nested too deep.") from error
         cache.put(key, automaton)
@@ -154,39 +158,23 @@ def _choices(source: str) -> list[str]:
 
 
 def _deepest(
-    networks: Networks,
-    limits: Limits,
-    *,
-    vocabulary: Vocabulary,
-    end_ids: Sequence[int],
-    allowed: Sequence[int] | None,
-    prefix_until: int | None,
+    networks: Networks, over_tokens: Callable[[Dfa], TokenAutomaton], most: int
 ) -> TokenAutomaton:
     """The automaton that nests deepest within the limits. The size doubles with every level."""
+    if not networks.recursive:
+        return over_tokens(networks.automaton(0))
     best: TokenAutomaton | None = None
     problem: ConstraintError | None = None
-    reached = 0
-    for depth in range(limits.depth + 1 if networks.recursive else 1):
+    for depth in range(most + 1):
         try:
-            best = token_automaton(
-                networks.automaton(depth),
-                vocabulary,
-                end_ids=end_ids,
-                allowed=allowed,
-                prefix_until=prefix_until,
-                limits=limits,
-            )
+            best = replace(over_tokens(networks.automaton(depth)), depth=depth)
         except AutomatonError as error:
             problem = error
             break
         except ConstraintError as error:  # nothing is as shallow as that
             problem = error
-        else:
-            reached = depth
     if best is None:
         assert problem is not None
         raise problem
-    if not networks.recursive:
-        return best
-    logger.info("A recursive constraint is followed to nesting depth %d.", reached)
-    return replace(best, depth=reached)
+    logger.info("A recursive constraint is followed to nesting depth %d.", best.depth)
+    return best

@@ -1,4 +1,4 @@
-"""EBNF, as vLLM's xgrammar backend takes it -> grammar.
+"""EBNF, or Lark, as vLLM's xgrammar backend takes it -> grammar.
 
 xgrammar parses; what it parsed is read from its serialised form, which is exact where its printed
 form is for people: a list of expressions, each a number for its kind and its arguments. Lookahead
@@ -37,12 +37,19 @@ VERSION = "v16"
 
 
 def ebnf(grammar: str) -> Grammar:
-    """The rules of a grammar in xgrammar's EBNF; ConstraintError if it does not parse."""
+    """The rules of a grammar in EBNF or Lark; ConstraintError if it does not parse."""
+    return _read(parsed(grammar))
+
+
+def parsed(grammar: str) -> Any:
+    """An ``xgrammar.Grammar`` of a text in EBNF or Lark; ConstraintError if it does not parse."""
     from xgrammar import Grammar as Parsed
 
+    read = Parsed.from_ebnf if "::=" in grammar else Parsed.from_lark
     try:
-        return _read(Parsed.from_ebnf(grammar))
-    except RuntimeError as error:
+        return read(grammar)
+    # What xgrammar raises is as various as what it reads.
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ConstraintError(f"This is not a grammar: {error}") from error
 
 

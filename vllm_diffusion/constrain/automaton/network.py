@@ -39,6 +39,8 @@ BYTES = 256
 
 # Of a network before subset construction: places that read nothing are many and cheap.
 _PLACES_PER_STATE = 16
+# Before states are merged: a list of many values has one for every beginning of each.
+_STATES_PER_STATE = 4
 
 Stack = tuple[int, int, "Stack"] | None  # its height, where to go on, what lies below
 Place = tuple[int, Stack]  # a state of the joined networks, and what to do when its rule is done
@@ -48,7 +50,8 @@ class Networks:
     """The networks of a grammar: of its root, and of every rule that embeds itself.
 
     Raises ConstraintError for a rule that is called and not there, AutomatonError for rules that
-    begin with themselves through others and for networks of more than ``max_states``.
+    begin with themselves through others, and for networks far larger than ``max_states``, which
+    bounds the automaton.
     """
 
     def __init__(self, grammar: Grammar, *, max_states: int) -> None:
@@ -71,7 +74,7 @@ class Networks:
                     draft.start,
                     partial(draft.moves, symbol=symbol),
                     symbols=BYTES + len(symbol),
-                    max_states=max_states,
+                    max_states=max_states * _STATES_PER_STATE,
                 )
             )
             for draft in drafts
@@ -251,7 +254,9 @@ class _Draft:
                 self._silent[skip] += [end, self._node(node.part, entry, open_rules)]
                 entry = skip
         for _ in range(node.least):
-            entry = self._node(node.part, entry, open_rules)
+            behind, entry = entry, self._node(node.part, entry, open_rules)
+            if entry == behind:  # a part that reads nothing, however often
+                break
         return entry
 
     def _chars(self, ranges: tuple[tuple[int, int], ...], end: int) -> int:

@@ -9,7 +9,6 @@ so, an array with ``prefixItems`` no others without ``items``, and keywords of o
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator
@@ -56,7 +55,7 @@ def json_schema(schema: str, *, any_whitespace: bool = True) -> Grammar:
         ConstraintError: it is no schema, or says what is not supported; all problems by path.
     """
     try:
-        parsed = json.loads(schema)
+        parsed = json.loads(schema, parse_constant=_no_number)
         Draft202012Validator.check_schema(parsed)
     except SchemaError as error:
         where = error.json_path.replace("$", "#", 1)
@@ -77,6 +76,8 @@ class _Translation:
     def __init__(self, root: Schema, layout: write.Layout) -> None:
         self._layout = layout
         self._problems: list[str] = []
+        if isinstance(root, dict):  # its own address does not matter: nothing is looked up there
+            root = {key: value for key, value in root.items() if key != "$id"}
         self._compose = Composition(root, self._problems)
         self._rules: dict[str, Node] = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
 
@@ -146,7 +147,7 @@ class _Translation:
         return between(low, high, whole=whole)
 
     def _string(self, schema: dict[str, Any], path: str) -> Node:
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        least, most = _counts(schema, "Length")
         named = [key for key in ("pattern", "format") if key in schema]
         if not named:
             return sequence(write.QUOTE, Repeat(write.CHARACTER, *_span(least, most)), write.QUOTE)
@@ -173,12 +174,12 @@ class _Translation:
 
     def _array(self, schema: dict[str, Any], path: str) -> Node:
         prefix = schema.get("prefixItems", [])
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        least, most = _counts(schema, "Items")
         items = schema.get("items", schema.get("unevaluatedItems", not prefix))
         if schema.get("uniqueItems") and (most is None or most > 1):
             self._problems.append(f"{path} has 'uniqueItems'")
         if items is False:
-            most = min(len(prefix), math.inf if most is None else most)
+            most = len(prefix) if most is None else min(len(prefix), most)
         item = EMPTY if items is False else self._node(items, f"{path}/items")
         kinds = [self._node(each, f"{path}/prefixItems/{n}") for n, each in enumerate(prefix)]
         kinds = kinds[:most]
@@ -202,7 +203,7 @@ class _Translation:
             properties.setdefault(name, True if told is None else told)
         names = frozenset(properties)
         extra = self._extra(schema, names, told, path)
-        least, most = schema.get("minProperties", 0), schema.get("maxProperties")
+        least, most = _counts(schema, "Properties")
         if extra is not None and least > max(1, len(required)):
             # A name may come twice, and counts once.
             self._problems.append(f"{path} has 'minProperties' beside names that are left open")
@@ -254,7 +255,7 @@ class _Translation:
 
         Counts above what ``least`` and ``most`` ask about are not told apart.
         """
-        cap = most if most is not None else max(least, 1)
+        cap = min(max(least, 1) if most is None else most, len(members))
 
         number = len(self._rules)  # alternatives have one path
 
@@ -291,6 +292,16 @@ def _types(schema: dict[str, Any]) -> Iterable[str]:
     return [kind for kind in kinds if not (kind == "integer" and "number" in kinds)]
 
 
-def _span(least: int, most: float | None, used: int = 0) -> tuple[int, int | None]:
+def _counts(schema: dict[str, Any], what: str) -> tuple[int, int | None]:
+    """How many there are at least and at most; JSON may write them as 2.0."""
+    most = schema.get(f"max{what}")
+    return int(schema.get(f"min{what}", 0)), None if most is None else int(most)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _span(least: int, most: int | None, used: int = 0) -> tuple[int, int | None]:
     """How often something may still come that came ``used`` times."""
-    return max(least, 0), None if most is None else max(int(most) - used, 0)
+    return max(least, 0), None if most is None else max(most - used, 0)

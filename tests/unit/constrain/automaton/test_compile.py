@@ -98,8 +98,20 @@ def test_one_clear_error(kind, text, message):
         compiled(kind, text)
 
 
-@pytest.mark.parametrize(("kind", "text"), [("json_object", ""), ("regex", "a{500}")])
-def test_what_is_too_large_says_so(kind, text):
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_object", ""),
+        ("regex", "a{50}"),
+        ("regex", "a{500}"),
+        ("regex", "(a{1000}){1000}"),
+        ("regex", "((a{0,99}){0,99}){0,99}"),
+        ("json", '{"type": "string", "maxLength": 1e9}'),
+        ("json", '{"type": "object", "maxProperties": 1e9, "minProperties": 1}'),
+        ("json", '{"type": "array", "minItems": 1e9}'),
+    ],
+)
+def test_what_is_too_large_says_so_at_once(kind, text):
     with pytest.raises(AutomatonError, match="more than"):
         compiled(kind, text, limits=Limits(states=20))
 
@@ -118,6 +130,29 @@ def test_the_cache_keeps_what_fits():
     recent = compiled("regex", "a{7}", cache)
     assert compiled("regex", "a{7}", cache) is recent
     assert len(AutomatonCache(0)) == 0
+
+
+def test_a_tokenizer_with_marked_spaces_and_bytes_to_fall_back_on():
+    """The kind that Gemma has: a space is a mark, bytes are tokens such as <0x0A>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["\u2581", "a", "\u2581a", "\u2581\u2581", "\n", "\u00e9", "<unused0>"]
+    model = models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True)
+    inner = Tokenizer(model)
+    inner.normalizer = normalizers.Replace(" ", "\u2581")
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    vocabulary = vocabulary_of(tokenizer, 300)
+    assert [vocabulary.text(token) for token in range(3)] == [b""] * 3
+    assert [vocabulary.text(3 + byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
+    found = [vocabulary.text(token) for token in range(259, 266)]
+    assert found == [b" ", b"a", b" a", b"  ", b"\n", "\u00e9".encode(), b"<unused0>"]
 
 
 def test_a_tokenizer_of_the_library():

@@ -118,6 +118,11 @@ def test_what_reads_nothing_is_empty(node):
     assert networks(s=node).automaton(0).is_empty()
 
 
+def test_nothing_many_times_is_nothing():
+    automaton = networks(s=sequence(Repeat(EMPTY, 10**12, 10**12), text("a"))).automaton(0)
+    assert automaton.accepts(b"a")
+
+
 def test_characters_are_spelled_in_utf8():
     edges = [0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF]
     for first, last in [
@@ -140,8 +145,11 @@ def test_characters_are_spelled_in_utf8():
 def test_unknown_rules_and_sizes():
     with pytest.raises(ConstraintError, match="'t', which is not there"):
         networks(s=Call("t"))
+    with pytest.raises(AutomatonError, match="more than 40 states"):
+        networks(s=Repeat(text("a"), 50, 50), max_states=10)
+    found = networks(s=choice(text("a"), sequence(text("("), Call("s"), text(")"))), max_states=10)
     with pytest.raises(AutomatonError, match="more than 10 states"):
-        networks(s=Repeat(text("a"), 20, 20), max_states=10)
+        found.automaton(9)
     with pytest.raises(AutomatonError, match="more than 160 places"):
         networks(s=Repeat(text("a"), 0, 10_000), max_states=10)
 
