@@ -1,0 +1,231 @@
+"""Constraints as clients ask for them: response formats, structured outputs, tool calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+from helpers.engines import SERVER_OPTIONS
+from openai import BadRequestError, OpenAI
+from pydantic import BaseModel, Field
+
+from vllm_diffusion.testing.server import Server, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Tell me about the sea."}]
+HASTY = {"vllm_xargs": {"diffusion_max_steps": 4}}
+SUM = 'root ::= number ("+" number){1,3}\nnumber ::= [1-9] [0-9]{0,2}'
+
+
+class Place(BaseModel):
+    """What a client wants to be told."""
+
+    name: str = Field(max_length=12)
+    kind: Literal["sea", "lake", "river"]
+    depth: int = Field(ge=0, le=11000)
+    near: list[Literal["town", "wood"]] = Field(max_length=3)
+
+
+class Visit(BaseModel):
+    """Arguments of a tool."""
+
+    where: str
+    days: int | None
+    how: Literal["by train", "on foot"]
+
+
+VISIT = {
+    "type": "function",
+    "function": {
+        "name": "visit",
+        "parameters": Visit.model_json_schema(),
+        "strict": True,
+    },
+}
+ASK = {"type": "function", "function": {"name": "ask", "parameters": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "visit"}}
+
+
+@pytest.fixture(scope="module")
+def tooled(tiny_checkpoint: Path) -> Iterator[Server]:
+    """A server of the random checkpoint, where nothing but a constraint makes an answer valid."""
+    options = (
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=gemma4",
+        "--reasoning-parser=gemma4",
+    )
+    with serve(
+        tiny_checkpoint, *SERVER_OPTIONS, *options, "--served-model-name", "tiny"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(tooled: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{tooled.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def chat(client: OpenAI, *, stream: bool = False, **asked: Any) -> Any:
+    """The one choice of an answer, or the deltas of a stream."""
+    wanted = {"model": "tiny", "messages": MESSAGES, "max_tokens": 160, "seed": 5} | asked
+    wanted["extra_body"] = HASTY | asked.get("extra_body", {})
+    answer = client.chat.completions.create(**wanted, stream=stream)
+    if not stream:
+        return answer.choices[0]
+    return [event.choices[0].delta for event in answer if event.choices]
+
+
+def test_parse_gives_a_pydantic_model(client: OpenAI) -> None:
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model="tiny",
+            messages=MESSAGES,
+            response_format=Place,
+            max_tokens=160,
+            seed=seed,
+            extra_body=HASTY,
+        )
+        assert isinstance(answer.choices[0].message.parsed, Place)
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def is_json_object(text: str) -> bool:
+    return isinstance(json.loads(text), dict)
+
+
+def is_place(text: str) -> bool:
+    return bool(Place.model_validate_json(text))
+
+
+PLACE = {"name": "place", "schema": Place.model_json_schema(), "strict": True}
+FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
+    "json_object": ({"response_format": {"type": "json_object"}}, is_json_object),
+    "json_schema": (
+        {"response_format": {"type": "json_schema", "json_schema": PLACE}},
+        is_place,
+    ),
+    "json": ({"structured_outputs": {"json": Place.model_json_schema()}}, is_place),
+    "regex": (
+        {"structured_outputs": {"regex": r"[a-c]{2}-\d{3}"}},
+        re.compile(r"[a-c]{2}-\d{3}").fullmatch,
+    ),
+    "choice": (
+        {"structured_outputs": {"choice": ["north", "south"]}},
+        {"north", "south"}.__contains__,
+    ),
+    "grammar": (
+        {"structured_outputs": {"grammar": SUM}},
+        re.compile(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){1,3}").fullmatch,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_has_the_form_that_was_asked_for_streamed_or_not(
+    client: OpenAI, name: str
+) -> None:
+    body, is_valid = FORMATS[name]
+    whole = chat(client, extra_body=body).message.content
+    assert is_valid(whole), whole
+    pieces = chat(client, extra_body=body, stream=True)
+    assert "".join(delta.content or "" for delta in pieces) == whole
+
+
+def test_completions_take_constraints_too(client: OpenAI) -> None:
+    body = HASTY | {"structured_outputs": {"choice": ["north", "south"]}}
+    answer = client.completions.create(
+        model="tiny", prompt="go", max_tokens=32, seed=1, extra_body=body
+    )
+    assert answer.choices[0].text in {"north", "south"}
+
+
+def visits(calls: Any) -> list[Visit]:
+    """The calls, checked."""
+    for call in calls:
+        assert call.function.name in {"visit", "ask"}
+    return [
+        Visit.model_validate_json(call.function.arguments)
+        for call in calls
+        if call.function.name == "visit"
+    ]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_forced_call_is_one(client: OpenAI, choice: Any) -> None:
+    for seed in range(3):
+        answer = chat(client, tools=[VISIT, ASK], tool_choice=choice, seed=seed)
+        assert answer.message.tool_calls
+        assert not answer.message.content
+        found = visits(answer.message.tool_calls)
+        assert choice == "required" or len(found) == 1
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_streamed_call_is_the_same_and_leaks_nothing(client: OpenAI, choice: Any) -> None:
+    asked: dict[str, Any] = {"tools": [VISIT], "tool_choice": choice, "parallel_tool_calls": False}
+    (call,) = chat(client, **asked).message.tool_calls
+    deltas = chat(client, stream=True, **asked)
+    assert not "".join(delta.content or "" for delta in deltas)
+    pieces = [piece.function for delta in deltas for piece in delta.tool_calls or ()]
+    assert "".join(piece.name or "" for piece in pieces) == "visit"
+    arguments = "".join(piece.arguments or "" for piece in pieces)
+    assert json.loads(arguments) == json.loads(call.function.arguments)
+
+
+def test_a_strict_tool_may_be_left_out_and_is_never_called_wrongly(client: OpenAI) -> None:
+    for seed in range(3):
+        answer = chat(client, tools=[VISIT], tool_choice="auto", seed=seed)
+        visits(answer.message.tool_calls or ())
+        assert "<|tool_call>" not in (answer.message.content or "")
+
+
+def test_a_constraint_behind_thinking(client: OpenAI) -> None:
+    body = {
+        "structured_outputs": {"choice": ["north", "south"]},
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    message = chat(client, extra_body=body, max_tokens=40).message
+    assert message.content in {"north", "south"}
+    assert len(message.reasoning) > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"structured_outputs": {"regex": "a{300}"}}, "the shortest text of the constraint"),
+        ({"structured_outputs": {"regex": "(a"}}, "regex"),
+        (
+            {"structured_outputs": {"choice": ["a"]}, "bad_words": ["about the sea"]},
+            "bad_words of several tokens",
+        ),
+        (
+            {"structured_outputs": {"choice": ["a"]}, "vllm_xargs": {"diffusion_suffix": "b"}},
+            "keep one",
+        ),
+    ],
+)
+def test_a_clients_mistake_is_told_at_once(
+    client: OpenAI,
+    body: dict[str, Any],
+    problem: str,
+    stream: bool,
+) -> None:
+    with pytest.raises(BadRequestError, match=problem):
+        chat(client, extra_body=body, stream=stream)
+    assert chat(client, extra_body=FORMATS["choice"][0]).message.content in {"north", "south"}
+
+
+def test_a_strict_tool_that_cannot_be_kept_is_refused(client: OpenAI) -> None:
+    tool = json.loads(json.dumps(VISIT))
+    tool["function"]["parameters"]["properties"]["where"]["pattern"] = "a+"
+    with pytest.raises(BadRequestError, match="uses pattern"):
+        chat(client, tools=[tool], tool_choice="required")
