@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
-from vllm_diffusion.constrain.grammar import GrammarCompiler
 from vllm_diffusion.errors import AutomatonError
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+    from vllm_diffusion.constrain.grammar import GrammarCompiler
     from vllm_diffusion.constrain.guard import Guard
 
 
@@ -116,6 +116,9 @@ def guard_of(
 @lru_cache(maxsize=2)
 def parsers_of(tokenizer: Any, vocab_size: int) -> GrammarCompiler:
     """What compiles the constraints that parsers follow."""
+    # Seconds to import, and most engines never need it.
+    from vllm_diffusion.constrain.grammar import GrammarCompiler
+
     vocabulary = _vocabulary(tokenizer, vocab_size)
     texts = (vocabulary.text(token) for token in range(len(vocabulary)))
     # What marks a special token in an automaton's texts is nothing that xgrammar knows.
