@@ -30,8 +30,8 @@ PURE_ROOMS = {
     "constrain": {"compiled", "errors", "records"},
     "head": {"compiled", "constrain", "denoise", "errors", "records"},
     "canvas": {"denoise", "errors", "records"},
-    "belief": {"constrain", "denoise", "head", "records"},
-    "step": {"belief", "constrain", "denoise", "head", "records"},
+    "belief": {"canvas", "constrain", "denoise", "head", "records"},
+    "step": {"belief", "canvas", "constrain", "denoise", "head", "records"},
     "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "step"},
     "testing": set(),
 }

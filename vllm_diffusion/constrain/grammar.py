@@ -8,13 +8,12 @@ of it), so results are kept; xgrammar does both, and is the only thing that this
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
 import xgrammar
 
 from vllm_diffusion.constrain.automaton.compile import grammar_of
-from vllm_diffusion.constrain.automaton.ebnf import parsed
+from vllm_diffusion.constrain.automaton.ebnf import parsed, reason
 from vllm_diffusion.constrain.automaton.written import written
 from vllm_diffusion.constrain.guard import Guard
 from vllm_diffusion.errors import ConstraintError
@@ -77,7 +76,7 @@ class GrammarCompiler:
         # What xgrammar raises is as various as what it reads.
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ConstraintError(
-                f"The constraint {kind} cannot be read: {_reason(error)}"
+                f"The constraint {kind} cannot be read: {reason(error)}"
             ) from error
         mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
         matcher = xgrammar.GrammarMatcher(compiled)
@@ -120,8 +119,3 @@ def _grammar(kind: str, text: str, *, any_whitespace: bool) -> xgrammar.Grammar:
     # xgrammar reads the others too, but not all that a schema says.
     rules = grammar_of(kind, text, any_whitespace=any_whitespace)
     return xgrammar.Grammar.from_ebnf(written(rules))
-
-
-def _reason(error: Exception) -> str:
-    """What xgrammar says, without the place in its source that it begins with."""
-    return re.sub(r"^\[\S+ \S+\.cc:\d+: ", "", str(error).strip())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
-from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
+from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
 from vllm_diffusion.constrain.grammar import GrammarCompiler
 from vllm_diffusion.errors import AutomatonError
 
@@ -117,7 +117,9 @@ def guard_of(
 def parsers_of(tokenizer: Any, vocab_size: int) -> GrammarCompiler:
     """What compiles the constraints that parsers follow."""
     vocabulary = _vocabulary(tokenizer, vocab_size)
-    return GrammarCompiler([vocabulary.text(token) for token in range(len(vocabulary))])
+    texts = (vocabulary.text(token) for token in range(len(vocabulary)))
+    # What marks a special token in an automaton's texts is nothing that xgrammar knows.
+    return GrammarCompiler([b"" if text == mark(id_) else text for id_, text in enumerate(texts)])
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.structured_output.request import get_structured_output_key
 
 from vllm_diffusion.constrain.automaton.allowed import restricted
-from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.engine.compiler import ParsedConstraint, kept_by
 from vllm_diffusion.errors import ConstraintError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from vllm.config import ModelConfig, StructuredOutputsConfig
 
+    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
     from vllm_diffusion.engine.compiler import Kept
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_diffusion.constrain.automaton.graph import distances
+from vllm_diffusion.constrain.automaton.graph import distances, reachable
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def restricted(automaton: TokenAutomaton, allowed: Collection[int]) -> TokenAutomaton:
     """The same texts, as far as they can be written with some tokens.
 
-    End tokens stay, and class numbers.
+    End tokens stay, and the numbers of the classes.
 
     Args:
         automaton: of the constraint.
@@ -39,7 +39,8 @@ def restricted(automaton: TokenAutomaton, allowed: Collection[int]) -> TokenAuto
         each[edges] for each in (automaton.source, automaton.symbol, automaton.target)
     )
     distance = distances(source, target, automaton.accepting)
-    live = distance >= 0
+    starts = np.arange(automaton.num_states) == automaton.start
+    live = (distance >= 0) & reachable(source, target, starts)
     if not live[automaton.start]:
         raise ConstraintError("No text of the constraint can be written with allowed_token_ids.")
     number = (np.cumsum(live) - 1).astype(np.int32)

@@ -46,8 +46,6 @@ def token_automaton(
     vocabulary: Vocabulary,
     *,
     end_ids: Sequence[int],
-    allowed: Sequence[int] | None = None,
-    prefix_until: int | None = None,
     limits: Limits,
 ) -> TokenAutomaton:
     """Which sequences of tokens write a text that an automaton accepts.
@@ -56,8 +54,6 @@ def token_automaton(
         dfa: minimal, over bytes.
         vocabulary: what the tokens write.
         end_ids: tokens that end a text, whatever they would write; at least one.
-        allowed: the only other tokens that may be used; None: all.
-        prefix_until: a token before which anything but an end may stand; the text begins behind it.
         limits: on what comes out.
 
     Raises:
@@ -65,32 +61,23 @@ def token_automaton(
         AutomatonError: it is larger than the limits.
     """
     class_of, columns = _columns(dfa, vocabulary, limits)
-    usable = np.ones(len(vocabulary), dtype=bool)
-    if allowed is not None:
-        usable[:] = False
-        usable[list(allowed)] = True
     ends = list(end_ids)
-    usable[ends] = False
-    class_of[~usable] = NOWHERE
+    class_of[ends] = NOWHERE
 
     live = _live(dfa, columns[np.unique(class_of)])
     if not live[0]:
         raise ConstraintError(
             "Nothing satisfies the constraint."
             if dfa.is_empty()
-            else "No sequence of the tokens that may be used satisfies the constraint."
+            else "No sequence of tokens of the vocabulary satisfies the constraint."
         )
     number = np.append(np.where(live, np.cumsum(live) - 1, -1), -1).astype(np.int32)
     class_of, columns = _merged(class_of, number[columns[:, live]])
     accepting = dfa.accepting[live]
-    start = 0
-    if prefix_until is not None:
-        class_of, columns = _behind(prefix_until, class_of, columns, usable)
-        start, accepting = len(accepting), np.append(accepting, False)
     count, end = columns.shape
     class_of[ends] = count
     columns = np.vstack([columns, np.where(accepting, end, -1).astype(np.int32)])
-    return _record(class_of, columns, accepting, start, limits)
+    return _record(class_of, columns, accepting, limits)
 
 
 def _columns(
@@ -150,26 +137,10 @@ def _live(dfa: Dfa, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
     return (distances(source, target, dfa.accepting) >= 0) & reachable(source, target, starts)
 
 
-def _behind(
-    token: int, class_of: NDArray[np.int32], columns: NDArray[np.int32], usable: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Add a last state that every usable token leads back to, but ``token`` to the start."""
-    count, states = columns.shape
-    class_of = class_of.copy()
-    own = columns[class_of[token]]
-    class_of[usable & (class_of == NOWHERE)] = count  # read by the new state alone
-    class_of[token] = count + 1
-    columns = np.vstack([columns, np.full((1, states), -1, dtype=np.int32), own])
-    loop = np.full((count + 2, 1), states, dtype=np.int32)
-    loop[NOWHERE], loop[count + 1] = -1, 0
-    return _merged(class_of, np.hstack([columns, loop]))
-
-
 def _record(
     class_of: NDArray[np.int32],
     columns: NDArray[np.int32],
     accepting: NDArray[np.bool_],
-    start: int,
     limits: Limits,
 ) -> TokenAutomaton:
     """The record of an automaton whose columns lead to an end behind all other states."""
@@ -189,7 +160,7 @@ def _record(
         symbol=symbol,
         target=target,
         num_states=num_states,
-        start=start,
+        start=0,
         accepting=accepting,
         distance=distances(source, target, accepting),
     )

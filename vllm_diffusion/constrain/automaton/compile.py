@@ -75,8 +75,6 @@ def compile_constraint(
     *,
     vocabulary: Vocabulary,
     end_ids: Sequence[int],
-    allowed: Sequence[int] | None = None,
-    prefix_until: int | None = None,
     any_whitespace: bool = True,
     limits: Limits | None = None,
     cache: AutomatonCache = _CACHE,
@@ -89,8 +87,6 @@ def compile_constraint(
             the structural tag; nothing for ``json_object``.
         vocabulary: of the model's tokenizer.
         end_ids: the tokens that end an output; at least one.
-        allowed: the only other tokens that may be used; None: all.
-        prefix_until: a token that ends a free beginning, such as a thinking block.
         any_whitespace: between the parts of JSON values; else none.
         limits: on the size of the automaton.
         cache: where compiled constraints are kept.
@@ -100,16 +96,11 @@ def compile_constraint(
         AutomatonError: it makes sense, but is too large for an automaton.
     """
     limits = limits or Limits()
-    key = (
-        *(kind, text, vocabulary.fingerprint, tuple(end_ids), prefix_until, any_whitespace, limits),
-        None if allowed is None else tuple(allowed),
-    )
+    key = kind, text, vocabulary.fingerprint, tuple(end_ids), any_whitespace, limits
     over_tokens = partial(
         token_automaton,
         vocabulary=vocabulary,
         end_ids=end_ids,
-        allowed=allowed,
-        prefix_until=prefix_until,
         limits=limits,
     )
     automaton = cache.get(key)

@@ -8,6 +8,7 @@ assertions only speed xgrammar up and are not looked at.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from vllm_diffusion.constrain.automaton.syntax import (
@@ -50,7 +51,12 @@ def parsed(grammar: str) -> Any:
         return read(grammar)
     # What xgrammar raises is as various as what it reads.
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ConstraintError(f"This is not a grammar: {error}") from error
+        raise ConstraintError(f"This is not a grammar: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What xgrammar says, without the place in its source that it begins with."""
+    return re.sub(r"^\[\S+ \S+\.cc:\d+: ", "", str(error).strip())
 
 
 def _read(parsed: Any) -> Grammar:

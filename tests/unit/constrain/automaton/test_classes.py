@@ -5,8 +5,9 @@ from collections import deque
 
 import numpy as np
 import pytest
-from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, accepts, after
+from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, after
 
+from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.automaton.regex import regex
@@ -53,7 +54,9 @@ def test_equals_a_walk_token_by_token(expression, allowed):
     dfa = dfa_of(expression)
     usable = range(3, len(VOCABULARY)) if allowed is None else allowed
     moves, distance = naive(dfa, VOCABULARY, usable)
-    automaton = tokens_of(expression, allowed=allowed)
+    automaton = tokens_of(expression)
+    if allowed is not None:
+        automaton = restricted(automaton, allowed)
     pairs, pending = {0: automaton.start}, deque([0])  # state of the bytes -> state of the tokens
     while pending:
         state = pending.popleft()
@@ -115,32 +118,11 @@ def test_several_ends_and_an_end_that_could_be_read():
     assert after(automaton, [letter]) is None
 
 
-def test_a_free_beginning():
-    automaton = tokens_of("ab", prefix_until=SPECIAL)
-    a, b = (t for t in range(3, 259) if VOCABULARY.text(t) in {b"a", b"b"})
-    beginning = automaton.start
-    assert automaton.distance[beginning] == 1 + tokens_of("ab").distance[0]
-    assert after(automaton, [PAD, a, b, 50]) == beginning
-    assert after(automaton, [END]) is None
-    assert accepts(automaton, [b, PAD, SPECIAL, a, b])
-    assert not accepts(automaton, [a, b])
-    assert after(automaton, [SPECIAL, SPECIAL]) is None
-    assert after(automaton, [SPECIAL, a, b, END]) == automaton.end
-    assert not automaton.accepting[beginning]
-
-
-def test_a_beginning_that_ends_with_a_readable_token():
-    a, b = (t for t in range(3, 259) if VOCABULARY.text(t) in {b"a", b"b"})
-    automaton = tokens_of("b?ab", prefix_until=b)
-    assert accepts(automaton, [a, a, b, b, a, b])
-    assert not accepts(automaton, [a, a])
-
-
 def test_nothing_satisfies():
     with pytest.raises(ConstraintError, match="Nothing satisfies the constraint"):
         tokens_of("[^\\d\\D]a")
-    with pytest.raises(ConstraintError, match="No sequence of the tokens that may be used"):
-        tokens_of("ab", allowed=[5, 6])
+    with pytest.raises(ConstraintError, match="can be written with allowed_token_ids"):
+        restricted(tokens_of("ab"), [5, 6])
 
 
 @pytest.mark.parametrize(
