@@ -296,7 +296,9 @@ def _structured_outputs(engine: Engine) -> bool:
     from vllm.sampling_params import StructuredOutputsParams
 
     choice = StructuredOutputsParams(choice=["yes", "no"])
-    return all(each.text in {"yes", "no"} for each in engine.answers(structured_outputs=choice))
+    # Behind the end of a constrained text anything may stand, if a request goes on there.
+    answers = engine.answers(structured_outputs=choice, ignore_eos=False)
+    return all(each.text in {"yes", "no"} for each in answers)
 
 
 def _repetition_detection(engine: Engine) -> bool:

@@ -69,6 +69,22 @@ PARAMETERS = {
         "tokenizer",
     ],
     "vllm.sampling_params.SamplingParams.update_from_tokenizer": ["self", "tokenizer"],
+    "vllm.tool_parsers.abstract_tool_parser.ToolParser.get_structural_tag": [
+        "self",
+        "request",
+        "reasoning",
+        "strict_level",
+    ],
+    "vllm.tool_parsers.structural_tag_registry.get_structural_tag_tools": [
+        "model",
+        "tools",
+        "tool_choice",
+    ],
+    "vllm.tool_parsers.structural_tag_registry.resolve_tool_strictness": [
+        "tools",
+        "tool_choice",
+        "strict_level",
+    ],
     "vllm.sampling_params.SamplingParams.update_from_generation_config": [
         "self",
         "generation_config",
