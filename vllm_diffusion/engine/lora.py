@@ -1,0 +1,91 @@
+"""What of vLLM's LoRA is served, and whether an adapter fits: asked where a user talks to vLLM.
+
+An adapter that a worker cannot load would end the engine, since vLLM loads it in the step that
+needs it first. So it is checked here, where a refusal is an answer. The worker's side is
+``engine.lora_rows``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_diffusion.errors import AdapterError, ConfigError
+from vllm_diffusion.models.diffusion_gemma.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterBase,
+    adaptable,
+    check_adapter,
+)
+from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.request import LoRARequest
+
+_REFUSED = (
+    "fully_sharded_loras",
+    "enable_tower_connector_lora",
+    "default_mm_loras",
+    "enable_mixed_moe_lora_format",
+    "enable_moe_shared_loras",
+)
+
+_Stamp = tuple[str, int, int]
+_fitting: set[_Stamp] = set()
+
+
+def check_options(lora: LoRAConfig | None) -> None:
+    """Raise `ConfigError` for adapter options that are not served, or on a host that serves none.
+
+    Args:
+        lora: None where LoRA is off.
+    """
+    if lora is None:
+        return
+    if asked := [name for name in _REFUSED if getattr(lora, name)]:
+        raise ConfigError(f"{', '.join(asked)} is not supported for a diffusion model: remove it.")
+    if not is_triton_free_cpu():
+        raise ConfigError(
+            "enable_lora is not supported for a diffusion model on this host, only on CPU hosts "
+            "without a Triton backend: merge the adapter into the checkpoint instead."
+        )
+
+
+def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
+    """What an adapter has to fit."""
+    return AdapterBase(
+        name=model.model,
+        shapes=adaptable(model.hf_text_config),
+        experts=model.hf_text_config.num_experts,
+        max_rank=lora.max_lora_rank,
+        targets=None if lora.target_modules is None else frozenset(lora.target_modules),
+    )
+
+
+def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) -> None:
+    """Raise `AdapterError` if the adapter of a request cannot be served.
+
+    A file that has passed is not read again until it changes.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path  # loads layers
+
+    folder = Path(get_adapter_absolute_path(request.lora_path))
+    if not folder.is_dir():
+        raise AdapterError(f"the adapter {request.lora_name!r} is not at {request.lora_path}.")
+    stamp = _stamp(folder)
+    if stamp is None or stamp not in _fitting:
+        check_adapter(folder, adapter_base(model, lora))
+        if stamp is not None:
+            _fitting.add(stamp)
+
+
+def _stamp(folder: Path) -> _Stamp | None:
+    """What tells a changed adapter from the one that was checked; None if a file is missing."""
+    try:
+        config, weights = ((folder / name).stat().st_mtime_ns for name in (CONFIG, WEIGHTS))
+    except OSError:
+        return None
+    return str(folder), config, weights
