@@ -54,6 +54,9 @@ _PACKED: Final = {
 }
 _SLICES: Final = {"qkv_proj": 3, "gate_up_proj": 2}
 
+EXPERT_MATRICES: Final = ("gate_up_proj", "down_proj")
+"""The two tensors of a layer's experts, in the order of the served layer's parts."""
+
 # Options of PEFT that make more of an adapter than two factors a module.
 _EXTRAS: Final = (
     "use_dora",
@@ -162,7 +165,7 @@ def placed_at(module: str) -> tuple[str, int]:
     parent, _, last = module.rpartition(".")
     root = "" if module.startswith("self_conditioning.") else "model."
     if parent.endswith(".experts"):
-        return root + parent, 0 if last == "gate_up_proj" else 1
+        return root + parent, EXPERT_MATRICES.index(last)
     packed, index = _PACKED.get(last, (last, 0))
     return f"{root}{parent}.{packed}", index
 
@@ -189,7 +192,8 @@ def read_adapter(folder: Path, base: AdapterBase, dtype: torch.dtype) -> Adapter
         for pair in pairs:
             factors = _factors(pair, file, base.experts, dtype)
             path, index = placed_at(pair.module)
-            parts = 2 if path.endswith(".experts") else _SLICES.get(path.rpartition(".")[2], 1)
+            last = path.rpartition(".")[2]
+            parts = len(EXPERT_MATRICES) if last == "experts" else _SLICES.get(last, 1)
             slices = sides[pair.side].setdefault(path, [None] * parts)
             slices[index] = factors
             keys_are_values = pair.module.endswith(".k_proj") and (
@@ -197,9 +201,25 @@ def read_adapter(folder: Path, base: AdapterBase, dtype: torch.dtype) -> Adapter
             )
             if keys_are_values:
                 slices[2] = factors
+    for side in sides.values():
+        for path, slices in side.items():
+            if path.endswith(".experts"):  # vLLM's layer takes both of its matrices or none
+                names = [f"{path.removeprefix('model.')}.{name}" for name in EXPERT_MATRICES]
+                slices[:] = [
+                    factors or _no_change(base.shapes[name], base.experts, dtype)
+                    for factors, name in zip(slices, names, strict=True)
+                ]
     return Adapter(
         text={path: tuple(slices) for path, slices in sides[TEXT].items()},
         canvas={path: tuple(slices) for path, slices in sides[CANVAS].items()},
+    )
+
+
+def _no_change(shape: tuple[int, int], experts: int, dtype: torch.dtype) -> Factors:
+    inputs, outputs = shape
+    return Factors(
+        a=torch.zeros(experts, 1, inputs, dtype=dtype),
+        b=torch.zeros(experts, outputs, 1, dtype=dtype),
     )
 
 
@@ -338,10 +358,10 @@ def _expert_matrix(
     a: Sequence[int], b: Sequence[int], base: AdapterBase, experts: str
 ) -> str:
     """Which of a layer's two expert tensors factors belong to: PEFT's names do not always tell."""
-    for name in ("gate_up_proj", "down_proj"):
+    for name in EXPERT_MATRICES:
         if base.shapes.get(f"{experts}.{name}") == (a[-1], b[0]):
             return name
-    return "gate_up_proj"
+    return EXPERT_MATRICES[0]
 
 
 def _misfit(
