@@ -1,9 +1,9 @@
 """Teach the tiny DiffusionGemma a new task with LoRA, serve the adapter, and count right answers.
 
-    python examples/lora/finetune.py --out DIR [--steps 300]
+    python examples/lora/finetune.py --out DIR [--steps 120]
 
-The task: people in sentences become cards, `Rosa from Madrid works as a clerk at 55.` becomes
-`Rosa/55/Madrid/clerk`. The base model knows such sentences, and answers with JSON.
+The task: a sentence becomes a card, `card Rosa from Madrid works as a clerk at 55.` is answered
+with `Rosa/55/Madrid/clerk`. The base model knows such sentences, and answers with JSON.
 
 Factors are trained by the packed pass of `examples/tiny-diffusiongemma`, which runs one tree of
 layers over prompts and canvases alike, and are saved as PEFT saves them, once under the encoder's
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rows", type=int, default=4, help=f"batch, in rows of {ROW} tokens")
     parser.add_argument("--rate", type=float, default=5e-3, help="learning rate")
     parser.add_argument("--items", type=int, default=100, help="held-out questions to ask")
@@ -74,19 +74,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def card(rng: random.Random) -> Item:
-    """One or two people in sentences, and their cards."""
-    people = [
-        {
-            "name": rng.choice(NAMES),
-            "age": rng.randint(18, 80),
-            "city": rng.choice(CITIES),
-            "job": rng.choice(JOBS),
-        }
-        for _ in range(rng.randint(1, 2))
-    ]
-    text = " ".join(rng.choice(SENTENCES).format(**person) for person in people)
-    answer = " ".join("{name}/{age}/{city}/{job}".format(**person) for person in people)
-    return Item("card", len(people), f"card {text}", answer)
+    """A sentence about a person, and their card."""
+    person = {
+        "name": rng.choice(NAMES),
+        "age": rng.randint(18, 80),
+        "city": rng.choice(CITIES),
+        "job": rng.choice(JOBS),
+    }
+    sentence = rng.choice(SENTENCES).format(**person)
+    return Item("card", 1, f"card {sentence}", "{name}/{age}/{city}/{job}".format(**person))
 
 
 def cards(rng: random.Random) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""Adapters: each gives what Transformers gives with its factors merged, whoever shares the batch."""
+"""Adapters: each gives what Transformers gives with its factors added, whoever shares the batch."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def generate(
 
 
 def adapted_oracle(checkpoint: Path, adapter: Path) -> Oracle:
-    """Transformers with an adapter's factors added to weights that its two trees no longer share."""
+    """Transformers with an adapter's factors added, each tree with weights of its own."""
     oracle = Oracle(checkpoint)
     trees = {
         ENCODER: oracle.model.model.encoder.language_model,
@@ -125,9 +125,7 @@ def test_an_adapter_gives_what_transformers_gives_with_its_factors_added(
     assert tokens == theirs.tokens
 
 
-def test_an_adapter_changes_what_is_written(
-    llm: LLM, adapter: Callable[..., LoRARequest]
-) -> None:
+def test_an_adapter_changes_what_is_written(llm: LLM, adapter: Callable[..., LoRARequest]) -> None:
     prompt = make_prompt(40)
     answers = [generate(llm, [prompt], [1], [adapter(name)])[0] for name in (None, *FILES)]
     assert len({tuple(answer) for answer in answers}) == len(answers)
@@ -274,7 +272,6 @@ def test_an_adapter_that_was_mended_is_served(
     llm: LLM,
     refused: Callable[[Path], str],
     parity_checkpoint: Path,
-    files: dict[str, Path],
     adapter: Callable[..., LoRARequest],
     tmp_path: Path,
 ) -> None:
@@ -283,4 +280,6 @@ def test_an_adapter_that_was_mended_is_served(
     write_adapter(tmp_path, parity_checkpoint, **FILES["alike"])
     mended = LoRARequest("bad", 99, str(tmp_path))
     prompt = make_prompt(20)
-    assert generate(llm, [prompt], [1], [mended]) == generate(llm, [prompt], [1], [adapter("alike")])
+    assert generate(llm, [prompt], [1], [mended]) == generate(
+        llm, [prompt], [1], [adapter("alike")]
+    )

@@ -53,7 +53,7 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
         del others, more
         assert activation is MoEActivation.GELU_TANH, activation
         output.zero_()
-        for expert in topk_ids.unique().tolist():
+        for expert in sorted(set(topk_ids.flatten().tolist())):
             rows, choice = (topk_ids == expert).nonzero(as_tuple=True)
             given = hidden_states[rows]
             both = F.linear(given, w1[expert])

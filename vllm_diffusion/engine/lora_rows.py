@@ -72,9 +72,8 @@ class AdapterRows:
             slots: [R] int64 on the host, -1 where a row has no adapter.
         """
         self.groups = [
-            (int(slot), (slots == slot).nonzero().flatten())
-            for slot in slots.unique()
-            if slot != _NO_ADAPTER
+            (slot, (slots == slot).nonzero().flatten())
+            for slot in sorted(set(slots.tolist()) - {_NO_ADAPTER})
         ]
 
     def add_lora_linear(
@@ -109,8 +108,8 @@ class AdapterRows:
 class CanvasAdapters:
     """The adapters of one worker: what vLLM's runner calls its LoRA manager.
 
-    Both caches forget what was used longest ago: ``max_loras`` adapters have slots, ``max_cpu_loras``
-    are in memory. Adapters are registered under the id of their requests.
+    Both caches forget what was used longest ago: ``max_loras`` adapters have slots,
+    ``max_cpu_loras`` are in memory. An adapter is known by the id in its requests.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:

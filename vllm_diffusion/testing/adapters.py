@@ -115,8 +115,8 @@ def changes(adapter: str | Path, tree: str, experts: int) -> "dict[str, torch.Te
         if ".experts" not in module:
             found[f"{module}.weight"] = scale * b.float() @ a.float()
             continue
-        stacked = a.float().unflatten(0, (experts, -1))
-        mixed = b.float().unflatten(1, (-1, experts))
+        stacked = a.float().reshape(experts, -1, a.shape[1])
+        mixed = b.float().reshape(b.shape[0], -1, experts)
         change = scale * torch.einsum("ore,eri->eoi", mixed, stacked)
         nested = module.endswith(".base_layer")
         layer = module.removesuffix(".base_layer")

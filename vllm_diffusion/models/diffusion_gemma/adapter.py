@@ -354,9 +354,7 @@ def _tree(full: str) -> str:
     return full.partition("layers.")[0] if "layers." in full else "model.decoder."
 
 
-def _expert_matrix(
-    a: Sequence[int], b: Sequence[int], base: AdapterBase, experts: str
-) -> str:
+def _expert_matrix(a: Sequence[int], b: Sequence[int], base: AdapterBase, experts: str) -> str:
     """Which of a layer's two expert tensors factors belong to: PEFT's names do not always tell."""
     for name in EXPERT_MATRICES:
         if base.shapes.get(f"{experts}.{name}") == (a[-1], b[0]):
