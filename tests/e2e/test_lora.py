@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -14,7 +18,8 @@ from vllm_diffusion.testing.server import serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+FINETUNE = Path(__file__).parents[2] / "examples" / "lora" / "finetune.py"
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -87,3 +92,19 @@ def test_an_adapter_that_does_not_fit_is_a_clients_mistake(
     with pytest.raises(NotFoundError):
         answer(openai, "large")
     assert answer(openai, "first") == before
+
+
+def test_the_example_trains_and_serves(tmp_path: Path) -> None:
+    """Two steps of it; docs/lora.md says what all of them give."""
+    short = ("--steps", "2", "--rows", "1", "--items", "3", "--threads", "1")
+    run = subprocess.run(
+        [sys.executable, str(FINETUNE), "--out", str(tmp_path), *short],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = re.search(r"right answers of 3: base model (\d), with the adapter \d", run.stdout)
+    assert said is not None, run.stdout
+    assert said[1] == "0"
