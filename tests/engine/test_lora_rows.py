@@ -14,7 +14,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from vllm_diffusion.engine import lora
+from vllm_diffusion.engine import lora, lora_rows
 from vllm_diffusion.engine.lora_experts import AdaptedExperts
 from vllm_diffusion.engine.lora_rows import AdapterRows, CanvasAdapters
 from vllm_diffusion.errors import AdapterError, ConfigError
@@ -42,6 +42,7 @@ def make() -> Callable[..., CanvasAdapters]:
             lora_config=LoRAConfig(max_loras=SLOTS, lora_dtype=torch.float32, **options),
             model_config=SimpleNamespace(
                 model="tiny",
+                quantization=None,
                 hf_text_config=build_model(TinySpec()).config.text_config,
             ),
         )
@@ -101,6 +102,34 @@ def test_a_pinned_adapter_stays(make: Callable[..., CanvasAdapters], folder: Pat
         activate(adapters, folder, 5)
     with pytest.raises(ValueError, match="not loaded"):
         adapters.pin_adapter(5)
+
+
+def test_an_adapter_is_loaded_in_place_when_asked_and_not_with_every_forward(
+    make: Callable[..., CanvasAdapters], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    stock = lora_rows.read_adapter
+    monkeypatch.setattr(
+        lora_rows, "read_adapter", lambda path, *rest: (read.append(path), stock(path, *rest))[1]
+    )
+    adapters = make()
+    request = LoRARequest("adapter", 1, str(folder), load_inplace=True)
+    mapping = LoRAMapping((1,), (1,), is_prefill=True)
+    assert adapters.add_adapter(request)
+    for _ in range(3):
+        adapters.set_active_adapters([request], mapping)
+    assert len(read) == 1
+    adapters.add_adapter(request)
+    assert len(read) == 2
+
+
+def test_factors_of_another_precision_are_multiplied_in_it() -> None:
+    x, y = torch.ones(2, 8), torch.zeros(2, 4)
+    a, b = torch.ones(1, 1, 2, 8, dtype=torch.bfloat16), torch.ones(1, 1, 4, 2).bfloat16()
+    rows = AdapterRows()
+    rows.assign(torch.tensor([-1, 0]))
+    rows.add_lora_linear(y, x, (a,), (b,), 1.0, (4,))
+    assert y.tolist() == [[0.0] * 4, [16.0] * 4]
 
 
 def test_a_removed_adapter_is_gone(make: Callable[..., CanvasAdapters], folder: Path) -> None:

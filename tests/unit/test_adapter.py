@@ -283,6 +283,16 @@ def test_experts_are_a_target_of_their_own(base: AdapterBase) -> None:
     assert replace(base, targets=frozenset({"experts"})).serves("layers.0.experts.down_proj")
 
 
+def test_experts_of_a_quantised_checkpoint_stay_as_they_are(
+    base: AdapterBase, write: Callable[..., Path]
+) -> None:
+    fixed = replace(base, fixed_experts=True)
+    message = problem(write(only=("experts", "q_proj")), fixed)
+    assert "served without adapters: model.decoder.layers.0.experts" in message
+    assert "q_proj" not in message
+    check_adapter(write(only=("q_proj",)), fixed)
+
+
 def test_the_writer_says_what_peft_says(write: Callable[..., Path]) -> None:
     """Names and shapes as PEFT 0.21.2 wrote them for this checkpoint; see testing.adapters."""
     factors = load_file(write() / WEIGHTS)

@@ -62,6 +62,7 @@ def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
         experts=model.hf_text_config.num_experts,
         max_rank=lora.max_lora_rank,
         targets=None if lora.target_modules is None else frozenset(lora.target_modules),
+        fixed_experts=model.quantization is not None,
     )
 
 

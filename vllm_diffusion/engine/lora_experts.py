@@ -76,4 +76,5 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
         for slot, members in context.punica_wrapper.groups:
             chosen = torch.isin(rows, members)
             if chosen.any():
-                y[chosen] += x[chosen] @ a[slot, expert].T @ b[slot, expert].T
+                change = x[chosen].to(a.dtype) @ a[slot, expert].T @ b[slot, expert].T
+                y[chosen] += change.to(y.dtype)

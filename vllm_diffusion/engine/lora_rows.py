@@ -97,7 +97,7 @@ class AdapterRows:
         """
         assert scale == 1.0
         for slot, rows in self.groups:
-            given = x[rows]
+            given = x[rows].to(lora_a_stacked[0].dtype)
             start = 0
             for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 change = given @ a[slot, 0].T @ b[slot, 0].T
@@ -155,7 +155,10 @@ class CanvasAdapters:
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: LoRAMapping) -> None:
         """Give a batch's adapters their slots; the rows are text until ``place`` says otherwise."""
         for request in requests:
-            self.add_adapter(request)
+            if request.lora_int_id in self._loaded:
+                self._use(request.lora_int_id)
+            else:
+                self.add_adapter(request)
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         slots = np.full(ids.shape, _NO_ADAPTER, dtype=np.int64)
         for adapter in np.unique(ids[ids > 0]).tolist():
@@ -179,7 +182,7 @@ class CanvasAdapters:
     # ---- the life of an adapter ----
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """Load it unless it is loaded, and give it slots.
+        """Load it unless it is loaded, or is to be loaded in place, and give it slots.
 
         Raises:
             LoRAAdapterNotFoundError: there is no such folder.
@@ -193,9 +196,13 @@ class CanvasAdapters:
             adapter = read_adapter(folder, self.base, self._dtype)
             self.remove_adapter(number)
             self._register(number, adapter)
+        self._use(number)
+        return True
+
+    def _use(self, number: int) -> None:
+        """Give a loaded adapter slots, and remember that it was used."""
         self._loaded.move_to_end(number)
         self._activate(number)
-        return True
 
     def _register(self, number: int, adapter: Adapter) -> None:
         most = self._config.max_cpu_loras

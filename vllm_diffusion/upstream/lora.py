@@ -123,7 +123,7 @@ def adapters_are_loaded_unchecked() -> bool:
     from vllm.v1.engine.input_processor import InputProcessor
 
     source = inspect.getsource(inspect.unwrap(InputProcessor._validate_lora))
-    return "lora_path" not in source
+    return "lora_request.lora_path" not in source
 
 
 def refused_adapters_are_internal_errors() -> bool:

@@ -88,12 +88,16 @@ class AdapterBase:
     """The largest rank that is served (``--max-lora-rank``)."""
     targets: frozenset[str] | None = None
     """Names of modules that may be adapted (``--lora-target-modules``); None is all."""
+    fixed_experts: bool = False
+    """Whether the experts cannot be adapted, as those of a quantised checkpoint."""
 
     def serves(self, module: str) -> bool:
         """Whether this module, named as in ``shapes``, may be adapted."""
+        path, _ = placed_at(module)
+        if self.fixed_experts and path.endswith(".experts"):
+            return False
         if self.targets is None:
             return True
-        path, _ = placed_at(module)
         # The whole path, vLLM's name or the file's, as for vLLM's own models.
         names = {path, path.rpartition(".")[2]}
         if not path.endswith(".experts"):
