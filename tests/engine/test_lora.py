@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.doubt import decided_run
@@ -11,8 +12,10 @@ from helpers.inside import Inside
 from helpers.oracle import Oracle
 from helpers.parity import ENGINE, SPEC, assert_parity, make_prompt
 from helpers.probe import Probe
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoProcessor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -37,12 +40,12 @@ SLOTS = 2
 RANK = 8
 EXACT = 1e-5
 
-# What each file adapts. Experts are among all modules. A large change of self-conditioning alone
-# would amplify rounding, see ``helpers.parity``.
+# What each file adapts. Experts are among all modules. A large change of self-conditioning would
+# amplify rounding, see ``helpers.parity``.
 FILES: dict[str, dict[str, Any]] = {
-    "alike": {"seed": 1},
-    "apart": {"seed": 2, "alike": False, "rank": RANK},
-    "decoder": {"seed": 3, "trees": (DECODER,)},
+    "alike": {"seed": 1, "size": 0.15},
+    "apart": {"seed": 2, "size": 0.15, "alike": False, "rank": RANK},
+    "decoder": {"seed": 3, "size": 0.15, "trees": (DECODER,)},
     "encoder": {"seed": 4, "trees": (ENCODER,), "only": ("self_attn",)},
     "conditioning": {"seed": 5, "only": ("self_conditioning",), "size": 0.05},
     "down": {"seed": 6, "only": ("experts.down_proj", "router"), "alike": False},
@@ -150,6 +153,32 @@ def test_logits_are_those_of_the_merged_checkpoint(
         for mine, step in zip(ours, canvas.steps, strict=True)
     ]
     assert max(differences) < EXACT
+
+
+def test_an_image_passes_through_the_factors_of_text(
+    llm: LLM,
+    parity_checkpoint: Path,
+    files: dict[str, Path],
+    adapter: Callable[..., LoRARequest],
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 200, 3), dtype=np.uint8)
+    text, image = "<bos>the quick <|image|> brown fox", Image.fromarray(pixels)
+    processor = AutoProcessor.from_pretrained(parity_checkpoint)
+    inputs = dict(
+        processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
+    )
+    prompt = inputs.pop("input_ids")[0].tolist()
+    inputs.pop("attention_mask")
+    oracle = adapted_oracle(parity_checkpoint, files["encoder"])
+    seed, theirs = decided_run(oracle, prompt, 3, canvases=1, inputs=inputs)
+    with Probe() as probe:
+        llm.generate(
+            {"prompt": text, "multi_modal_data": {"image": [image]}},
+            SamplingParams(seed=seed, max_tokens=SPEC.canvas, ignore_eos=True),
+            lora_request=adapter("encoder"),
+            use_tqdm=False,
+        )
+    assert_parity(probe.run(seed), theirs)
 
 
 # ---- batches ----
