@@ -19,7 +19,9 @@ from transformers import AutoProcessor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
+from vllm_diffusion.engine.lora_experts import AdaptedExperts
 from vllm_diffusion.testing.adapters import (
     DECODER,
     ENCODER,
@@ -312,3 +314,26 @@ def test_an_adapter_that_was_mended_is_served(
     assert generate(llm, [prompt], [1], [mended]) == generate(
         llm, [prompt], [1], [adapter("alike")]
     )
+
+
+# ---- other engines; last, since one lives at a time ----
+
+
+def test_without_experts_among_the_targets_vllms_kernel_stays(
+    engine: Callable[..., LLM],
+    parity_checkpoint: Path,
+    files: dict[str, Path],
+    adapter: Callable[..., LoRARequest],
+) -> None:
+    targets = ["qkv_proj", "o_proj"]
+    llm = engine(parity_checkpoint, **ENGINE, enable_lora=True, lora_target_modules=targets)
+    for layer in Inside(llm).runner.model.model.layers:
+        kernel = layer.experts.routed_experts.quant_method.moe_kernel.fused_experts
+        assert isinstance(kernel, CPUUnquantizedExperts)
+        assert not isinstance(kernel, AdaptedExperts)
+    prompt = make_prompt(70)
+    oracle = adapted_oracle(parity_checkpoint, files["encoder"])
+    seed, theirs = decided_run(oracle, prompt, 1)
+    assert generate(llm, [prompt], [seed], [adapter("encoder")]) == [theirs.tokens]
+    with pytest.raises(VLLMValidationError, match="served without adapters"):
+        generate(llm, [prompt], [seed], [adapter("alike")])

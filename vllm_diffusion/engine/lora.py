@@ -33,8 +33,8 @@ _REFUSED = (
     "enable_moe_shared_loras",
 )
 
-_Stamp = tuple[str, int, int]
-_fitting: set[_Stamp] = set()
+# Files that have passed, by what they were checked against: a process may have several engines.
+_fitting: set[tuple[object, ...]] = set()
 
 
 def check_options(lora: LoRAConfig | None) -> None:
@@ -76,17 +76,20 @@ def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) ->
     folder = Path(get_adapter_absolute_path(request.lora_path))
     if not folder.is_dir():
         raise AdapterError(f"the adapter {request.lora_name!r} is not at {request.lora_path}.")
-    stamp = _stamp(folder)
-    if stamp is None or stamp not in _fitting:
-        check_adapter(folder, adapter_base(model, lora))
-        if stamp is not None:
-            _fitting.add(stamp)
+    base = adapter_base(model, lora)
+    if (times := _changed(folder)) is None:
+        check_adapter(folder, base)  # says which file is missing
+        return
+    passed = (folder, *times, base.name, base.max_rank, base.targets)
+    if passed not in _fitting:
+        check_adapter(folder, base)
+        _fitting.add(passed)
 
 
-def _stamp(folder: Path) -> _Stamp | None:
-    """What tells a changed adapter from the one that was checked; None if a file is missing."""
+def _changed(folder: Path) -> tuple[int, int] | None:
+    """When the two files of an adapter were changed last, in ns; None if one is missing."""
     try:
         config, weights = ((folder / name).stat().st_mtime_ns for name in (CONFIG, WEIGHTS))
     except OSError:
         return None
-    return str(folder), config, weights
+    return config, weights
