@@ -6,6 +6,7 @@
     ├── TraceError                  a file is not a recorded trace, or not one that can be read
     ├── TuneError                   a task to tune for, or a rule to try, makes no sense
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
+    ├── AdapterError                a LoRA adapter does not fit the served model
     ├── ParamsError                 a request asks for something impossible
     │   └── ConstraintError         a constraint is malformed, unsupported, or has no answer
     │       └── AutomatonError      a constraint makes sense, but has no automaton within the limits
@@ -13,8 +14,8 @@
 
 A message is one sentence or one list of all problems: what was found, what is accepted, and what to
 do about it. Those from `CheckpointError` on are also `ValueError`, which is what vLLM turns into an
-answer of status 400 (a request) or a refusal to start (an option, a checkpoint). The two about the
-installation are not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in
+answer of status 400 (a request, an adapter) or a refusal to start (an option, a checkpoint). The
+two about the installation are not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in
 pydantic's own text, and these must be read as they are.
 """
 
@@ -41,6 +42,10 @@ class TuneError(VllmDiffusionError):
 
 class CheckpointError(VllmDiffusionError, ValueError):
     """A checkpoint lacks, or contradicts, something that must be read from it."""
+
+
+class AdapterError(VllmDiffusionError, ValueError):
+    """A LoRA adapter cannot be served on this model; the message names every problem at once."""
 
 
 class ParamsError(VllmDiffusionError, ValueError):

@@ -10,7 +10,7 @@ padding, and the text around them stays clean.
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,20 +104,20 @@ def training_items(rng: random.Random, shares: Mapping[str, float]) -> Iterator[
 
 def pack(
     tokenizer: Tokenizer,
-    shares: Mapping[str, float],
+    items: Callable[[random.Random], Iterator[tasks.Item]],
     *,
     rows: int,
     canvas: int,
     vocab: int,
     seed: int,
 ) -> Rows:
-    """Fill `rows` rows with fresh items; the same seed gives the same batch."""
+    """Fill `rows` rows with what `items` draws; the same seed gives the same batch."""
     rng = random.Random(seed)  # noqa: S311 -- reproducible, not secret
     generator = torch.Generator().manual_seed(seed)
     packed = _empty(rows)
     used = [0] * rows
     misfits = 0
-    for number, item in enumerate(training_items(rng, shares)):
+    for number, item in enumerate(items(rng)):
         length, columns = _lay_out(tokenizer, item, canvas, rng)
         fitting = [row for row in range(rows) if used[row] + length <= ROW]
         if not fitting:

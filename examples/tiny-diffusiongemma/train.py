@@ -12,13 +12,14 @@ import copy
 import csv
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from model import PackedPass
-from packing import IGNORED, ROW, pack, shares_at
+from packing import IGNORED, ROW, pack, shares_at, training_items
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
@@ -138,7 +139,7 @@ def train_step(forward: Any, tokenizer: Tokenizer, step: int, options: argparse.
     rng = random.Random(f"{options.seed}:{step}")  # noqa: S311 -- reproducible, not secret
     rows = pack(
         tokenizer,
-        shares_at(step),
+        partial(training_items, shares=shares_at(step)),
         rows=options.rows,
         canvas=SPEC.canvas,
         vocab=SPEC.vocab,

@@ -85,6 +85,19 @@ PARAMETERS = {
         "tool_choice",
         "strict_level",
     ],
+    "vllm.v1.engine.input_processor.InputProcessor._validate_lora": ["self", "lora_request"],
+    "vllm.entrypoints.openai.models.serving.OpenAIServingModels._check_load_lora_adapter_request": [
+        "self",
+        "request",
+    ],
+    "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model": [
+        "self",
+        "model",
+        "vllm_config",
+        "device",
+    ],
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method."
+    "select_unquantized_moe_backend": ["moe_config"],
     "vllm.sampling_params.SamplingParams.update_from_generation_config": [
         "self",
         "generation_config",

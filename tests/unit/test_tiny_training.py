@@ -4,6 +4,7 @@ import copy
 import csv
 import random
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def model(trainer):
 
 
 def batch(trainer, tokenizer, seed, rows=2):
-    shares = trainer.shares_at(0)
-    return trainer.pack(tokenizer, shares, rows=rows, canvas=64, vocab=640, seed=seed)
+    items = partial(trainer.training_items, shares=trainer.shares_at(0))
+    return trainer.pack(tokenizer, items, rows=rows, canvas=64, vocab=640, seed=seed)
 
 
 def views(rows):

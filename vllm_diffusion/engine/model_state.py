@@ -350,9 +350,11 @@ class CanvasModelState(ModelState):
             slots = input_batch.expanded_idx_mapping
             is_canvas = ~self.pool.causal[slots][:, None]
             soft = self.pool.soft_embedding[slots, input_batch.expanded_local_pos]
+            canvas_rows[rows] = is_canvas
+            if self.model.adapters is not None:
+                self.model.adapters.place(canvas_rows, rows)
             plain = embeds[rows]
             embeds[rows] = torch.where(is_canvas, self.model.self_conditioning(plain, soft), plain)
-            canvas_rows[rows] = is_canvas
         self.model.sampler_takes_hidden = True
         return {"inputs_embeds": embeds}
 

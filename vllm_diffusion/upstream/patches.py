@@ -17,6 +17,7 @@ from vllm_diffusion.upstream import (
     cpu_host,
     cpu_kernels,
     gemma_tools,
+    lora,
     request_validation,
     serving_config,
     structured_outputs,
@@ -229,6 +230,28 @@ SERVING_PATCHES: Final = (
         needed=gemma_tools.calls_are_free,
     ),
     Patch(
+        name="adapter-check",
+        target="vllm.v1.engine.input_processor.InputProcessor._validate_lora",
+        why="a LoRA adapter is read in the step that needs it first, and one that does not fit "
+        "ends the engine.",
+        upstream_reference="vllm/v1/engine/input_processor.py: _validate_lora",
+        remove_when="vLLM checks an adapter before its request enters the engine",
+        applies=_always,
+        install=lora.check_adapters,
+        needed=lora.adapters_are_loaded_unchecked,
+    ),
+    Patch(
+        name="adapter-check-loading",
+        target="vllm.entrypoints.openai.models.serving.OpenAIServingModels."
+        "_check_load_lora_adapter_request",
+        why="an adapter that does not fit is answered with status 500.",
+        upstream_reference="vllm/entrypoints/openai/models/serving.py: load_lora_adapter",
+        remove_when="vLLM answers 400 to an adapter that cannot be loaded",
+        applies=_always,
+        install=lora.check_loaded_adapters,
+        needed=lora.refused_adapters_are_internal_errors,
+    ),
+    Patch(
         name="telemetry-outputs",
         target="vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
         why="what the scheduler knows about a request's canvases leaves in a field that vLLM would "
@@ -298,6 +321,30 @@ WORKER_PATCHES: Final = (
         applies=cpu_host.is_triton_free_cpu,
         install=cpu_kernels.install,
         needed=cpu_kernels.are_needed,
+    ),
+    Patch(
+        name="lora-manager",
+        target="vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model",
+        why="vLLM's adapters know one kind of row a request, and on a CPU give rows without an "
+        "adapter that of another request.",
+        upstream_reference="vllm/v1/worker/lora_model_runner_mixin.py: load_lora_model; "
+        "vllm/lora/ops/torch_ops/lora_ops.py: index -1",
+        remove_when="a model class can bring its own manager of adapters",
+        applies=cpu_host.is_triton_free_cpu,
+        install=lora.take_adapters,
+        needed=lora.manager_is_fixed,
+    ),
+    Patch(
+        name="lora-experts",
+        target="vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method."
+        "select_unquantized_moe_backend",
+        why="with LoRA on, experts are computed by Triton on every platform.",
+        upstream_reference="vllm/model_executor/layers/fused_moe/oracle/unquantized.py: "
+        "is_lora_enabled",
+        remove_when="vLLM has experts for CPUs that adapters can change",
+        applies=cpu_host.is_triton_free_cpu,
+        install=lora.choose_experts,
+        needed=lora.adapted_experts_are_triton,
     ),
 )
 """Installed by `cpu_worker.TritonFreeCPUWorker`, in the worker process of a diffusion model."""

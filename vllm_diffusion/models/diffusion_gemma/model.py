@@ -31,7 +31,7 @@ from vllm.model_executor.models.gemma4_mm import (
     Gemma4MultimodalEmbedder,
     Gemma4MultiModalProcessor,
 )
-from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsQuant
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsQuant
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.transformers.utils import recursive_replace_linear
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
+    from vllm_diffusion.engine.lora_rows import CanvasAdapters
+
 # Vision towers whose widths are no multiple of this stay unquantised: group-wise schemes need it.
 _QUANTISABLE_MULTIPLE = 64
 
@@ -64,7 +66,7 @@ _QUANTISABLE_MULTIPLE = 64
     info=DiffusionGemmaProcessingInfo,
     dummy_inputs=Gemma4DummyInputsBuilder,
 )
-class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQuant):
+class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsQuant):
     """The model class vLLM loads for ``DiffusionGemmaForBlockDiffusion`` checkpoints.
 
     Interface flags must stand in this module: vLLM caches what it learns about a class by a hash of
@@ -147,14 +149,15 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
             quant_config=quant_config,
             prefix=maybe_prefix(prefix, "self_conditioning"),
         )
+        # Set where LoRA is on, once the weights are loaded.
+        self.adapters: CanvasAdapters | None = None
         # True while the next call of compute_logits is the sampler's, see there.
         self.sampler_takes_hidden: bool = False
 
     def _build_vision(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Gemma 4's vision tower and the projection into the text embedding space."""
         config = vllm_config.model_config.hf_config
-        lora_config = vllm_config.lora_config
-        self._enable_mm_lora = bool(lora_config and lora_config.enable_tower_connector_lora)
+        self._enable_mm_lora = False  # read by the borrowed image path
         if config.vision_config is None:
             self.vision_tower = None
             self.embed_vision = None

@@ -1,0 +1,95 @@
+"""What of vLLM's LoRA is served, and whether an adapter fits: asked where a user talks to vLLM.
+
+An adapter that a worker cannot load would end the engine, since vLLM loads it in the step that
+needs it first. So it is checked here, where a refusal is an answer. The worker's side is
+``engine.lora_rows``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_diffusion.errors import AdapterError, ConfigError
+from vllm_diffusion.models.diffusion_gemma.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterBase,
+    adaptable,
+    check_adapter,
+)
+from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.request import LoRARequest
+
+_REFUSED = (
+    "fully_sharded_loras",
+    "enable_tower_connector_lora",
+    "default_mm_loras",
+    "enable_mixed_moe_lora_format",
+    "enable_moe_shared_loras",
+)
+
+# Files that have passed, by what they were checked against: a process may have several engines.
+_fitting: set[tuple[object, ...]] = set()
+
+
+def check_options(lora: LoRAConfig | None) -> None:
+    """Raise `ConfigError` for adapter options that are not served, or on a host that serves none.
+
+    Args:
+        lora: None where LoRA is off.
+    """
+    if lora is None:
+        return
+    if asked := [name for name in _REFUSED if getattr(lora, name)]:
+        raise ConfigError(f"{', '.join(asked)} is not supported for a diffusion model: remove it.")
+    if not is_triton_free_cpu():
+        raise ConfigError(
+            "enable_lora is not supported for a diffusion model on this host, only on CPU hosts "
+            "without a Triton backend: merge the adapter into the checkpoint instead."
+        )
+
+
+def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
+    """What an adapter has to fit."""
+    return AdapterBase(
+        name=model.model,
+        shapes=adaptable(model.hf_text_config),
+        experts=model.hf_text_config.num_experts,
+        max_rank=lora.max_lora_rank,
+        targets=None if lora.target_modules is None else frozenset(lora.target_modules),
+        fixed_experts=model.quantization is not None,
+    )
+
+
+def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) -> None:
+    """Raise `AdapterError` if the adapter of a request cannot be served.
+
+    A file that has passed is not read again until it changes.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path  # loads layers
+
+    folder = Path(get_adapter_absolute_path(request.lora_path))
+    if not folder.is_dir():
+        raise AdapterError(f"the adapter {request.lora_name!r} is not at {request.lora_path}.")
+    base = adapter_base(model, lora)
+    if (times := _changed(folder)) is None:
+        check_adapter(folder, base)  # says which file is missing
+        return
+    passed = (folder, *times, base.name, base.max_rank, base.targets)
+    if passed not in _fitting:
+        check_adapter(folder, base)
+        _fitting.add(passed)
+
+
+def _changed(folder: Path) -> tuple[int, int] | None:
+    """When the two files of an adapter were changed last, in ns; None if one is missing."""
+    try:
+        config, weights = ((folder / name).stat().st_mtime_ns for name in (CONFIG, WEIGHTS))
+    except OSError:
+        return None
+    return config, weights
