@@ -13,13 +13,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.upstream.canvas_text import check_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+
+# vLLM goes on behind a turn with what it counts as computed: of a canvas the end of the turn is in,
+# too much, which ends its engine; where commits are fused, without that canvas.
+_NO_STREAMING_INPUT: Final = (
+    "a diffusion model takes no input that comes piece by piece: the canvas that ends a turn has "
+    "rows behind its end, and nothing can be appended to them. Send every turn as a request of its "
+    "own that holds the conversation so far; the prefix cache keeps its beginning"
+)
 
 
 def check_requests_ourselves() -> None:
@@ -60,7 +69,11 @@ def stock_check_refuses_seed() -> bool:
 
 def _check_now(sampling_params: Any, prompt: Any, engine: Any) -> None:
     """Our checks, and vLLM's checks of what only a server knows: vocabulary and limits."""
+    from vllm.exceptions import VLLMValidationError
+
     model_config = engine.model_config
+    if inspect.isasyncgen(prompt) and model_config.is_diffusion:
+        raise VLLMValidationError(_NO_STREAMING_INPUT)
     sampling_params._validate_diffusion(model_config)
     sampling_params._validate_logprobs(model_config)
     sampling_params._validate_logit_bias(model_config)
