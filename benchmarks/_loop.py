@@ -27,6 +27,8 @@ from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.config import served_rules
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.stream import StreamingHead
+from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasBatch
 from vllm_diffusion.step import advance
 from vllm_diffusion.testing.tasks import solved
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.testing.tasks import Item
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
-MAX_ROWS = 4096  # of the head at once
+HEAD_BYTES = 1 << 26
 APART = 0x9E3779B97F4A7C15  # between the seeds of branches
 
 
@@ -117,6 +119,10 @@ class Prefix:
         return before, own
 
 
+def _nobody_asks(prob: Tensor) -> Tensor:
+    raise AssertionError(f"the streaming head takes whole rows, {prob.shape}")
+
+
 class CanvasLoop:
     """Answers items on a checkpoint, one after the other."""
 
@@ -133,11 +139,16 @@ class CanvasLoop:
         )
         self._soft = self._top_prob = torch.empty(0)
         self._length = self._model.config.canvas_length
-        embedding = self._decoder.embed_tokens
-        self._head = ReferenceHead(
-            logits=self._logits,
-            soft_embedding=lambda prob: prob @ embedding.weight * embedding.embed_scale,
-            max_rows=MAX_ROWS,
+        self._head = StreamingHead(
+            vocabulary=Vocabulary(
+                output=self._model.lm_head.weight.detach(),
+                embedding=self._decoder.embed_tokens.weight.detach(),
+                size=self._model.config.text_config.vocab_size,
+                softcap=self._model.final_logit_softcapping,
+                scale=self._decoder.embed_tokens.embed_scale,
+            ),
+            whole=ReferenceHead(logits=self._logits, soft_embedding=_nobody_asks, max_rows=1),
+            budget=HEAD_BYTES,
         )
 
     @torch.no_grad()
