@@ -31,12 +31,12 @@ from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasBatch
 from vllm_diffusion.step import advance
-from vllm_diffusion.testing.tasks import solved
+from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
 from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
 from vllm_diffusion.tune.compare import Outcome, repeated_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -44,8 +44,25 @@ if TYPE_CHECKING:
     from vllm_diffusion.testing.tasks import Item
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
+ASKED = ("json", "sudoku", "chain", "joint", "edit")
+"""Without `count`, which the model has not learnt."""
+
 HEAD_BYTES = 1 << 26
 APART = 0x9E3779B97F4A7C15  # between the seeds of branches
+
+
+def items_of(count: int, seed: int, tasks: Sequence[str] | None = None) -> list[Item]:
+    """Held-out items of hard sizes, so many of each task; of all that were learnt for None."""
+    return [
+        item
+        for task in tasks or ASKED
+        for item in held_out_items(task, count, seed=seed, sizes=TASKS[task].hard)
+    ]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Of an item, as `quality.py` has it."""
+    return seed * 1_000_003 + number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +147,7 @@ class CanvasLoop:
         self._model = DiffusionGemmaForBlockDiffusion.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         generation = json.loads((checkpoint / "generation_config.json").read_text())
         self.rules, _ = served_rules(generation, source="generation_config.json")
         self._decoder = self._model.model.decoder
@@ -176,11 +193,11 @@ class CanvasLoop:
         assert branches == 1 or cut is None
         pool = self._pool(rule, branches, seed)
         prefix, slots = Prefix(self._model, branches), torch.arange(branches)
-        asked = self._tokenizer.apply_chat_template(
+        asked = self.tokenizer.apply_chat_template(
             chat(item), add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids[0]
         prefix.write(asked)
-        limit = budget(item, self._tokenizer, self._length)
+        limit = budget(item, self.tokenizer, self._length)
         pool.begin(slots, self._positions(prefix.length, branches))
         run, said, taken = Run(), [], 0
         while True:
@@ -216,7 +233,7 @@ class CanvasLoop:
                 self._move_up(pool, len(tokens), prefix.length)
         run.finished = token_id(TURN_END) in said
         run.tokens = said[: said.index(token_id(TURN_END))] if run.finished else said[:limit]
-        run.text = self._tokenizer.decode(run.tokens, skip_special_tokens=True)
+        run.text = self.tokenizer.decode(run.tokens, skip_special_tokens=True)
         return run
 
     def _see(self, _: object, __: object, stats: CanvasStats, ___: object) -> None:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import _report
 from _cell import measure
-from _loop import CHECKPOINT, CanvasLoop
+from _loop import CHECKPOINT, CanvasLoop, items_of, seed_of
 
 from vllm_diffusion.denoise.presets import PRESETS
-from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items
+from vllm_diffusion.testing.tasks import TASKS, Item
 from vllm_diffusion.tune.compare import paired, summarised
 
 if TYPE_CHECKING:
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 
     from _loop import Run
 
-ASKED = ("json", "sudoku", "chain", "joint", "edit")
-"""Without `count`, which the model has not learnt."""
-
 
 def main() -> None:
     """Answer with every arm and print them side by side."""
     parser = _report.parser(__doc__)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["reference", "balanced"])
     parser.add_argument("--branches", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(ASKED))
+    parser.add_argument("--task", nargs="+", choices=TASKS)
     parser.add_argument("--n", type=int, default=200, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", action="store_true", help="compare one branch with it")
@@ -49,16 +46,7 @@ def main() -> None:
     if options.worker:
         answer_here(options.worker, options.preset[0], options.seed)
         return
-    items = [
-        item
-        for task in options.task
-        for item in held_out_items(
-            task,
-            5 if options.quick else options.n,
-            seed=options.seed,
-            sizes=TASKS[task].hard,
-        )
-    ]
+    items = items_of(5 if options.quick else options.n, options.seed, options.task)
     loop = CanvasLoop()
     results = {
         (preset, branches): [
@@ -80,11 +68,6 @@ def main() -> None:
                 f"{preset}: {flat[f'{preset}.unlike engine']} of {len(items)} unlike the engine's"
             )
     report(results, items, flat, options.json)
-
-
-def seed_of(seed: int, number: int) -> int:
-    """Of an item, as `quality.py` has it."""
-    return seed * 1_000_003 + number
 
 
 def report(
