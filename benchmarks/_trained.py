@@ -3,7 +3,8 @@
 `engine.py --trained` calls `compare`; this program is also the process in which one engine runs.
 Every engine answers the same held-out items of hard sizes from chat messages to text, one by one
 and eight at a time, end of the turn and decoding rule at work. Ours has the same seeds under every
-arm, Transformers a seed a batch, native none. Of ours the arms take turns.
+arm, Transformers a seed a batch, native none. All engines are started, then they take turns, one
+working and the others waiting, so that a host that is busy at times disturbs all of them.
 
     tokens/s           tokens before the end of the turn, by the clock, median of the repeats
     tokens/cpu s       the same by processor seconds of the engine's process, which a host that is
@@ -20,15 +21,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import _report
 from _answers import NativeForwards, Transformers, generate, generate_ours, start_vllm, told
-from _cell import measure
 from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
@@ -43,6 +47,7 @@ ASKED = ("json", "sudoku", "chain", "joint", "edit")
 """Without `count`, which the model has not learnt."""
 
 CONCURRENCY = (1, 8)
+REPEATS = 3
 COMPARED = "balanced"
 ARMS: dict[str, dict[str, Any]] = {
     "reference, commits apart": {"diffusion_fused_commit": False},
@@ -88,28 +93,65 @@ def compare(
         environment_of: of the process of an engine.
         quick: a run of a minute, which shows that the program works.
         count: items of every task.
-        seed: of items and of noise.
+        seed: of the items.
         file: for the results as JSON.
     """
-    arguments = ["--count", str(2 if quick else count), "--seed", str(seed)]
-    arguments += ["--repeats", str(1 if quick else 3), *(["--eager"] if quick else [])]
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for engine in engines:
-        results |= measure(
-            __file__, engine, *arguments, environment=environment_of(engine), name=engine
+    count = 2 if quick else count
+    arguments = ["--count", str(count), "--seed", str(seed), *(["--eager"] if quick else [])]
+    results: dict[str, dict[int, list[Measured]]] = {}
+    with ExitStack() as running:
+        workers = [
+            running.enter_context(Worker(engine, arguments, environment_of(engine)))
+            for engine in engines
+        ]
+        for _ in range(1 if quick else REPEATS):
+            for concurrency, worker in product(CONCURRENCY, workers):
+                for arm, measured in worker.ask(concurrency).items():
+                    by = results.setdefault(arm, {at: [] for at in CONCURRENCY})
+                    by[concurrency].append(Measured(**measured))
+    report(results, items=len(ASKED) * count, file=file)
+
+
+class Worker:
+    """An engine in a process of its own, which works when it is asked."""
+
+    def __init__(self, engine: str, arguments: list[str], environment: dict[str, str]) -> None:
+        self._engine = engine
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, engine, *arguments],
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-    report(
-        {
-            arm: {int(at): [Measured(**one) for one in runs] for at, runs in by.items()}
-            for arm, by in results.items()
-        },
-        items=len(ASKED) * (2 if quick else count),
-        file=file,
-    )
+
+    def __enter__(self) -> Self:
+        self._read()  # it is started and warm
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input ends it
+
+    def ask(self, concurrency: int) -> dict[str, dict[str, Any]]:
+        """One round of all its arms."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{concurrency}\n")
+        self._process.stdin.flush()
+        found: dict[str, dict[str, Any]] = self._read()
+        return found
+
+    def _read(self) -> Any:  # noqa: ANN401 - JSON
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            sys.exit(f"{self._engine} failed with status {self._process.wait()}")
+        return json.loads(line)
 
 
-def run_engine(engine: str, count: int, seed: int, repeats: int, *, eager: bool) -> None:
-    """Answer with one engine and print the result as one line of JSON."""
+def run_engine(engine: str, count: int, seed: int, *, eager: bool) -> None:
+    """Answer with one engine as often as a line of the input asks for it, a line of JSON each."""
+    # What the engine's libraries print is not among the results.
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     if engine == "native":
         pretend_triton_has_a_cpu_backend()
     items = items_of(count, seed)
@@ -120,18 +162,18 @@ def run_engine(engine: str, count: int, seed: int, repeats: int, *, eager: bool)
         "native-standin": native,
         "transformers": transformers,
     }[engine](engine, eager=eager)
-    found: dict[str, dict[int, list[Any]]] = {name: {at: [] for at in CONCURRENCY} for name in arms}
     for ask in arms.values():
         for concurrency in CONCURRENCY:
             ask(warm_up, concurrency)
-    for _ in range(repeats):
-        for concurrency in CONCURRENCY:
-            for name, ask in arms.items():
-                start, start_cpu = time.perf_counter(), time.process_time()
-                answers = ask(items, concurrency)
-                seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-                found[name][concurrency].append(asdict(judged(items, answers, seconds, cpu)))
-    print(json.dumps(found))
+    print(json.dumps("ready"), file=results)
+    for line in sys.stdin:
+        found = {}
+        for name, ask in arms.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            answers = ask(items, int(line))
+            seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            found[name] = asdict(judged(items, answers, seconds, cpu))
+        print(json.dumps(found), file=results)
 
 
 def ours(_: str, *, eager: bool) -> dict[str, Any]:
@@ -245,7 +287,7 @@ def main() -> None:
     """Run one engine here."""
     parser = argparse.ArgumentParser(description="internal: `engine.py --trained` calls it")
     parser.add_argument("engine")
-    for name in ("--count", "--seed", "--repeats"):
+    for name in ("--count", "--seed"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--eager", action="store_true", help="leave out the compiler")
     run_engine(**vars(parser.parse_args()))
