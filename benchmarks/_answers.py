@@ -88,82 +88,119 @@ def ask_ours(
     sampler = sampler_of(llm)
     assert isinstance(sampler, CanvasSampler)
     sampler.rule = rule
+    return [told(output) for output in generate_ours(llm, items, seed, options)]
+
+
+def generate_ours(
+    llm: Any, items: Sequence[Item], seed: int, options: Mapping[str, Any], **how: Any
+) -> list[Any]:
+    """`generate` with a seed for every item, and telemetry for `told`."""
     seeds = [seed * 1_000_003 + number for number in range(len(items))]
-    outputs = generate(llm, items, seeds, {"diffusion_telemetry": True, **options})
-    answers = []
-    for output in outputs:
-        told = output.outputs[0].diffusion
-        steps = [canvas.steps for canvas in told.canvases]
-        assert sum(steps) == told.denoise_forwards, "a canvas was lost: give the engine memory"
-        answers.append(finish(output, Forwards(steps=steps, commits=told.commit_forwards)))
-    return answers
+    return generate(llm, items, seeds, {"diffusion_telemetry": True, **options}, **how)
+
+
+def told(output: Any) -> Answer:
+    """An output of ours, which says itself what it took."""
+    telemetry = output.outputs[0].diffusion
+    steps = [canvas.steps for canvas in telemetry.canvases]
+    assert sum(steps) == telemetry.denoise_forwards, "a canvas was lost: give the engine memory"
+    return finish(output, Forwards(steps=steps, commits=telemetry.commit_forwards))
 
 
 def ask_native(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer]:
     """Answers of vLLM's own DiffusionGemma, which draws from torch's global generator."""
-    counted: dict[str, Forwards] = defaultdict(Forwards)
     llm = start_vllm(checkpoint)
-    sampler = sampler_of(llm)
-    inner = type(sampler).__call__
-
-    def call(sampler: Any, logits: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if batch.num_draft_tokens:
-            for row, slot in enumerate(batch.idx_mapping_np[: batch.num_reqs]):
-                if batch.cu_num_logits_np[row + 1] == batch.cu_num_logits_np[row]:
-                    continue  # prompt rows
-                forwards = counted[batch.req_ids[row]]
-                if sampler.diffusion_states.is_encoder_phase[slot]:
-                    forwards.commit()
-                else:
-                    forwards.denoise()
-        return inner(sampler, logits, batch, *args, **kwargs)
-
-    type(sampler).__call__ = call
+    counter = NativeForwards(llm)
     torch.manual_seed(seed)
-    outputs = generate(llm, items, [None] * len(items), {})
-    return [
-        finish(
-            output,
-            next(f for name, f in counted.items() if name.split("-")[0] == output.request_id),
-        )
-        for output in outputs
-    ]
+    return [counter.told(output) for output in generate(llm, items, [None] * len(items), {})]
+
+
+class NativeForwards:
+    """Counts the forwards of native vLLM's requests, from now on."""
+
+    def __init__(self, llm: Any) -> None:
+        self._counted: dict[str, Forwards] = defaultdict(Forwards)
+        sampler = type(sampler_of(llm))
+        inner = sampler.__call__
+
+        def call(sampler: Any, logits: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self._count(sampler, batch)
+            return inner(sampler, logits, batch, *args, **kwargs)
+
+        sampler.__call__ = call
+
+    def told(self, output: Any) -> Answer:
+        """An output with what was counted for it."""
+        (name,) = (name for name in self._counted if name.split("-")[0] == output.request_id)
+        return finish(output, self._counted.pop(name))
+
+    def _count(self, sampler: Any, batch: Any) -> None:
+        if not batch.num_draft_tokens:
+            return
+        for row, slot in enumerate(batch.idx_mapping_np[: batch.num_reqs]):
+            if batch.cu_num_logits_np[row + 1] == batch.cu_num_logits_np[row]:
+                continue  # prompt rows
+            forwards = self._counted[batch.req_ids[row]]
+            if sampler.diffusion_states.is_encoder_phase[slot]:
+                forwards.commit()
+            else:
+                forwards.denoise()
 
 
 def ask_transformers(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer]:
     """Answers of Transformers' own `generate`, one item after the other."""
-    from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+    model = Transformers(checkpoint)
+    return [
+        answer
+        for number, item in enumerate(items)
+        for answer in model.answer([item], seed * 1_000_003 + number)
+    ]
 
-    model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    forwards = Forwards()
-    model.model.decoder.register_forward_hook(lambda *_: forwards.denoise())
-    model.model.encoder.register_forward_hook(lambda *_: forwards.commit())
-    answers = []
-    for number, item in enumerate(items):
-        prompt = tokenizer.apply_chat_template(
-            chat(item), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-        forwards.steps, forwards.commits = [], -1  # the first call is the prompt's
-        torch.manual_seed(seed * 1_000_003 + number)
-        output = model.generate(
-            prompt, max_new_tokens=budget(item, tokenizer, model.config.canvas_length)
+
+class Transformers:
+    """Transformers' own model and loop."""
+
+    def __init__(self, checkpoint: str) -> None:
+        from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+
+        model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
+        self._model = model.eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+        self._forwards = Forwards()
+        model.model.decoder.register_forward_hook(lambda *_: self._forwards.denoise())
+        model.model.encoder.register_forward_hook(lambda *_: self._forwards.commit())
+
+    def answer(self, items: Sequence[Item], seed: int) -> list[Answer]:
+        """Answer items in one static batch, all of whose requests run until the last is done."""
+        asked = self._tokenizer.apply_chat_template(
+            [chat(item) for item in items],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
         )
-        ids = output.sequences[0, prompt.shape[1] :].tolist()
+        self._forwards.steps, self._forwards.commits = [], -1  # the first call is the prompts'
+        torch.manual_seed(seed)
+        canvas = self._model.config.canvas_length
+        output = self._model.generate(
+            asked.input_ids,
+            attention_mask=asked.attention_mask,
+            max_new_tokens=max(budget(item, self._tokenizer, canvas) for item in items),
+        )
+        return [self._told(ids) for ids in output.sequences[:, asked.input_ids.shape[1] :].tolist()]
+
+    def _told(self, ids: list[int]) -> Answer:
         end = ids.index(token_id(TURN_END)) if token_id(TURN_END) in ids else None
-        answers.append(
-            Answer(
-                text=tokenizer.decode(ids[:end], skip_special_tokens=True),
-                tokens=ids[:end],
-                finished=end is not None,
-                steps=forwards.steps,
-                commits=forwards.commits,
-            )
+        return Answer(
+            text=self._tokenizer.decode(ids[:end], skip_special_tokens=True),
+            tokens=ids[:end],
+            finished=end is not None,
+            steps=self._forwards.steps,
+            commits=self._forwards.commits,
         )
-    return answers
 
 
-def start_vllm(checkpoint: str) -> Any:
+def start_vllm(checkpoint: str, concurrency: int = CONCURRENCY, *, eager: bool = True) -> Any:
     """An engine in this process, the same for ours and native."""
     from vllm import LLM
 
@@ -171,9 +208,9 @@ def start_vllm(checkpoint: str) -> Any:
         checkpoint,
         dtype="float32",
         max_model_len=1024,
-        max_num_seqs=CONCURRENCY,
+        max_num_seqs=concurrency,
         kv_cache_memory_bytes=256 << 20,
-        enforce_eager=True,
+        enforce_eager=eager,
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": 0, "video": 0},
     )
@@ -186,9 +223,14 @@ def sampler_of(llm: Any) -> Any:
 
 
 def generate(
-    llm: Any, items: Sequence[Item], seeds: Sequence[int | None], options: Mapping[str, Any]
+    llm: Any,
+    items: Sequence[Item],
+    seeds: Sequence[int | None],
+    options: Mapping[str, Any],
+    *,
+    one_by_one: bool = False,
 ) -> list[Any]:
-    """All items through LLM.chat, in order."""
+    """All items through LLM.chat, in order; at once, or each when the one before is answered."""
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
@@ -199,7 +241,11 @@ def generate(
         )
         for item, seed in zip(items, seeds, strict=True)
     ]
-    return list(llm.chat([chat(item) for item in items], sampling, use_tqdm=False))
+    chats = [chat(item) for item in items]
+    if one_by_one:
+        pairs = zip(chats, sampling, strict=True)
+        return [llm.chat(each, wish, use_tqdm=False)[0] for each, wish in pairs]
+    return list(llm.chat(chats, sampling, use_tqdm=False))
 
 
 def chat(item: Item) -> list[dict[str, str]]:

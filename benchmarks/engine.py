@@ -1,6 +1,7 @@
 """Tokens per second of ours, native vLLM and Transformers on one checkpoint, in one run.
 
     python benchmarks/engine.py [--quick] [--json FILE]
+    python benchmarks/engine.py --trained [--n N] [--quick] [--json FILE]
 
 Every engine runs in a process of its own, one after the other, with the same threads, the same
 prompts and the same number of new tokens, end-of-sequence ignored. The checkpoint has random
@@ -15,6 +16,9 @@ every canvas takes all its steps in every engine: this measures the engine, not 
     transformers   DiffusionGemmaForBlockDiffusion.generate on one batch of all requests
 
 Steps per canvas and tokens per forward count every forward after the prompt's, commits included.
+
+`--trained` measures the decoding rules: on examples/tiny-diffusiongemma, with questions that it was
+trained on and canvases that end when their rule says so, under presets of ours, see `_trained`.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import _report
+import _trained
 from _cell import measure
 from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
 
@@ -91,12 +96,25 @@ def main() -> None:
     arguments = _report.parser(__doc__)
     arguments.add_argument("--size", choices=SIZES, default="small", help="of the checkpoint")
     arguments.add_argument("--engines", nargs="+", choices=ENGINES)
+    arguments.add_argument("--trained", action="store_true", help="presets on a trained model")
+    arguments.add_argument("--n", type=int, default=20, help="items of each task of --trained")
+    arguments.add_argument("--seed", type=int, default=0, help="of the items of --trained")
     arguments.add_argument("--worker", choices=ENGINES, help="internal: run one engine here")
     arguments.add_argument("--plan", help="internal")
     options = arguments.parse_args()
     if options.worker:
         plan = json.loads(options.plan)
         run_engine(options.worker, Plan(**{**plan, "concurrency": tuple(plan["concurrency"])}))
+        return
+    if options.trained:
+        _trained.compare(
+            options.engines or ENGINES,
+            environment_of,
+            quick=options.quick,
+            count=options.n,
+            seed=options.seed,
+            file=options.json,
+        )
         return
 
     with tempfile.TemporaryDirectory() as folder:

@@ -15,8 +15,8 @@
 A message is one sentence or one list of all problems: what was found, what is accepted, and what to
 do about it. Those from `CheckpointError` on are also `ValueError`, which is what vLLM turns into an
 answer of status 400 (a request, an adapter) or a refusal to start (an option, a checkpoint). The
-two about the installation are not: a `ValueError` raised while vLLM builds its configuration comes out wrapped in
-pydantic's own text, and these must be read as they are.
+two about the installation are not: a `ValueError` raised while vLLM builds its configuration comes
+out wrapped in pydantic's own text, and these must be read as they are.
 """
 
 

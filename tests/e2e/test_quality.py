@@ -9,15 +9,20 @@ import pytest
 
 from vllm_diffusion.denoise.presets import PRESETS
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "quality.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ITEMS = 60
 TASKS = ("json", "sudoku", "chain")
 ENGINES = ("ours", "native", "transformers")
 
 
 def quality(tmp_path, *arguments):
+    return benchmark(tmp_path, "quality.py", *arguments)
+
+
+def benchmark(tmp_path, program, *arguments):
+    command = [sys.executable, str(BENCHMARKS / program), *arguments]
     run = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments, "--json", str(tmp_path / "out.json")],
+        [*command, "--json", str(tmp_path / "out.json")],
         capture_output=True,
         text=True,
         timeout=600,
@@ -50,9 +55,9 @@ def test_presets_save_forwards_or_take_care(tmp_path):
     found, table = quality(tmp_path, *arguments, "--sizes", "hard", "--n", str(ITEMS))
     # Without the commits, which no preset changes.
     speed = {preset: found[f"ours:{preset}.all.TPF_denoise"] for preset in PRESETS}
-    assert speed["careful"] < speed["reference"] < speed["balanced"] < speed["fast"], table
+    assert speed["gentle"] < speed["reference"] < speed["balanced"] < speed["fast"], table
     assert speed["balanced"] > 1.05 * speed["reference"], table
-    for preset, granted in {"careful": 0, "balanced": 0, "fast": 2}.items():
+    for preset, granted in {"gentle": 0, "balanced": 0, "fast": 2}.items():
         gain, error = (found[f"ours:{preset}.all.{name}"] for name in ("diff", "diff_error"))
         assert gain > -granted - 3 * error, table
 
@@ -85,3 +90,29 @@ def test_fused_commits_save_forwards_and_change_no_answer(tmp_path):
     # Sixteen pairs of canvases fit into a step, so no commit goes ahead alone.
     assert found[f"{fused}.TPF_all"] == found[f"{fused}.TPF_denoise"], table
     assert found[f"{separate}.TPF_all"] < 0.95 * found[f"{fused}.TPF_all"], table
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_loop_of_the_branches_is_the_engine_s(tmp_path):
+    found, table = benchmark(tmp_path, "branches.py", "--quick", "--branches", "1", "2", "--engine")
+    for preset in ("reference", "balanced"):
+        assert found[f"{preset}.unlike engine"] == 0, table
+        two = f"{preset}.2.all"
+        assert found[f"{two}.of one"] < 1 < found[f"{two}.rows of one"] < 2, table
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_presets_on_the_trained_model_take_fewer_forwards(tmp_path):
+    arguments = ("--trained", "--quick", "--engines", "ours")
+    found, table = benchmark(tmp_path, "engine.py", *arguments)
+    for at_once in (1, 8):
+        apart, fused, fewer = (
+            {name: found[f"{arm}.{at_once}.{name}"] for name in ("forwards", "rows", "exact %")}
+            for arm in ("reference, commits apart", "reference", "balanced")
+        )
+        assert fused["exact %"] == apart["exact %"], table
+        assert fewer["forwards"] < fused["forwards"] < apart["forwards"], table
+        # Only the last canvas of an answer is not committed: the other commits still have rows.
+        assert fused["rows"] == apart["rows"] - 64, table

@@ -222,7 +222,7 @@ def test_an_image_is_seen_over_http_and_offline_alike(client: OpenAI, engine: Ca
 
 def test_diffusion_options_reach_the_worker(client: OpenAI, server: Server):
     before = server.metrics()
-    xargs = {"diffusion_preset": "careful", "diffusion_max_steps": 3}
+    xargs = {"diffusion_preset": "gentle", "diffusion_max_steps": 3}
     chat(client, max_tokens=64, extra_body={"vllm_xargs": xargs})
     after = server.metrics()
     moved = {

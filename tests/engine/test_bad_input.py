@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import fields
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,15 +15,17 @@ from helpers.inside import Inside
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_diffusion import fill, params
 from vllm_diffusion.engine import serving
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from helpers.engines import EnginePool
@@ -55,6 +59,19 @@ def refusal(llm: LLM, prompt: Any = "hello", **sampling: Any) -> str:
     with pytest.raises(VLLMValidationError) as caught:
         llm.generate(prompt, SamplingParams(**sampling), use_tqdm=False)
     return str(caught.value)
+
+
+def test_input_that_comes_piece_by_piece(llm: LLM) -> None:
+    async def pieces() -> AsyncGenerator[StreamingInput, None]:
+        yield StreamingInput({"type": "token", "prompt_token_ids": [20, 21]})
+
+    engine = SimpleNamespace(
+        model_config=llm.llm_engine.model_config, input_processor=llm.input_processor
+    )
+    with pytest.raises(VLLMValidationError, match="piece by piece"):
+        AsyncLLM.generate(engine, pieces(), SamplingParams(), "1")
+    # A whole prompt passes the check: what comes back is the answer, not yet asked for.
+    assert inspect.isasyncgen(AsyncLLM.generate(engine, "hello", SamplingParams(), "1"))
 
 
 @pytest.mark.parametrize("prompt", ["", {"prompt_token_ids": []}], ids=["text", "tokens"])

@@ -20,6 +20,6 @@ PRESETS: Final[dict[str, Mapping[str, Any]]] = {
     REFERENCE: {},
     "balanced": {"entropy_bound": 0.05, "hold_threshold": 0.8, "doubt_threshold": 0.15},
     "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
-    "careful": {"entropy_bound": 0.03},
+    "gentle": {"entropy_bound": 0.03},
 }
 """Name -> fields of ``RuleConstants`` and their values."""

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 _REASONING: Final = ("reasoning_ended", "reasoning_parser_kwargs")
 
 
+# vLLM goes on behind a turn with what it counts as computed: of a canvas the end of the turn is in,
+# too much, which ends its engine; where commits are fused, without that canvas.
+_NO_STREAMING_INPUT: Final = (
+    "a diffusion model takes no input that comes piece by piece: the canvas that ends a turn has "
+    "rows behind its end, and nothing can be appended to them. Send every turn as a request of its "
+    "own that holds the conversation so far; the prefix cache keeps its beginning"
+)
+
+
 def check_requests_ourselves() -> None:
     """Replace `SamplingParams._validate_diffusion` for diffusion models; others keep vLLM's."""
     from vllm.exceptions import VLLMValidationError
@@ -85,7 +94,11 @@ def _check_now(
     reasoning_parser_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Our checks, and vLLM's checks of what only a server knows: vocabulary and limits."""
+    from vllm.exceptions import VLLMValidationError
+
     model_config, inputs = engine.model_config, engine.input_processor
+    if inspect.isasyncgen(prompt) and model_config.is_diffusion:
+        raise VLLMValidationError(_NO_STREAMING_INPUT)
     sampling_params._validate_diffusion(model_config)
     sampling_params._validate_structured_outputs(
         model_config, inputs.structured_outputs_config, inputs.tokenizer

@@ -1,0 +1,165 @@
+"""What the forward that commits a canvas knows of it, and what committing a part would save.
+
+    python benchmarks/commits.py [--preset NAME] [--task NAME ...] [--n N]
+
+Outside the engine, see `_loop`: hard sizes, the same items and seeds for every arm.
+
+The first table asks whether a commit could verify what it commits. Its rows are causal, so the row
+before a token says what it expects there without having seen it. Tokens are right that the answer
+has at the same place; `joint` has several answers and is left out. Of the right and of the wrong
+ones, the share whose token is not the row's best, and that is more than 3 nats behind the best.
+A verifier is of use if these shares are far apart. `own row` is the same of the token's own row,
+which has seen it. `soft` are tokens that had a probability below 0.9 when their canvas ended.
+
+The second commits the settled part of a canvas that goes on after some steps: the tokens from the
+left on that the step before had too and that have a probability of 0.9, at least 16 of them.
+`of whole` are forwards over those of the first row, which commits canvases whole.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import _report
+import torch
+from _loop import CanvasLoop, items_of, seed_of
+
+from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.testing.tasks import TASKS
+from vllm_diffusion.tune.compare import paired, summarised
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from _loop import Commit, Run
+    from torch import Tensor
+    from transformers import AutoTokenizer
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.testing.tasks import Item
+
+FAR = 3.0  # nats behind the best token
+SURE = 0.9  # probability
+LEAST = 16  # tokens worth a commit
+STEPS = (4, 8, 16)
+
+
+def main() -> None:
+    """Answer with every arm, print both tables."""
+    parser = _report.parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="reference")
+    parser.add_argument("--task", nargs="+", choices=TASKS)
+    parser.add_argument("--n", type=int, default=100, help="items of each task")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    items = items_of(5 if options.quick else options.n, options.seed, options.task)
+    loop = CanvasLoop()
+    rule = loop.rules.presets[options.preset]
+    flat: dict[str, _report.Value] = {"items": len(items)}
+
+    commits: list[list[Commit]] = [[] for _ in items]
+    whole = [
+        loop.answer(item, seed_of(options.seed, at), rule, watch=commits[at].append)
+        for at, item in enumerate(items)
+    ]
+    verified = verification(loop.tokenizer, items, commits)
+    _report.print_table(verified)
+    arms = {"whole": whole}
+    for steps in STEPS:
+        cut = partial(settled_part, steps)
+        arms[f"a part after {steps}"] = [
+            loop.answer(item, seed_of(options.seed, at), rule, cut=cut)
+            for at, item in enumerate(items)
+        ]
+    print()
+    parts = partial_commits(arms, items)
+    _report.print_table(parts)
+    for row in verified:
+        flat.update({f"verify.{row['tokens']}.{name}": row[name] for name in row})
+    for row in parts:
+        flat.update({f"{row['commits']}.{row['task']}.{name}": row[name] for name in row})
+    _report.finish(
+        flat,
+        f"commit rows expect another token at {verified[0]['not best %']:.1f} % of right and "
+        f"{verified[1]['not best %']:.1f} % of wrong places",
+        options.json,
+    )
+
+
+def verification(
+    tokenizer: AutoTokenizer, items: Sequence[Item], commits: Sequence[Sequence[Commit]]
+) -> list[dict[str, _report.Value]]:
+    """What commit rows say of right and of wrong tokens, of all of them and of soft ones."""
+    facts: dict[str, list[Tensor]] = {name: [] for name in ("right", "soft", "behind", "own")}
+    for item, canvases in zip(items, commits, strict=True):
+        if item.task == "joint" or not canvases:
+            continue
+        answer = torch.tensor(tokenizer.encode(item.answer, add_special_tokens=False))
+        said = torch.cat([canvas.tokens for canvas in canvases])
+        count = min(len(answer), len(said))
+        facts["right"].append(said[:count] == answer[:count])
+        soft = torch.cat([canvas.top_prob for canvas in canvases])[:count] < SURE
+        facts["soft"].append(soft)
+        for name in ("behind", "own"):
+            logits = torch.cat([c.causal if name == "behind" else c.own for c in canvases])
+            mine = logits.gather(1, said[:, None])[:, 0]
+            facts[name].append((logits.max(dim=1).values - mine)[:count])
+    all_of = {name: torch.cat(parts) for name, parts in facts.items()}
+    rows: list[dict[str, _report.Value]] = []
+    for kind, chosen in (("all", torch.ones_like(all_of["soft"])), ("soft", all_of["soft"])):
+        for right in (True, False):
+            here = chosen & (all_of["right"] == right)
+            behind, own = all_of["behind"][here], all_of["own"][here]
+            rows.append(
+                {
+                    "tokens": f"{kind}, {'right' if right else 'wrong'}",
+                    "count": int(here.sum()),
+                    "not best %": 100 * float((behind > 0).float().mean()),
+                    "far behind %": 100 * float((behind > FAR).float().mean()),
+                    "not best of own row %": 100 * float((own > 0).float().mean()),
+                }
+            )
+    return rows
+
+
+def settled_part(steps: int, pool: CanvasPool, before: Tensor, taken: int) -> int:
+    """Tokens from the left on that are settled, after this many steps; 0 for too few."""
+    if taken < steps:
+        return 0
+    settled = (pool.argmax == before) & (pool.top_prob >= SURE)
+    count = int(settled[0].long().cumprod(0).sum())
+    return count if LEAST <= count < pool.canvas_length else 0
+
+
+def partial_commits(
+    arms: dict[str, list[Run]], items: Sequence[Item]
+) -> list[dict[str, _report.Value]]:
+    """One row per task and arm, and one over all tasks."""
+    rows: list[dict[str, _report.Value]] = []
+    tasks = list(dict.fromkeys(item.task for item in items))
+    whole = next(iter(arms.values()))
+    for task in [*tasks, "all"] if len(tasks) > 1 else tasks:
+        chosen = [at for at, item in enumerate(items) if task in {item.task, "all"}]
+        first = [whole[at].judged(items[at]) for at in chosen]
+        for name, runs in arms.items():
+            judged = [runs[at].judged(items[at]) for at in chosen]
+            difference, error = paired(judged, first)
+            rows.append(
+                {
+                    "task": task,
+                    "commits": name,
+                    "exact %": summarised(judged).score,
+                    "diff": "" if runs is whole else f"{difference:+.1f} +- {error:.1f}",
+                    "finished %": summarised(judged).finished,
+                    "forwards": sum(one.denoise for one in judged) / len(judged),
+                    "of whole": sum(one.denoise for one in judged)
+                    / sum(one.denoise for one in first),
+                    "longest": max(step for one in judged for step in one.steps),
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
