@@ -184,6 +184,7 @@ class CanvasModelState(ModelState):
                 new_req_data.req_id,
                 constraints=asked,
                 prompt_length=prompt_length,
+                guarded=bool(self.guards.of([req_index])),
             )
 
     def _admit_constraint(self, slot: int, new: NewRequestData) -> None:

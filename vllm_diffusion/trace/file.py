@@ -112,7 +112,7 @@ class Trace:
     plugin_version: str  # that recorded it
     prompt_length: int = 0  # tokens
     seed_canvas: tuple[int, ...] = ()  # first input behind the prompt instead of noise; -1 is noise
-    guarded: bool = False  # bad words may have kept a canvas from finishing where the rule said so
+    guarded: bool = False  # bad words, or a parser, may have kept a canvas from finishing
     fused: bool = False  # a canvas ends with its last step, and its commit is no step of its own
     steps: tuple[Step, ...] = ()
 

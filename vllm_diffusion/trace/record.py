@@ -88,10 +88,12 @@ class Recorder:
         *,
         constraints: Constraints | None = None,
         prompt_length: int = 0,
+        guarded: bool = False,
     ) -> None:
         """A request was admitted to a slot of the pool; waits for the device.
 
         Of its constraints only those are kept that a replay cannot see in the statistics.
+        ``guarded`` says that a parser keeps one of them.
         """
         asked = constraints or Constraints()
         low, high = pool.seed[slot].tolist()
@@ -115,7 +117,7 @@ class Recorder:
             plugin_version=__version__,
             prompt_length=prompt_length,
             seed_canvas=tuple(asked.seed_canvas),
-            guarded=bool(asked.bad_words),
+            guarded=guarded or bool(asked.bad_words),
             fused=bool(pool.fused[slot]),
         )
         self._open[slot] = _Recording(header)

@@ -8,11 +8,12 @@ from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
 from vllm_diffusion.constrain.automaton.ebnf import ebnf
 from vllm_diffusion.constrain.automaton.network import Networks
+from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.regex import regex
 from vllm_diffusion.constrain.automaton.schema import json_schema
 from vllm_diffusion.constrain.automaton.syntax import Choice, Grammar, text
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from vllm_diffusion.constrain.automaton.dfa import Dfa
-    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,15 @@ logger = logging.getLogger(__name__)
 KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
+Outcome: TypeAlias = TokenAutomaton | ConstraintError
+
+_ERROR_BYTES = 4096  # about, with the constraint itself
+
+
 class AutomatonCache:
-    """Compiled constraints, the least recently used dropped when there is no more room.
+    """What became of constraints, the least recently used dropped when there is no more room.
+
+    That one has no automaton is kept as well: it may have taken as long to find out.
 
     Args:
         max_bytes: of the automata kept; one that is larger by itself is not kept.
@@ -40,28 +47,31 @@ class AutomatonCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, TokenAutomaton] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Outcome] = OrderedDict()
         self._lock = Lock()  # constraints are compiled in threads
 
     @property
     def nbytes(self) -> int:
         """Memory of what is kept, in bytes."""
-        return sum(automaton.nbytes for automaton in self._kept.values())
+        return sum(
+            outcome.nbytes if isinstance(outcome, TokenAutomaton) else _ERROR_BYTES
+            for outcome in self._kept.values()
+        )
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Hashable) -> TokenAutomaton | None:
+    def get(self, key: Hashable) -> Outcome | None:
         """What was kept under a key."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def put(self, key: Hashable, automaton: TokenAutomaton) -> None:
-        """Keep an automaton, and drop others if need be."""
+    def put(self, key: Hashable, outcome: Outcome) -> None:
+        """Keep what became of a constraint, and drop others if need be."""
         with self._lock:
-            self._kept[key] = automaton
+            self._kept[key] = outcome
             while self.nbytes > self._max_bytes:
                 self._kept.popitem(last=False)
 
@@ -103,16 +113,21 @@ def compile_constraint(
         end_ids=end_ids,
         limits=limits,
     )
-    automaton = cache.get(key)
-    if automaton is None:
+    outcome = cache.get(key)
+    if outcome is None:
         try:
             grammar = grammar_of(kind, text, any_whitespace=any_whitespace)
             networks = Networks(grammar, max_states=limits.states)
-            automaton = _deepest(networks, over_tokens, limits.depth)
-        except RecursionError as error:
-            raise AutomatonError("The constraint is nested too deep.") from error
-        cache.put(key, automaton)
-    return automaton
+            outcome = _deepest(networks, over_tokens, limits.depth)
+        except RecursionError:
+            outcome = AutomatonError("The constraint is nested too deep.")
+        except ConstraintError as error:
+            outcome = error.with_traceback(None)
+        cache.put(key, outcome)
+    if isinstance(outcome, ConstraintError):
+        # A new one every time: an exception that is raised again grows its traceback.
+        raise type(outcome)(str(outcome))
+    return outcome
 
 
 def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Grammar:

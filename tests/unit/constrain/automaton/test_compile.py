@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
 
+from vllm_diffusion.constrain.automaton import compile as compile_module
 from vllm_diffusion.constrain.automaton.classes import Limits
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
@@ -114,6 +115,26 @@ def test_one_clear_error(kind, text, message):
 def test_what_is_too_large_says_so_at_once(kind, text):
     with pytest.raises(AutomatonError, match="more than"):
         compiled(kind, text, limits=Limits(states=20))
+
+
+@pytest.mark.parametrize("text", ["(a", "(a|b)*a(a|b){14}"])
+def test_what_does_not_compile_is_found_out_once(text, monkeypatch):
+    cache, compilations = AutomatonCache(1 << 20), []
+    read = compile_module.grammar_of
+
+    def counted(*args, **options):
+        compilations.append(args)
+        return read(*args, **options)
+
+    monkeypatch.setattr(compile_module, "grammar_of", counted)
+    said = []
+    for _ in range(3):
+        with pytest.raises(ConstraintError) as refused:
+            compiled("regex", text, cache)
+        said.append((type(refused.value), str(refused.value)))
+        assert len(refused.traceback) <= 4, "an exception that is raised again grows"
+    assert len(compilations) == 1
+    assert len(set(said)) == 1
 
 
 def test_the_cache_keeps_what_fits():
