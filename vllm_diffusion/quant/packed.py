@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 GROUP: Final = 16
@@ -40,6 +42,18 @@ class PackedMatrix:
     """[N] fp32."""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, what `of` makes the same matrix of."""
+        middle = [] if self.group_scale is None else [self.group_scale]
+        return [self.codes, *middle, self.row_scale]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> PackedMatrix:
+        """The matrix that has these `tensors`."""
+        codes, *middle, row_scale = tensors
+        return cls(codes=codes, group_scale=middle[0] if middle else None, row_scale=row_scale)
+
+    @property
     def inputs(self) -> int:
         """K."""
         return int(self.codes.shape[-1]) * (1 if self.group_scale is None else 2)
@@ -57,15 +71,11 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes that the codes and scales take."""
-        scale = 0 if self.group_scale is None else self.group_scale.nbytes
-        return int(self.codes.nbytes + scale + self.row_scale.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def __getitem__(self, number: int) -> PackedMatrix:
         """One matrix of a stack, sharing its memory."""
-        scale = None if self.group_scale is None else self.group_scale[number]
-        return PackedMatrix(
-            codes=self.codes[number], group_scale=scale, row_scale=self.row_scale[number]
-        )
+        return PackedMatrix.of([tensor[number] for tensor in self.tensors])
 
     def has_nan(self) -> bool:
         """Whether a code or a scale is none of the numbers the formats have."""
@@ -83,4 +93,4 @@ def dequantise(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     code = torch.stack((matrix.codes & 15, matrix.codes >> 4), -1).flatten(-2)
     values = torch.tensor((*E2M1, *(-value for value in E2M1)))[code.int()]
     groups = matrix.group_scale.view(torch.float8_e4m3fn).float() * scale
-    return (values.unflatten(-1, (-1, GROUP)) * groups[..., None]).flatten(-2).to(dtype)
+    return (values.view(*groups.shape, GROUP) * groups[..., None]).flatten(-2).to(dtype)

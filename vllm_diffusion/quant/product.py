@@ -1,32 +1,31 @@
 """Products with packed matrices on a CPU: a linear layer, and a layer of experts.
 
-A panel of the matrix is unpacked while the one before it is hardly out of the cache, and torch
-multiplies with it by its best kernel for the processor (AMX, AVX-512 BF16). What is read from
-memory is the packed matrix, and no whole matrix ever exists unpacked.
+A panel of the matrix is unpacked into memory that is still in the cache, and torch multiplies with
+it by its best kernel for the processor (AMX, AVX-512 BF16). What is read from memory is the packed
+matrix, and no whole matrix ever exists unpacked. To a compiler each product is one opaque step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence  # noqa: TC003 -- custom_op reads it at run time
+from typing import Final
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vllm_diffusion.quant import native
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from vllm_diffusion.quant.packed import PackedMatrix
+from vllm_diffusion.quant.packed import PackedMatrix
 
 PANEL: Final = 256
 """Rows of a matrix that are unpacked at a time; benchmarks/quantised.py compares others."""
 
 
 def linear(x: Tensor, matrix: PackedMatrix, *, panel: int = PANEL) -> Tensor:
-    """x @ w.T: [R, K] fp32 or bf16 with w [N, K] -> [R, N] of the same dtype."""
+    """Multiply [R, K] fp32 or bf16 with the transpose of [N, K]: [R, N] of the same dtype."""
+    if torch.compiler.is_compiling():
+        step: Tensor = _linear_step(x, matrix.tensors)
+        return step
     source = native.pointers(matrix)
     product = x.new_empty(x.shape[0], matrix.rows)
     unpacked = x.new_empty(min(panel, matrix.rows), matrix.inputs)
@@ -38,34 +37,53 @@ def linear(x: Tensor, matrix: PackedMatrix, *, panel: int = PANEL) -> Tensor:
 
 
 def experts(
-    x: Tensor,
-    gate_up: PackedMatrix,
-    down: PackedMatrix,
-    *,
-    weights: Tensor,
-    ids: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, *, weights: Tensor, ids: Tensor
 ) -> Tensor:
-    """Sum over a row's experts of weight * down(activation(gate) * up); [R, H] like `x`.
+    """Sum over a row's experts of weight * down(gelu(gate) * up), gelu by tanh; [R, H] like `x`.
 
     Args:
         x: [R, H] fp32 or bf16.
         gate_up: [E, 2I, H], gate above up.
         down: [E, H, I].
         weights: [R, k] fp32.
-        ids: [R, k] integers; rows below 0 are experts that are not here and add nothing.
-        activation: of the gate, applied in fp32.
+        ids: [R, k] integers; those below 0 are experts of another rank and add nothing.
     """
+    if torch.compiler.is_compiling():
+        step: Tensor = _experts_step(x, gate_up.tensors, down.tensors, weights, ids)
+        return step
     total = torch.zeros(x.shape, dtype=torch.float32)
     for number in torch.unique(ids[ids >= 0]).tolist():
         rows, places = (ids == number).nonzero(as_tuple=True)
         gate, up = linear(x[rows], gate_up[number]).float().chunk(2, dim=-1)
-        inner = (activation(gate) * up).to(x.dtype)
+        inner = (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
         each = linear(inner, down[number]).float() * weights[rows, places, None]
         total.index_add_(0, rows, each)
     return total.to(x.dtype)
 
 
-def gelu_tanh(gate: Tensor) -> Tensor:
-    """The activation of Gemma's experts."""
-    return F.gelu(gate, approximate="tanh")
+@torch.library.custom_op("vllm_diffusion::packed_linear", mutates_args=())
+def _linear_step(x: Tensor, matrix: Sequence[Tensor]) -> Tensor:
+    return linear(x, PackedMatrix.of(matrix))
+
+
+@_linear_step.register_fake
+def _(x: Tensor, matrix: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], matrix[0].shape[0])
+
+
+@torch.library.custom_op("vllm_diffusion::packed_experts", mutates_args=())
+def _experts_step(
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    weights: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    both = PackedMatrix.of(gate_up), PackedMatrix.of(down)
+    return experts(x, *both, weights=weights, ids=ids)
+
+
+@_experts_step.register_fake
+def _(x: Tensor, *others: object) -> Tensor:
+    del others
+    return torch.empty_like(x)

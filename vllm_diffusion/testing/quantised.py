@@ -108,7 +108,7 @@ def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor
                 f"{form} needs other sizes."
             )
         parts: dict[str, Tensor] = {"weight": weight.contiguous()}
-        groups = weight.unflatten(1, (-1, group)) if group else weight[:, None]
+        groups = weight.reshape(len(weight), -1, group or weight.shape[1])
         overall = generate_gparam(-peaks[module], peaks[module]) if group else None
         scale, _ = calculate_qparams(
             groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=overall

@@ -18,6 +18,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -48,12 +49,15 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     readable,
     refuse_missing,
 )
+from vllm_diffusion.models.host_quantisation import HostQuantisation, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import QuantizationConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Vision towers whose widths are no multiple of this stay unquantised: group-wise schemes need it.
 _QUANTISABLE_MULTIPLE = 64
@@ -108,6 +112,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         config = vllm_config.model_config.hf_config
         text_config = vllm_config.model_config.hf_text_config
         quant_config = vllm_config.quant_config
+        # Before the first layer is built, since a layer asks it how to store its weights.
+        HostQuantisation.adopt(quant_config)
         self.config = config
         self.quant_config = quant_config
         self.source: str = vllm_config.model_config.model
@@ -292,3 +298,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
             refuse_missing(self, loaded, self.source)
         self.loaded_once = True
         return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """Say what quantised weights take on a CPU; called when every layer has done its part."""
+        if line := describe(self, self.model_dtype):
+            logger.info(line)
