@@ -90,6 +90,14 @@ def form_of(scheme: Mapping[str, Any] | None) -> WeightForm | None:
     return None
 
 
+def is_released(config: QuantizationConfig | None) -> bool:
+    """Whether a checkpoint is quantised in the released forms and in no other."""
+    if not isinstance(config, CompressedTensorsConfig):
+        return False
+    schemes = config.target_scheme_map.values()
+    return bool(schemes) and all(form_of(scheme) is not None for scheme in schemes)
+
+
 class HostQuantisation(CompressedTensorsConfig):
     """What a checkpoint says about its quantisation, for the layers of a model on a CPU."""
 

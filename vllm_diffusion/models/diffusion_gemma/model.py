@@ -48,8 +48,9 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     VESTIGIAL_PREFIXES,
     readable,
     refuse_missing,
+    whole,
 )
-from vllm_diffusion.models.host_quantisation import HostQuantisation, describe
+from vllm_diffusion.models.host_quantisation import HostQuantisation, describe, is_released
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,6 +117,10 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
         HostQuantisation.adopt(quant_config)
         self.config = config
         self.quant_config = quant_config
+        self.released_quantisation: bool = is_released(quant_config)
+        # Where ranks read their experts alone, nobody sees them all.
+        filtered = vllm_config.parallel_config.enable_ep_weight_filter
+        self.expected_experts: int | None = None if filtered else text_config.num_experts
         self.source: str = vllm_config.model_config.model
         self.loaded_once: bool = False
         self.model_dtype = vllm_config.model_config.dtype
@@ -281,9 +286,10 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
             CheckpointError: a file cannot be read, or a weight is in none of them.
         """
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
-        loaded: set[str] = loader.load_weights(
-            readable(weights, self.source), mapper=self.hf_to_vllm_mapper
-        )
+        weights = readable(weights, self.source)
+        if self.released_quantisation and not self.loaded_once:
+            weights = whole(weights, self.source, experts=self.expected_experts)
+        loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
         for index, layer in enumerate(self.model.layers):
             names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
             encoder, decoder = (name in loaded for name in names)
@@ -293,8 +299,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsMultiModal, SupportsQua
                 layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
             if encoder or decoder:
                 loaded.update(names)
-        if self.quant_config is None and not self.loaded_once:
-            # Scales of a quantised file depend on its scheme, and an update may bring a part.
+        if (self.quant_config is None or self.released_quantisation) and not self.loaded_once:
+            # Scales of other quantised files depend on their scheme; an update may bring a part.
             refuse_missing(self, loaded, self.source)
         self.loaded_once = True
         return loaded
