@@ -28,6 +28,7 @@ PURE_ROOMS = {
     "denoise": {"errors", "records"},
     "constrain": {"errors", "records"},
     "head": {"constrain", "denoise", "errors", "records"},
+    "quant": set(),
     "canvas": {"denoise", "errors", "records"},
     "step": {"canvas", "constrain", "denoise", "head", "records"},
     "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "step"},
