@@ -2,7 +2,13 @@
 
 #include "unpack.h"
 
+#include <cmath>
 #include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VD_X86 1
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -12,18 +18,21 @@ const float e2m1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
 // Every E4M3 number. 0x7f and 0xff are NaN in the format; the loader refuses them.
 struct E4m3 {
     float values[256];
-    constexpr E4m3() : values() {
+    uint16_t upper[128];  // of the magnitudes, the upper half of the fp32: the lower one is 0
+    E4m3() {
         for (int code = 0; code < 256; ++code) {
             const int exponent = code >> 3 & 15, fraction = code & 7;
-            float value = exponent ? 8.f + fraction : 1.f * fraction;
-            for (int i = exponent ? exponent : 1; i > 10; --i) value *= 2.f;
-            for (int i = exponent ? exponent : 1; i < 10; ++i) value *= .5f;
-            values[code] = code & 128 ? -value : value;
+            const float size =
+                std::ldexp(exponent ? 8.f + fraction : fraction, (exponent ? exponent : 1) - 10);
+            values[code] = code & 128 ? -size : size;
+            uint32_t bits;
+            std::memcpy(&bits, &size, sizeof bits);
+            if (code < 128) upper[code] = (uint16_t)(bits >> 16);
         }
     }
-    constexpr float operator[](int code) const { return values[code]; }
+    float operator[](int code) const { return values[code]; }
 };
-constexpr E4m3 e4m3;
+const E4m3 e4m3;
 
 inline void one(float *to, float value) { *to = value; }
 
@@ -56,8 +65,7 @@ void unpack_fp8(const vd_packed &matrix, int64_t row, Out *out) {
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VD_X86 1
+#ifdef VD_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace {
