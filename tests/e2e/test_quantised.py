@@ -28,9 +28,9 @@ ANSWER = '[{"name":"Rosa","age":55,"city":"Madrid","job":"clerk"}]'
 def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """What a server of the trained checkpoint in a released form says, when it has answered."""
     folder = quantise_checkpoint(TRAINED, tmp_path, request.param)
-    # In bf16, as released checkpoints are served, and compiled, as vLLM does unless told not to.
-    options = [one for one in SERVER_OPTIONS if "dtype" not in one and "eager" not in one]
-    with serve(folder, *options, "--served-model-name", "tiny", ready_within=400) as server:
+    # In bf16, as released checkpoints are served.
+    options = [one for one in SERVER_OPTIONS if "dtype" not in one]
+    with serve(folder, *options, "--served-model-name", "tiny") as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
         with client:
             reply = client.chat.completions.create(

@@ -321,12 +321,9 @@ def stays_packed(dtype: torch.dtype) -> bool:
 
 def describe(model: nn.Module, dtype: torch.dtype) -> str | None:
     """What a loaded model's quantised matrices take, in a line; None where it has none."""
-    methods = [
-        module.quant_method
-        for module in model.modules()
-        if "quant_method" in vars(module)
-        and isinstance(module.quant_method, HostLinear | HostExperts)
-    ]
+    layers = [one for one in model.modules() if isinstance(one, LinearBase | RoutedExperts)]
+    every = [layer.quant_method for layer in layers]
+    methods = [method for method in every if isinstance(method, HostLinear | HostExperts)]
     if not methods:
         return None
     names = " and ".join(sorted({method.form.name for method in methods}))

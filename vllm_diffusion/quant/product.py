@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_diffusion.quant import native
 from vllm_diffusion.quant.packed import PackedMatrix
 
-PANEL: Final = 256
+PANEL: Final = 512
 """Rows of a matrix that are unpacked at a time; benchmarks/quantised.py compares others."""
 
 
