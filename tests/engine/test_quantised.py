@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm_diffusion.errors import CheckpointError
 from vllm_diffusion.models.host_quantisation import HostExperts, HostLinear, describe
 from vllm_diffusion.quant import native
+from vllm_diffusion.testing import quantised as maker
 from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-FORMS = ("nvfp4", "fp8-dynamic")
+# The released forms, and one that quantises what their ignore lists hold back.
+FORMS = ("nvfp4", "fp8-dynamic", "nvfp4-more")
+
+
+MORE = {
+    "self_conditioning.gate_up_proj",
+    "self_conditioning.down_proj",
+    "embed_vision.embedding_projection",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +51,25 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=FORMS)
 def quantised(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: Any) -> Path:
-    """A checkpoint in a released form; beside it `reference`, the weights it stands for."""
+    """A quantised checkpoint; beside it `reference`, the weights it stands for."""
     folder = tmp_path_factory.mktemp(request.param)
-    quantise_checkpoint(plain, folder, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "nvfp4-more":
+            patch.setattr(maker, "_split", split_more)
+        quantise_checkpoint(plain, folder, request.param.removesuffix("-more"))
     if request.param == "nvfp4":
         set_scales_apart(folder / WEIGHTS)
     write_dequantised(folder, plain, folder / "reference")
     return folder
+
+
+def split_more(weights: dict[str, torch.Tensor], split: Any = maker._split) -> Any:
+    """What the maker quantises, self-conditioning and the vision connector."""
+    matrices, rest = split(weights)
+    for name in [name for name in rest if name.endswith("_proj.weight") or "_projection" in name]:
+        if "self_conditioning" in name or "embed_vision" in name:
+            matrices[name.removesuffix(".weight")] = rest.pop(name)
+    return matrices, rest
 
 
 def set_scales_apart(file: Path) -> None:
@@ -105,7 +126,7 @@ def check_layers(llm: LLM, folder: Path) -> None:
         "mlp.gate_up_proj",
         "mlp.down_proj",
         "experts.routed_experts",
-    }
+    } | (MORE if "more" in folder.name else set())
     assert "router.proj" in plain
     if native.library() is not None:
         stored = load_file(folder / WEIGHTS)
