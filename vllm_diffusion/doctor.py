@@ -107,6 +107,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_environment(environ),
         *check_row_pass(),
         *check_chain(),
+        *check_packed_weights(),
         *check_cuda_row_pass(environ),
     ]
     if vllm is not None:
@@ -268,6 +269,23 @@ def check_chain() -> list[Finding]:
             )
         ]
     return [Finding(Level.OK, "structured output runs in C++ on the host")]
+
+
+def check_packed_weights() -> list[Finding]:
+    """Say whether quantised weights stay packed on a CPU, and by which instructions."""
+    from vllm_diffusion.quant.native import ISAS, library  # imports torch
+
+    compiled = library()
+    if compiled is None:
+        return [
+            Finding(
+                Level.NOTE,
+                "quantised weights are dequantised on a CPU: their C++ part is not built",
+                "install a C++ compiler and vllm-diffusion again",
+            )
+        ]
+    best = ISAS[compiled.vd_best_isa()]
+    return [Finding(Level.OK, f"quantised weights stay packed on CPUs, unpacked by {best}")]
 
 
 def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:

@@ -29,6 +29,7 @@ PURE_ROOMS = {
     "denoise": {"errors", "records"},
     "constrain": {"compiled", "errors", "records"},
     "head": {"compiled", "constrain", "denoise", "errors", "records"},
+    "quant": {"compiled"},
     "canvas": {"denoise", "errors", "records"},
     "belief": {"canvas", "constrain", "denoise", "head", "records"},
     "step": {"belief", "canvas", "constrain", "denoise", "head", "records"},

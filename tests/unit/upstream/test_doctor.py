@@ -97,9 +97,12 @@ def test_a_forced_runner_is_a_problem():
     ("compiled", "level"),
     [(None, Level.NOTE), (SimpleNamespace(vd_best_isa=lambda: 1), Level.OK)],
 )
-def test_the_compiled_part_of_the_head_is_reported(monkeypatch, compiled, level):
-    monkeypatch.setattr("vllm_diffusion.head.native.library", lambda: compiled)
-    (finding,) = doctor.check_row_pass()
+@pytest.mark.parametrize(
+    ("room", "check"), [("head", doctor.check_row_pass), ("quant", doctor.check_packed_weights)]
+)
+def test_a_compiled_part_is_reported(monkeypatch, room, check, compiled, level):
+    monkeypatch.setattr(f"vllm_diffusion.{room}.native.library", lambda: compiled)
+    (finding,) = check()
     assert finding.level is level
     assert ("AVX2" in finding.text) == (compiled is not None)
 

@@ -18,6 +18,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -47,7 +48,9 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     VESTIGIAL_PREFIXES,
     readable,
     refuse_missing,
+    whole,
 )
+from vllm_diffusion.models.host_quantisation import HostQuantisation, describe, is_released
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
     from vllm_diffusion.engine.lora_rows import CanvasAdapters
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Vision towers whose widths are no multiple of this stay unquantised: group-wise schemes need it.
 _QUANTISABLE_MULTIPLE = 64
@@ -110,8 +115,14 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         config = vllm_config.model_config.hf_config
         text_config = vllm_config.model_config.hf_text_config
         quant_config = vllm_config.quant_config
+        # Before the first layer is built, since a layer asks it how to store its weights.
+        HostQuantisation.adopt(quant_config)
         self.config = config
         self.quant_config = quant_config
+        self.released_quantisation: bool = is_released(quant_config)
+        # Where ranks read their experts alone, nobody sees them all.
+        filtered = vllm_config.parallel_config.enable_ep_weight_filter
+        self.expected_experts: int | None = None if filtered else text_config.num_experts
         self.source: str = vllm_config.model_config.model
         self.loaded_once: bool = False
         self.model_dtype = vllm_config.model_config.dtype
@@ -278,9 +289,10 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
             CheckpointError: a file cannot be read, or a weight is in none of them.
         """
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
-        loaded: set[str] = loader.load_weights(
-            readable(weights, self.source), mapper=self.hf_to_vllm_mapper
-        )
+        weights = readable(weights, self.source)
+        if self.released_quantisation and not self.loaded_once:
+            weights = whole(weights, self.source, experts=self.expected_experts)
+        loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
         for index, layer in enumerate(self.model.layers):
             names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
             encoder, decoder = (name in loaded for name in names)
@@ -290,8 +302,13 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
                 layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
             if encoder or decoder:
                 loaded.update(names)
-        if self.quant_config is None and not self.loaded_once:
-            # Scales of a quantised file depend on its scheme, and an update may bring a part.
+        if (self.quant_config is None or self.released_quantisation) and not self.loaded_once:
+            # Scales of other quantised files depend on their scheme; an update may bring a part.
             refuse_missing(self, loaded, self.source)
         self.loaded_once = True
         return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """Say what quantised weights take on a CPU; called when every layer has done its part."""
+        if line := describe(self, self.model_dtype):
+            logger.info(line)

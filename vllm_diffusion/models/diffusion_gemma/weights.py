@@ -8,6 +8,7 @@ decoder has, and ``layer_scalar``, one value a layer that a fine-tune may set ap
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from safetensors import SafetensorError
@@ -55,6 +56,18 @@ VESTIGIAL_PREFIXES: Final = ["embed_vision.embedding."]
 
 _NAMED = 5
 
+# What a quantised matrix is in a file: one of the first two, and scales.
+_PARTS = {
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_global_scale",
+    "input_global_scale",
+}
+_GROUP = 16
+_CACHE_SCALES = ".self_attn.attn."
+_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)$")
+
 
 def readable(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:
     """The same weights; raises `CheckpointError` where a file of `source` cannot be read."""
@@ -73,10 +86,86 @@ def refuse_missing(model: nn.Module, loaded: set[str], source: str) -> None:
     vLLM's own check excuses every layer that processes its weights after loading: on CPU that is
     all of them, and a shard that was never downloaded would be served as noise.
     """
-    missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+    # Scales of a quantised cache have a default, and few files hold any.
+    parameters = {name for name, _ in model.named_parameters() if _CACHE_SCALES not in name}
+    missing = sorted(parameters - loaded)
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise CheckpointError(
             f"{source} lacks the weights of {', '.join(missing[:_NAMED])}{more}: a file is missing "
             "or belongs to another model; fetch the checkpoint again."
         )
+
+
+def whole(
+    weights: Iterable[tuple[str, Tensor]], source: str, *, experts: int | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The same weights of a quantised file; raises `CheckpointError` where parts do not belong.
+
+    vLLM asserts on a scale of another shape, and serves what it never loaded: a scale, or one
+    expert of many, would stay whatever memory held.
+
+    Args:
+        weights: by the names in the file.
+        source: for the message.
+        experts: how many every layer has; None where the file may be read in part, by rank.
+    """
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, weight in weights:
+        module, _, part = name.rpartition(".")
+        if part in _PARTS:
+            # Without memory: a matrix may be gigabytes.
+            found[module][part] = weight.to("meta")
+            if misfit := _misfit(module, found[module]):
+                raise CheckpointError(
+                    f"{source} is not quantised as its config.json says: {misfit}. NVFP4 has one "
+                    f"scale for {_GROUP} inputs, FP8 one for a row; quantise the model again."
+                )
+        yield name, weight
+    missing = [problem for module, parts in found.items() for problem in _lacks(module, parts)]
+    missing += [] if experts is None else _missing_experts(found, experts)
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise CheckpointError(
+            f"{source} lacks {', '.join(missing[:_NAMED])}{more}: a file is missing or the model "
+            "was not quantised whole; fetch the checkpoint again."
+        )
+
+
+def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
+    """What is wrong with the shapes of a module's parts that were read so far."""
+    codes = parts.get("weight_packed", parts.get("weight"))
+    scale = parts.get("weight_scale")
+    if codes is None or scale is None:
+        return None
+    rows, width = codes.shape
+    expected = [rows, 2 * width // _GROUP] if "weight_packed" in parts else [rows, 1]
+    if list(scale.shape) == expected:
+        return None
+    return f"{module}.weight_scale is {list(scale.shape)}, expected {expected}"
+
+
+def _lacks(module: str, parts: dict[str, Tensor]) -> list[str]:
+    """Names of what belongs to a module's parts and is in no file."""
+    needed: set[str] = set()
+    if "weight_packed" in parts:
+        needed = {"weight_scale", "weight_global_scale"}
+    elif "weight" in parts:
+        needed = {"weight_scale"} if parts["weight"].itemsize == 1 else set()
+    else:
+        return [f"the weights of {module}"]
+    return [f"{module}.{part}" for part in sorted(needed - parts.keys())]
+
+
+def _missing_experts(modules: Iterable[str], experts: int) -> list[str]:
+    """Names of experts that are in no file, in layers that name theirs one by one."""
+    present: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for module in modules:
+        if match := _EXPERT.match(module):
+            present[match["experts"], match["projection"]].add(int(match["number"]))
+    return [
+        f"{layer}.{number}.{projection}"
+        for (layer, projection), numbers in present.items()
+        for number in range(experts)
+        if number not in numbers
+    ]

@@ -1,0 +1,178 @@
+"""Quantise a DiffusionGemma checkpoint the way the released ones are: `... quantised FROM TO`.
+
+Takes a checkpoint folder with plain weights. Gives a folder with the same model in the layout that
+llm-compressor saves: FP8-dynamic or NVFP4 (W4A4) of compressed-tensors, whose own code rounds and
+packs every matrix. Experts are named one by one, full-attention layers have no v_proj, and head,
+embeddings, routers, self-conditioning and vision stay as they are and are listed under `ignore`.
+
+Weights are rounded to nearest, without calibration. NVFP4 asks for a scale of the activations too:
+every matrix gets that of `ACTIVATION_PEAK`. Nothing here reads it on a CPU.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Form = Literal["fp8-dynamic", "nvfp4"]
+
+PRESETS: Final[Mapping[Form, tuple[str, str]]] = {
+    "fp8-dynamic": ("FP8_DYNAMIC", "float-quantized"),
+    "nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
+}
+"""Of each form the scheme and the layout, by the names that compressed-tensors gives them."""
+
+ACTIVATION_PEAK: Final = 16.0
+"""Largest activation that the scales of NVFP4's activations leave room for."""
+
+WEIGHTS: Final = "model.safetensors"
+
+_LAYERS = "model.decoder.layers."
+_QUANTISED = ("self_attn.", "mlp.", "experts.")
+
+# Projections that an engine multiplies as one matrix share the scale of their whole tensor.
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def quantise_checkpoint(source: str | Path, target: str | Path, form: Form) -> Path:
+    """Write a quantised copy of the checkpoint `source` into the folder `target`; return that.
+
+    The copy's `config.json` says how it is quantised. Takes a second or two for a tiny checkpoint;
+    one of several files is not read. Raises `ValueError` where a matrix does not fit the form.
+    """
+    from safetensors.torch import load_file, save_file
+
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in {".json", ".jinja"}:
+            shutil.copyfile(file, target / file.name)
+    matrices, rest = _split(load_file(source / WEIGHTS))
+    weights = {**rest, **_compress(matrices, form)}
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = _quantisation_config(form, ignore=_plain_linears(rest))
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _split(weights: Mapping[str, "Tensor"]) -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:
+    """The matrices to quantise, by module, and the tensors to leave alone, by name."""
+    matrices: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        _, _, inside = name.removeprefix(_LAYERS).partition(".")
+        if not name.startswith(_LAYERS) or not inside.startswith(_QUANTISED) or weight.ndim < 2:  # noqa: PLR2004 -- norms are vectors
+            rest[name] = weight
+        elif inside.startswith("experts."):
+            matrices.update(_single_experts(name, weight))
+        else:
+            matrices[name.removesuffix(".weight")] = weight
+    return matrices, rest
+
+
+def _single_experts(name: str, weight: "Tensor") -> Iterator[tuple[str, "Tensor"]]:
+    """The matrices of a fused tensor [E, ...] by the name of the module each would be."""
+    experts, _, projection = name.rpartition(".")
+    for number, expert in enumerate(weight):
+        if projection == "gate_up_proj":
+            gate, up = expert.chunk(2)
+            yield f"{experts}.{number}.gate_proj", gate
+            yield f"{experts}.{number}.up_proj", up
+        else:
+            yield f"{experts}.{number}.{projection}", expert
+
+
+def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor"]:
+    """Every matrix as the tensors that compressed-tensors stores for it, by full name."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    preset, layout = PRESETS[form]
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    group = scheme.weights.group_size
+    peaks = _shared_peaks(matrices)
+    stored: dict[str, Tensor] = {}
+    for module, weight in matrices.items():
+        if group and weight.shape[1] % group:
+            raise ValueError(
+                f"{module} has {weight.shape[1]} inputs, which are no groups of {group}: "
+                f"{form} needs other sizes."
+            )
+        parts: dict[str, Tensor] = {"weight": weight.contiguous()}
+        groups = weight.reshape(len(weight), -1, group or weight.shape[1])
+        overall = generate_gparam(-peaks[module], peaks[module]) if group else None
+        scale, _ = calculate_qparams(
+            groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=overall
+        )
+        parts["weight_scale"] = scale.to(weight.dtype)
+        if overall is not None:
+            peak = torch.tensor(ACTIVATION_PEAK)
+            parts["weight_global_scale"] = overall
+            parts["input_global_scale"] = generate_gparam(-peak, peak)
+        for name, tensor in compressor.compress(parts, scheme).items():
+            stored[f"{module}.{name}"] = tensor.contiguous()
+    return stored
+
+
+def _shared_peaks(matrices: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Of every matrix the largest magnitude of all that an engine may fuse with it."""
+    peaks = {}
+    for module, weight in matrices.items():
+        parent, _, name = module.rpartition(".")
+        family = next((names for names in _FUSED if name in names), {name})
+        fused = [matrices[f"{parent}.{one}"] for one in family if f"{parent}.{one}" in matrices]
+        peaks[module] = max(one.abs().max().float() for one in (weight, *fused))
+    return peaks
+
+
+def _plain_linears(rest: Mapping[str, "Tensor"]) -> list[str]:
+    """The linear modules that stay as they are, as llm-compressor lists them: by name."""
+    modules = {
+        name.removesuffix(".weight")
+        for name, weight in rest.items()
+        if name.endswith(".weight") and weight.ndim > 1 and not name.endswith("embed_tokens.weight")
+    }
+    return [*sorted(modules), "lm_head"]
+
+
+def _quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]:
+    """What `config.json` says about it."""
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+
+    preset, layout = PRESETS[form]
+    described: dict[str, Any] = QuantizationConfig(
+        config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])},
+        ignore=list(ignore),
+        format=layout,
+        quantization_status="compressed",
+    ).model_dump(mode="json")
+    return described
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; prints the path and the sizes before and after."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_diffusion.testing.quantised",
+        description="Quantise a tiny DiffusionGemma checkpoint as the released ones are.",
+    )
+    parser.add_argument("source", type=Path, help="checkpoint with plain weights, in one file")
+    parser.add_argument("target", type=Path, help="where to write the quantised one")
+    parser.add_argument("--form", choices=get_args(Form), default="nvfp4")
+    options = parser.parse_args(arguments)
+    quantise_checkpoint(options.source, options.target, options.form)
+    before, after = (folder / WEIGHTS for folder in (options.source, options.target))
+    print(f"{options.target} ({before.stat().st_size} -> {after.stat().st_size} bytes)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
