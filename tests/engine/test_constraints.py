@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +240,58 @@ def test_steps_go_on_while_a_constraint_compiles(llm: LLM, monkeypatch: pytest.M
     assert finished == ["free", "slow"]
 
 
+# ---- what an automaton would be too large for ----
+
+TOO_LARGE = r"(a|b)*a(a|b){14}"
+"""An automaton has to remember the last 15 letters, which a parser does not mind."""
+
+
+def asked_too_much(llm: LLM, **sampling: Any) -> Any:
+    constraint = StructuredOutputsParams(regex=TOO_LARGE)
+    wanted = {"max_tokens": 2 * CANVAS, "structured_outputs": constraint} | sampling
+    return llm.generate("hello", parameters(**wanted), use_tqdm=False)[0].outputs[0]
+
+
+def test_a_parser_keeps_it(llm: LLM, seen: list[Any]) -> None:
+    answer = asked_too_much(llm)
+    assert re.fullmatch("[ab]+", answer.text)
+    assert answer.finish_reason == "length" or re.fullmatch(TOO_LARGE, answer.text)
+    assert not any(seen), "no automaton"
+    assert asked_too_much(llm).token_ids == answer.token_ids
+
+
+def test_a_parser_begins_again_behind_what_a_preempted_request_wrote(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = asked_too_much(llm, max_tokens=12).token_ids
+    scheduler, preempted = Inside(llm).scheduler, []
+    schedule = type(scheduler).schedule
+
+    def preempt(self: Any, *args: Any) -> Any:
+        done = [request for request in self.running if len(request.output_token_ids) >= 3]
+        if done and not preempted:
+            preempted.append(done[0])
+            self.running.remove(done[0])
+            self._preempt_request(done[0], 0.0)
+        return schedule(self, *args)
+
+    monkeypatch.setattr(type(scheduler), "schedule", preempt)
+    assert asked_too_much(llm, max_tokens=12).token_ids == whole
+    assert preempted
+
+
+def test_what_a_parser_cannot_promise_is_refused(llm: LLM) -> None:
+    seed = [5] * CANVAS
+    message = refusal(
+        llm,
+        structured_outputs=StructuredOutputsParams(regex=TOO_LARGE),
+        allowed_token_ids=[300],
+        extra_args={"diffusion_seed_canvas": seed, "diffusion_pinned": [0]},
+    )
+    assert "diffusion_pinned cannot be promised" in message
+    assert "allowed_token_ids cannot be promised" in message
+
+
 # ---- refusals ----
 
 
@@ -294,6 +347,16 @@ def test_pins_the_constraint_has_no_text_for(llm: LLM, *, allowed: bool) -> None
     else:
         message = refusal(llm, choice=["yes"], extra_args=extra)
         assert "no text of the constraint has the tokens that diffusion_pinned holds" in message
+
+
+def test_allowed_ids_restrict_a_constraint(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    allowed = tokenizer.encode("no", add_special_tokens=False)
+    asked = {"choice": ["yes", "no", "y"], "allowed_token_ids": allowed}
+    for seed in range(3):
+        assert texts(generate(llm, "hello", seed=seed, **asked)) == ["no"]
+    asked["choice"] = ["yes"]
+    assert "can be written with allowed_token_ids" in refusal(llm, **asked)
 
 
 def test_vllms_own_checks_still_run(llm: LLM) -> None:
