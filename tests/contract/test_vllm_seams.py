@@ -351,7 +351,7 @@ def test_a_preempted_request_is_sent_to_the_worker_like_a_new_one() -> None:
 
 
 def test_kinds_of_constraints_have_the_names_our_compiler_knows() -> None:
-    from vllm_diffusion.constrain.automaton.compile import KINDS
+    from vllm_diffusion.constrain.language.kinds import KINDS
 
     options = resolve_obj_by_qualname(
         "vllm.v1.structured_output.backend_types.StructuredOutputOptions"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 import xgrammar
 
-from vllm_diffusion.constrain.automaton.compile import grammar_of
-from vllm_diffusion.constrain.automaton.ebnf import parsed, reason
-from vllm_diffusion.constrain.automaton.written import written
 from vllm_diffusion.constrain.guard import Guard
+from vllm_diffusion.constrain.language.ebnf import parsed, reason
+from vllm_diffusion.constrain.language.kinds import grammar_of
+from vllm_diffusion.constrain.language.written import written
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:

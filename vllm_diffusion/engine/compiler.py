@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
-from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
+from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
+from vllm_diffusion.constrain.language.syntax import mark
 from vllm_diffusion.errors import AutomatonError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 vLLM gives tool parsers that know their format a structural tag, by which `required`, a named tool
 and strict tools are enforced. Gemma's parser has none, since xgrammar's JSON is not how Gemma
-writes arguments. Here it gets one: the grammar of ``constrain.gemma_calls``.
+writes arguments. Here it gets one: the grammar of ``constrain.language.gemma_calls``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralT
     )
     from xgrammar.structural_tag import GrammarFormat, StructuralTag
 
-    from vllm_diffusion.constrain.gemma_calls import CallTokens, Function, call_grammar
+    from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, call_grammar
     from vllm_diffusion.errors import ConstraintError
 
     choice = request.tool_choice

@@ -1,10 +1,9 @@
-"""What a canvas may say as a whole, as an automaton over classes of tokens.
+"""A constraint as an automaton over classes of tokens, and canvases conditioned on one.
 
-    schema, compose,        a JSON schema, a regular expression, EBNF, structural tags
-    regex, ebnf, tags       -> one grammar of characters (syntax)
-    network, dfa            -> a minimal automaton over bytes, recursion followed to a depth
-    classes                 -> beside a vocabulary, as a trie: a record.TokenAutomaton
-
-`compile.compile_constraint` does all of it, once a constraint. docs/constraints.md says what is
-followed and what is refused.
+network, dfa            a grammar (``constrain.language``) -> a minimal automaton over bytes
+vocabulary, classes     -> beside a vocabulary, as a trie: a record.TokenAutomaton
+compile                 all of it, once a constraint
+allowed, thinking       the same with some tokens only; behind a block of free thinking
+walk, slots             which state text leads to, on the host; of every slot, on the device
+edges, posterior, rows  a canvas given that it is accepted, and its statistics
 """

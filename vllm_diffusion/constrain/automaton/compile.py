@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from dataclasses import replace
@@ -11,13 +10,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
-from vllm_diffusion.constrain.automaton.ebnf import ebnf
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
-from vllm_diffusion.constrain.automaton.regex import regex
-from vllm_diffusion.constrain.automaton.schema import json_schema
-from vllm_diffusion.constrain.automaton.syntax import Choice, Grammar, text
-from vllm_diffusion.constrain.automaton.tags import structural_tag
+from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:
@@ -27,8 +22,6 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 Outcome: TypeAlias = TokenAutomaton | ConstraintError
@@ -92,7 +85,7 @@ def compile_constraint(
     """What a request's output must be, as an automaton over classes of tokens.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: one of ``language.kinds.KINDS``.
         text: the JSON schema, the regular expression, the JSON list of choices, the EBNF grammar,
             the structural tag; nothing for ``json_object``.
         vocabulary: of the model's tokenizer.
@@ -128,39 +121,6 @@ def compile_constraint(
         # A new one every time: an exception that is raised again grows its traceback.
         raise type(outcome)(str(outcome))
     return outcome
-
-
-def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Grammar:
-    """The rules of a constraint, see ``compile_constraint``.
-
-    Raises:
-        ConstraintError: it is malformed or not supported.
-        AutomatonError: it makes sense, but says what no automaton is built for.
-    """
-    match kind:
-        case "json":
-            return json_schema(source, any_whitespace=any_whitespace)
-        case "json_object":
-            return json_schema('{"type": "object"}', any_whitespace=any_whitespace)
-        case "regex":
-            return Grammar({"regex": regex(source)}, "regex")
-        case "choice":
-            return Grammar({"choice": Choice(tuple(map(text, _choices(source))))}, "choice")
-        case "grammar":
-            return ebnf(source)
-        case "structural_tag":
-            return structural_tag(source, any_whitespace=any_whitespace)
-    raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
-
-
-def _choices(source: str) -> list[str]:
-    try:
-        choices = json.loads(source)
-    except ValueError:
-        choices = None
-    if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
-        raise ConstraintError(f"The choices must be a JSON list of strings, not {source!r}.")
-    return choices
 
 
 def _deepest(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_diffusion.constrain.automaton.dfa import Dfa, Moves, determinised, minimised
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     Call,
     Chars,
     Choice,
@@ -29,7 +29,7 @@ from vllm_diffusion.constrain.automaton.syntax import (
     Text,
     without_left_recursion,
 )
-from vllm_diffusion.constrain.automaton.utf8 import spellings
+from vllm_diffusion.constrain.language.utf8 import spellings
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:

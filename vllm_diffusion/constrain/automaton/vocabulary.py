@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_diffusion.constrain.language.syntax import MARK, mark
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
-
-_MARK = b"\xff"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class Vocabulary:
     def of(cls, tokens: Sequence[bytes], special: Collection[int] = ()) -> Vocabulary:
         """From the bytes of every token id; special ones are read by their id alone, see `mark`."""
         # No text has this byte, and spelled byte by byte a mark would not be its token.
-        texts = [b"" if _MARK in text else text for text in tokens]
+        texts = [b"" if MARK in text else text for text in tokens]
         for token in special:
             texts[token] = mark(token)
         data = np.frombuffer(b"".join(texts), dtype=np.uint8)
@@ -67,11 +67,6 @@ class Vocabulary:
             levels=np.array(levels),
             fingerprint=digest.hexdigest(),
         )
-
-
-def mark(token: int) -> bytes:
-    """What stands for a special token in texts: bytes that no character of UTF-8 has."""
-    return _MARK + token.to_bytes(3, "big")
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:

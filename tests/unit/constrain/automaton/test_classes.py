@@ -10,9 +10,9 @@ from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, after
 from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
 from vllm_diffusion.constrain.automaton.network import Networks
-from vllm_diffusion.constrain.automaton.regex import regex
-from vllm_diffusion.constrain.automaton.syntax import Grammar
-from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary, mark
+from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.syntax import Grammar, mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 EXPRESSIONS = ["(a|b)*ab", '"[^"]{0,5}"', "yes|no", "é*x?", r'\{"a": (true|null|\d{1,3})\}', ".*"]

@@ -7,7 +7,8 @@ from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spell
 from vllm_diffusion.constrain.automaton import compile as compile_module
 from vllm_diffusion.constrain.automaton.classes import Limits
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
-from vllm_diffusion.constrain.automaton.vocabulary import mark, vocabulary_of
+from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
+from vllm_diffusion.constrain.language.syntax import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 from vllm_diffusion.testing import tiny_tokenizer
 

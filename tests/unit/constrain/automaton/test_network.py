@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from vllm_diffusion.constrain.automaton.network import Networks
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
     Call,

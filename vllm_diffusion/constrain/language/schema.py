@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
-from vllm_diffusion.constrain.automaton import json_text as write
-from vllm_diffusion.constrain.automaton.compose import (
+from vllm_diffusion.constrain.language import json_text as write
+from vllm_diffusion.constrain.language.compose import (
     OF_TYPE,
     REFUSED,
     TYPES,
     Composition,
     Schema,
 )
-from vllm_diffusion.constrain.automaton.formats import FORMATS
-from vllm_diffusion.constrain.automaton.numeric import Bound, between
-from vllm_diffusion.constrain.automaton.regex import regex
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.formats import FORMATS
+from vllm_diffusion.constrain.language.numeric import Bound, between
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
     Call,

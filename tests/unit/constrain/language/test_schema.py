@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
 from vllm_diffusion.constrain.automaton.network import Networks
-from vllm_diffusion.constrain.automaton.schema import json_schema
+from vllm_diffusion.constrain.language.schema import json_schema
 from vllm_diffusion.errors import ConstraintError
 
 

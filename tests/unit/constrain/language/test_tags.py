@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from vllm_diffusion.constrain.automaton.network import Networks
-from vllm_diffusion.constrain.automaton.tags import structural_tag
+from vllm_diffusion.constrain.language.tags import structural_tag
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 NULL = {"type": "json_schema", "json_schema": {"type": "null"}}

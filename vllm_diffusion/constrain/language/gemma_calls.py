@@ -123,7 +123,7 @@ class _Writer:
             arguments = self._value(schema, "parameters") if schema.get("properties") else '"{}"'
         return f"{_text(function.name)} {arguments}"
 
-    def _value(self, schema: Any, path: str) -> str:  # noqa: ANN401 - as a client wrote it
+    def _value(self, schema: Any, path: str) -> str:
         """An expression for the values that a schema allows."""
         if not isinstance(schema, dict):
             return "value"
@@ -208,7 +208,7 @@ class _Writer:
         self.rules[rule] = self._value(target, pointer)
         return rule
 
-    def _literal(self, value: Any) -> str:  # noqa: ANN401 - a JSON value
+    def _literal(self, value: Any) -> str:
         """One value as the chat template writes it."""
         if isinstance(value, str):
             return f"({self._quote} {_text(value)} {self._quote})" if value else self._quote * 2
@@ -228,11 +228,11 @@ class _Writer:
         return name
 
     @staticmethod
-    def _either(options: Any) -> str:  # noqa: ANN401 - strings, one by one
+    def _either(options: Any) -> str:
         return f"({' | '.join(dict.fromkeys(options))})"
 
 
-def _listed(parts: Any) -> str:  # noqa: ANN401 - strings, one by one
+def _listed(parts: Any) -> str:
     return ' "," '.join(parts) or '""'
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from vllm_diffusion.constrain.automaton.ebnf import ebnf
-from vllm_diffusion.constrain.automaton.regex import regex
-from vllm_diffusion.constrain.automaton.schema import json_schema
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.ebnf import ebnf
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.schema import json_schema
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     Call,
     Chars,

@@ -8,14 +8,15 @@ from helpers.schemas import TABLE
 from helpers.spelling import END, VOCABULARY, Walk
 from xgrammar.testing import _is_grammar_accept_string
 
-from vllm_diffusion.constrain.automaton.compile import compile_constraint, grammar_of
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
+from vllm_diffusion.constrain.language.kinds import grammar_of
+from vllm_diffusion.constrain.language.syntax import (
     NOTHING,
     Chars,
     Grammar,
     Text,
 )
-from vllm_diffusion.constrain.automaton.written import written
+from vllm_diffusion.constrain.language.written import written
 from vllm_diffusion.errors import ConstraintError
 
 

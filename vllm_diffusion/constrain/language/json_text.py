@@ -11,7 +11,7 @@ import json
 from functools import cache
 from typing import Any
 
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     NOTHING,
     Call,
     Chars,

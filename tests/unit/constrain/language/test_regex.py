@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_diffusion.constrain.automaton.network import Networks
-from vllm_diffusion.constrain.automaton.regex import regex
-from vllm_diffusion.constrain.automaton.syntax import Grammar
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.syntax import Grammar
 from vllm_diffusion.errors import ConstraintError
 
 ALPHABET = "abcdxyz01_- .\n@é€😀"

@@ -13,7 +13,7 @@ import re._parser as parser
 from functools import cache
 from typing import Any
 
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     LAST_CODE_POINT,
     Chars,

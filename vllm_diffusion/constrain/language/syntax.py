@@ -19,6 +19,9 @@ Ranges = tuple[tuple[int, int], ...]
 
 LAST_CODE_POINT = 0x10FFFF
 
+MARK = b"\xff"
+"""What begins the mark of a special token: a byte that no character of UTF-8 has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -76,6 +79,11 @@ class Grammar:
 
     rules: Mapping[str, Node]
     root: str
+
+
+def mark(token: int) -> bytes:
+    """What stands for a special token in texts: bytes that no character of UTF-8 has."""
+    return MARK + token.to_bytes(3, "big")
 
 
 def text(value: str) -> Text:

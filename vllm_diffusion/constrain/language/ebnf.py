@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     Call,
     Chars,
@@ -22,9 +22,9 @@ from vllm_diffusion.constrain.automaton.syntax import (
     Sequence,
     Text,
     complement,
+    mark,
     merged,
 )
-from vllm_diffusion.constrain.automaton.vocabulary import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 _KINDS = {

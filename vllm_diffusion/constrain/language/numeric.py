@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
     Chars,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_diffusion.constrain.automaton.syntax import (
+from vllm_diffusion.constrain.language.syntax import (
     Call,
     Chars,
     Choice,
@@ -21,7 +21,7 @@ from vllm_diffusion.errors import ConstraintError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from vllm_diffusion.constrain.automaton.syntax import Grammar, Node
+    from vllm_diffusion.constrain.language.syntax import Grammar, Node
 
 
 def written(grammar: Grammar) -> str:

@@ -10,7 +10,7 @@ import pytest
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary, vocabulary_of
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.constrain.gemma_calls import CallTokens, Function, call_grammar
+from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, call_grammar
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
 

@@ -1,0 +1,53 @@
+"""A constraint as its request gives it, a kind and a text -> grammar."""
+
+from __future__ import annotations
+
+import json
+
+from vllm_diffusion.constrain.language.ebnf import ebnf
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.schema import json_schema
+from vllm_diffusion.constrain.language.syntax import Choice, Grammar, text
+from vllm_diffusion.constrain.language.tags import structural_tag
+from vllm_diffusion.errors import ConstraintError
+
+KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+
+
+def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Grammar:
+    """The rules of a constraint.
+
+    Args:
+        kind: one of ``KINDS``.
+        source: the JSON schema, the regular expression, the JSON list of choices, the grammar in
+            EBNF or Lark, the structural tag; nothing for ``json_object``.
+        any_whitespace: between the parts of JSON values; else none.
+
+    Raises:
+        ConstraintError: it is malformed or not supported.
+        AutomatonError: it makes sense, but says what no automaton is built for.
+    """
+    match kind:
+        case "json":
+            return json_schema(source, any_whitespace=any_whitespace)
+        case "json_object":
+            return json_schema('{"type": "object"}', any_whitespace=any_whitespace)
+        case "regex":
+            return Grammar({"regex": regex(source)}, "regex")
+        case "choice":
+            return Grammar({"choice": Choice(tuple(map(text, _choices(source))))}, "choice")
+        case "grammar":
+            return ebnf(source)
+        case "structural_tag":
+            return structural_tag(source, any_whitespace=any_whitespace)
+    raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
+
+
+def _choices(source: str) -> list[str]:
+    try:
+        choices = json.loads(source)
+    except ValueError:
+        choices = None
+    if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
+        raise ConstraintError(f"The choices must be a JSON list of strings, not {source!r}.")
+    return choices
