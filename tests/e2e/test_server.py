@@ -283,7 +283,16 @@ CHAT = {"model": "tiny", "messages": MESSAGES}
             {"thinking_token_budget": 3, "vllm_xargs": {"diffusion_t_min": 9}},
             "thinking_token_budget=3 (leave them at their defaults); diffusion_t_max (0.8)",
         ),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+        (
+            "chat/completions",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "object", "not": {}}},
+                }
+            },
+            "has 'not'",
+        ),
         ("chat/completions", {"logit_bias": {"600": 1.0}}, "600"),
         ("chat/completions", {"vllm_xargs": {"diffusion_stpes": 8}}, "'diffusion_stpes'"),
         ("chat/completions", {"vllm_xargs": {"diffusion_max_steps": "8"}}, "got '8'"),
