@@ -7,6 +7,7 @@ from inside a running engine.
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -263,6 +264,7 @@ def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(
         max_num_scheduled_tokens, num_spec_tokens, max_model_len = budget, CANVAS, 512
         current_step = 5
         vllm_config = served
+        structured_output_manager = SimpleNamespace(tokenizer=None)
 
     prompt, canvas = make_request("prompt", 30, 10), make_request("canvas", 40, 96)
     prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40

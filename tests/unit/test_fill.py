@@ -223,7 +223,7 @@ def test_rows_travel_with_the_request_and_become_its_constraints() -> None:
         temperature=1.0, min_p=0, top_k=0, top_p=1, min_tokens=0, logit_bias=None,
         repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0,
         allowed_token_ids=None, bad_words_token_ids=None, all_stop_token_ids={END, TURN},
-        stop_token_ids=[TURN], eos_token_id=END,
+        stop_token_ids=[TURN], eos_token_id=END, structured_outputs=None,
     )  # fmt: skip
     asked = constraints(sampling, params)
     assert asked.holes == made.holes
