@@ -71,24 +71,26 @@ def ask_ours(
     checkpoint: str,
     items: Sequence[Item],
     seed: int,
-    rule: Any,
-    options: Mapping[str, Any],
-) -> list[Answer]:
-    """Answers of stock vLLM with this plugin, under another rule if one is given.
+    ways: Sequence[tuple[Any, Mapping[str, Any]]],
+) -> list[list[Answer]]:
+    """Answers of stock vLLM with this plugin, to all items in each of some ways.
 
     Args:
         checkpoint, items: what answers what.
-        seed: of all items together.
-        rule: instead of `step.decide`, None for that.
-        options: the diffusion options of every request.
+        seed: of all items together, the same in every way.
+        ways: a rule instead of `step.decide`, None for that, and the diffusion options of every
+            request.
     """
     from vllm_diffusion.engine.sampler import CanvasSampler
 
     llm = start_vllm(checkpoint)
     sampler = sampler_of(llm)
     assert isinstance(sampler, CanvasSampler)
-    sampler.rule = rule
-    return [told(output) for output in generate_ours(llm, items, seed, options)]
+    answers = []
+    for rule, options in ways:
+        sampler.rule = rule
+        answers.append([told(output) for output in generate_ours(llm, items, seed, options)])
+    return answers
 
 
 def generate_ours(

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help="internal: the engine answers here")
     options = parser.parse_args()
     if options.worker:
-        answer_here(options.worker, options.preset[0], options.seed)
+        answer_here(options.worker, options.preset, options.seed)
         return
     items = items_of(5 if options.quick else options.n, options.seed, options.task)
     loop = CanvasLoop()
@@ -60,8 +60,8 @@ def main() -> None:
     }
     flat: dict[str, _report.Value] = {"items": len(items)}
     if options.engine:
-        for preset in options.preset:
-            other = engine_tokens(items, preset, options.seed)
+        theirs = engine_tokens(items, options.preset, options.seed)
+        for preset, other in zip(options.preset, theirs, strict=True):
             own = [run.tokens for run in results[preset, options.branches[0]]]
             flat[f"{preset}.unlike engine"] = sum(a != b for a, b in zip(own, other, strict=True))
             print(
@@ -113,14 +113,16 @@ def report(
     _report.finish(flat, "; ".join(saved), file)
 
 
-def engine_tokens(items: Sequence[Item], preset: str, seed: int) -> list[list[int]]:
-    """Tokens of the engine's answers, from a process of its own."""
+def engine_tokens(
+    items: Sequence[Item], presets: Sequence[str], seed: int
+) -> list[list[list[int]]]:
+    """Tokens of the engine's answers by preset, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.json"
         file.write_text(json.dumps([asdict(item) for item in items]))
-        tokens: list[list[int]] = measure(
+        tokens: list[list[list[int]]] = measure(
             __file__,
-            *("--worker", str(file), "--preset", preset, "--seed", str(seed)),
+            *("--worker", str(file), "--preset", *presets, "--seed", str(seed)),
             environment={
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -131,13 +133,14 @@ def engine_tokens(items: Sequence[Item], preset: str, seed: int) -> list[list[in
     return tokens
 
 
-def answer_here(file: Path, preset: str, seed: int) -> None:
-    """Let the engine answer the items of a file; their tokens on the last line."""
+def answer_here(file: Path, presets: Sequence[str], seed: int) -> None:
+    """Let the engine answer the items of a file under presets; their tokens on the last line."""
     from _answers import ask_ours
 
     items = [Item(**item) for item in json.loads(file.read_text())]
-    answers = ask_ours(str(CHECKPOINT), items, seed, None, {"diffusion_preset": preset})
-    print(json.dumps([answer.tokens for answer in answers]))
+    ways = [(None, {"diffusion_preset": preset}) for preset in presets]
+    made = ask_ours(str(CHECKPOINT), items, seed, ways)
+    print(json.dumps([[answer.tokens for answer in answers] for answers in made]))
     sys.stdout.flush()
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--plot", type=Path, help="PNG: quality against tokens per forward")
-    parser.add_argument("--worker", help="internal: answer with one arm here")
+    parser.add_argument("--worker", nargs="+", help="internal: answer with these arms here")
     parser.add_argument("--folder", type=Path, help="internal")
     options = parser.parse_args()
     if options.worker:
@@ -85,7 +85,10 @@ def main() -> None:
             sizes=sizes_of(task, options.sizes),
         )
     ]
-    results = {arm: measure(arm, items, options) for arm in arms}
+    # Ours share an engine, which takes longer to start than to answer.
+    ours = [arm for arm in arms if arm.startswith("ours:")]
+    parts = [ours] * bool(ours) + [[arm] for arm in arms if arm not in ours]
+    results = {arm: made for part in parts for arm, made in measure(part, items, options).items()}
     report(results, items, options)
 
 
@@ -112,9 +115,9 @@ def sizes_of(task: str, which: str) -> Sequence[int]:
     return {"easy": made.easy, "hard": made.hard, "all": made.sizes}[which]
 
 
-def measure(arm: str, items: Sequence[Item], options: Any) -> list[Outcome]:  # noqa: ANN401 - argparse
-    """Let a process of its own answer, and judge what it wrote."""
-    native = arm == "native"
+def measure(arms: Sequence[str], items: Sequence[Item], options: Any) -> dict[str, list[Outcome]]:  # noqa: ANN401 - argparse
+    """Let a process answer with arms of one engine, and judge what it wrote."""
+    native = "native" in arms
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -125,28 +128,35 @@ def measure(arm: str, items: Sequence[Item], options: Any) -> list[Outcome]:  # 
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "items.json").write_text(json.dumps([asdict(item) for item in items]))
-        command = [sys.executable, __file__, "--worker", arm, "--folder", folder]
+        command = [sys.executable, __file__, "--worker", *arms, "--folder", folder]
         command += ["--checkpoint", str(options.checkpoint), "--seed", str(options.seed)]
         result = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
         if result.returncode:
-            sys.exit(f"{arm} failed with status {result.returncode}")
-        answers = json.loads((Path(folder) / "answers.json").read_text())
-    return [judge(item, Answer(**answer)) for item, answer in zip(items, answers, strict=True)]
+            sys.exit(f"{', '.join(arms)} failed with status {result.returncode}")
+        made = json.loads((Path(folder) / "answers.json").read_text())
+    return {
+        arm: [judge(item, Answer(**answer)) for item, answer in zip(items, made[arm], strict=True)]
+        for arm in arms
+    }
 
 
-def answer_here(arm: str, folder: Path, checkpoint: Path, seed: int) -> None:
-    """Answer the items of a folder with one arm, into the same folder."""
+def answer_here(arms: Sequence[str], folder: Path, checkpoint: Path, seed: int) -> None:
+    """Answer the items of a folder with arms of one engine, into the same folder."""
     items = [Item(**item) for item in json.loads((folder / "items.json").read_text())]
-    engine, _, preset = arm.partition(":")
-    if engine == "native":
+    if arms == ["native"]:
         use_stand_ins()
-        answers = ask_native(str(checkpoint), items, seed)
-    elif engine == "transformers":
-        answers = ask_transformers(str(checkpoint), items, seed)
+        made = [ask_native(str(checkpoint), items, seed)]
+    elif arms == ["transformers"]:
+        made = [ask_transformers(str(checkpoint), items, seed)]
     else:
-        rule = BAD_RULES[preset]() if preset in BAD_RULES else None
-        answers = ask_ours(str(checkpoint), items, seed, rule, options_of(preset))
-    (folder / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
+        presets = [arm.removeprefix("ours:") for arm in arms]
+        ways = [
+            (BAD_RULES[preset]() if preset in BAD_RULES else None, options_of(preset))
+            for preset in presets
+        ]
+        made = ask_ours(str(checkpoint), items, seed, ways)
+    answers = {arm: [asdict(answer) for answer in own] for arm, own in zip(arms, made, strict=True)}
+    (folder / "answers.json").write_text(json.dumps(answers))
 
 
 def judge(item: Item, answer: Answer) -> Outcome:

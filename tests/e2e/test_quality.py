@@ -13,10 +13,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ITEMS = 60
 TASKS = ("json", "sudoku", "chain")
 ENGINES = ("ours", "native", "transformers")
+BAD = ("cut-2", "cut-4", "freeze-0.6", "no-renoise")
+FUSED, SEPARATE = (f"fused_commit={form}" for form in ("true", "false"))
 
 
-def quality(tmp_path, *arguments):
-    return benchmark(tmp_path, "quality.py", *arguments)
+def quality(tmp_path, presets, *arguments):
+    words = [word for preset in presets for word in ("--preset", preset)]
+    words += [word for task in TASKS for word in ("--task", task)]
+    return benchmark(tmp_path, "quality.py", *words, *arguments, "--n", str(ITEMS))
 
 
 def benchmark(tmp_path, program, *arguments):
@@ -32,27 +36,38 @@ def benchmark(tmp_path, program, *arguments):
     return json.loads((tmp_path / "out.json").read_text()), run.stdout
 
 
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    """Every rule on the same hard items: figures, table, plot."""
+    folder = tmp_path_factory.mktemp("hard")
+    arms = ("reference", *BAD, *(preset for preset in PRESETS if preset != "reference"))
+    return *quality(
+        folder, arms, "--sizes", "hard", "--plot", str(folder / "p.png")
+    ), folder / "p.png"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Every engine, ours with both forms of a commit, on items of all sizes: figures, table."""
+    engines = [word for engine in ENGINES for word in ("--engine", engine)]
+    return quality(tmp_path_factory.mktemp("whole"), (FUSED, SEPARATE), *engines)
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_known_bad_rules_lose_significantly_on_hard_items(tmp_path):
-    presets = ("reference", "cut-2", "cut-4", "freeze-0.6", "no-renoise")
-    arguments = [word for preset in presets for word in ("--preset", preset)]
-    arguments += [word for task in TASKS for word in ("--task", task)]
-    arguments += ["--sizes", "hard", "--n", str(ITEMS), "--plot", str(tmp_path / "plot.png")]
-    found, table = quality(tmp_path, *arguments)
+def test_known_bad_rules_lose_significantly_on_hard_items(hard):
+    found, table, plot = hard
     assert 50 <= found["ours:reference.all.exact"] <= 90, table
-    for preset in presets[1:]:
+    for preset in BAD:
         loss, error = (-found[f"ours:{preset}.all.diff"], found[f"ours:{preset}.all.diff_error"])
         assert loss > 2 * error > 0, table
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert plot.stat().st_size > 1000
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_presets_save_forwards_or_take_care(tmp_path):
-    arguments = [word for preset in PRESETS for word in ("--preset", preset)]
-    arguments += [word for task in TASKS for word in ("--task", task)]
-    found, table = quality(tmp_path, *arguments, "--sizes", "hard", "--n", str(ITEMS))
+def test_presets_save_forwards_or_take_care(hard):
+    found, table, _ = hard
     # Without the commits, which no preset changes.
     speed = {preset: found[f"ours:{preset}.all.TPF_denoise"] for preset in PRESETS}
     assert speed["gentle"] < speed["reference"] < speed["balanced"] < speed["fast"], table
@@ -64,27 +79,23 @@ def test_presets_save_forwards_or_take_care(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_ours_answers_as_well_as_transformers_and_native_loses_on_long_sums(tmp_path):
-    arguments = [word for engine in ENGINES for word in ("--engine", engine)]
-    arguments += [word for task in TASKS for word in ("--task", task)]
-    found, table = quality(tmp_path, *arguments, "--n", str(ITEMS))
+def test_ours_answers_as_well_as_transformers_and_native_loses_on_long_sums(whole):
+    found, table = whole
     difference, error = (found[f"transformers.all.{name}"] for name in ("diff", "diff_error"))
     assert abs(difference) <= 3 * error, table
     # The prompt and three canvases of sums pass the sliding window, which native moves along.
     loss, error = (-found["native.chain.diff"], found["native.chain.diff_error"])
     assert loss > 2 * error > 0, table
-    assert found["ours:reference.all.exact"] > 75, table
-    assert found["ours:reference.all.finished"] > 95, table
+    assert found[f"ours:{FUSED}.all.exact"] > 75, table
+    assert found[f"ours:{FUSED}.all.finished"] > 95, table
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_fused_commits_save_forwards_and_change_no_answer(tmp_path):
-    arms = [f"fused_commit={form}" for form in ("false", "true")]
-    arguments = [word for arm in arms for word in ("--preset", arm)]
-    found, table = quality(tmp_path, *arguments, "--task", "chain", "--n", str(ITEMS))
-    separate, fused = (f"ours:{arm}.chain" for arm in arms)
-    assert found[f"{fused}.diff"] == found[f"{fused}.diff_error"] == 0, table
+def test_fused_commits_save_forwards_and_change_no_answer(whole):
+    found, table = whole
+    separate, fused = (f"ours:{arm}.chain" for arm in (SEPARATE, FUSED))
+    assert found[f"{separate}.diff"] == found[f"{separate}.diff_error"] == 0, table
     for same in ("exact", "finished", "steps", "TPF_denoise"):
         assert found[f"{fused}.{same}"] == found[f"{separate}.{same}"], table
     # Sixteen pairs of canvases fit into a step, so no commit goes ahead alone.
