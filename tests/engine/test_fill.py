@@ -333,7 +333,8 @@ def test_a_rule_may_commit_a_part_of_a_canvas(llm: LLM, monkeypatch: pytest.Monk
         count = torch.minimum(1 + batch.position[:, 0] % 13, batch.width)
         return replace(decision, commit=Commit(tokens=stats.argmax, rows=rows, count=count))
 
-    asked = [asking(at, max_tokens=50, ignore_eos=True, logprobs=0) for at in range(10)]
+    wishes = {"max_tokens": 50, "ignore_eos": True, "logprobs": 0, "max_steps": 6}
+    asked = [asking(at, **wishes) for at in range(10)]
     monkeypatch.setattr(Inside(llm).runner.sampler, "rule", front)
     with Probe() as probe:
         together = run(llm, asked, length=40)
