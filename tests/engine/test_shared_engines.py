@@ -1,6 +1,10 @@
 """The shared engines: reused for equal options, gone for others, the same tokens either way."""
 
+import gc
+import weakref
+
 import pytest
+from helpers.inside import Inside
 
 pytestmark = pytest.mark.vllm
 
@@ -23,6 +27,18 @@ def test_other_options_start_another_which_answers_the_same(engine):
     assert second is not first
     assert second.llm_engine.vllm_config.scheduler_config.max_num_seqs == 2
     assert tokens(second) == expected
+
+
+def test_an_engine_that_was_shut_down_leaves_no_weights_and_no_collector_behind(
+    engine, engine_pool
+):
+    model = weakref.ref(Inside(engine()).runner.model)
+    assert model() is not None
+    engine(max_num_seqs=2)
+    assert model() is None
+    engine_pool.close()
+    assert gc.freeze.__name__ == "freeze"
+    assert gc.get_freeze_count() > 0
 
 
 @pytest.mark.slow
