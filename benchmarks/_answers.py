@@ -7,6 +7,7 @@ Requests that share a batch count as if each had run alone. Called in a process 
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -206,6 +207,7 @@ def start_vllm(checkpoint: str, concurrency: int = CONCURRENCY, *, eager: bool =
     """An engine in this process, the same for ours and native."""
     from vllm import LLM
 
+    gc.freeze()  # a start collects garbage seven times, each time through all modules
     return LLM(
         checkpoint,
         dtype="float32",
