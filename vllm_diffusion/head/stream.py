@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, reading, sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
-from vllm_diffusion.head.reference import row_statistics
+from vllm_diffusion.head.reference import kept_token, row_statistics
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_listed
 from vllm_diffusion.head.scores import scores
@@ -82,7 +83,12 @@ class StreamingHead:
             rewrite=rewrite,
             soft_top_k=soft_top_k,
         )
-        if rewrite is None or (kinds := self._kinds(rewrite)) is None:
+        if rewrite is None:
+            return self._streamed(rows)
+        if not changes_logits(rewrite):
+            stats = self._streamed(replace(rows, rewrite=None))
+            return replace(stats, sample=kept_token(stats.argmax, stats.sample, rewrite))
+        if (kinds := self._kinds(rewrite)) is None:
             return self._streamed(rows)
         ways = {_STREAMED: self._streamed, _CUT: self._cut, _PINNED: self._pinned}
         places, parts = [], []
