@@ -374,3 +374,11 @@ def test_metrics_count_denoising_steps_positions_and_tokens(llm: LLM, *, fused: 
     assert moved["vllm:diffusion_num_denoising_steps"] == steps
     assert moved["vllm:diffusion_num_canvas_positions"] == steps * CANVAS
     assert moved["vllm:diffusion_num_committed_tokens"] == 64
+
+
+def test_weights_that_are_loaded_again_are_the_same(
+    llm: LLM, fresh: Fresh, parity_checkpoint: Path
+):
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(parity_checkpoint)})
+    llm.reset_prefix_cache()
+    assert tokens_of(run(llm)) == fresh.tokens[1]
