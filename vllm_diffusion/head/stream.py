@@ -119,8 +119,8 @@ class StreamingHead:
             soft_top_k=soft_top_k,
         )
         classes = TokenClasses(of=class_of, count=num_classes)
-        if rewrite is None:
-            return self._by_class(rows, classes)
+        if rewrite is None or (rewrite.greedy is None and not changes_logits(rewrite)):
+            return self._by_class(replace(rows, rewrite=None), classes)
         kinds = self._class_kinds(rewrite)
         ways = {_STREAMED: self._by_class, _MASKED: self._lenient, _PINNED: self._pinned_by_class}
         places, stats, found = [], [], []

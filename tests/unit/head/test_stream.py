@@ -94,6 +94,11 @@ def test_a_temperature_and_greedy_tokens_cost_no_row_a_rewrite(
     free = replace(case, rewrite=None)
     plain = free.streaming()(*free.arguments())
     assert torch.equal(ours.entropy, plain.entropy), "asking for a temperature changes a bit"
+    warm = replace(case, rewrite=replace(greedy, greedy=None))
+    classes = {"class_of": torch.arange(len(case.embedding)).int() % 7, "num_classes": 7}
+    _, by_class = warm.streaming().by_class(*warm.arguments(), **classes)
+    _, same = free.streaming().by_class(*free.arguments(), **classes)
+    assert torch.equal(by_class.log_mass, same.log_mass)
 
 
 @pytest.mark.usefixtures("tile")
