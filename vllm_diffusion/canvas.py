@@ -154,6 +154,11 @@ class CanvasPool:
         self.causal[slot].fill_(True)
         self.fused[slot].fill_(fused)
 
+    def release(self, slot: int) -> None:
+        """Its owner is gone: its next rows, if any, are a prompt's, and it asks for nothing."""
+        self.causal[slot].fill_(True)
+        self._approximate.discard(slot)
+
     def begin(self, slots: Tensor, position: Tensor) -> None:
         """Start a canvas whose first row stands at an absolute position.
 
@@ -224,10 +229,12 @@ class CanvasPool:
         self._remember(slots, argmax, stats.top_prob, emits)
 
         # A finished canvas is committed with plain embeddings and a new one starts from zero, so
-        # only a canvas that goes on carries its belief over.
+        # only a canvas that goes on carries its belief over. A belief that is no number must not
+        # get into the KV cache: whoever is given its pages next would read it there.
         goes_on = ~(committing | finished)
+        belief = stats.soft_embedding
         self.soft_embedding[slots] = torch.where(
-            goes_on[:, None, None], stats.soft_embedding, 0
+            goes_on[:, None, None] & belief.isfinite(), belief, 0
         ).to(self.soft_embedding.dtype)
         # What a committing slot holds here has just been emitted.
         self.reason[slots], self.entropy[slots] = decision.reason, entropy

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion import fill
@@ -29,6 +28,9 @@ may hold a slot for ever."""
 
 LARGEST: Final = 1e6
 """No temperature and no number of nats means anything above; far above, fp32 ends."""
+
+SMALLEST: Final = 1 / LARGEST
+"""Least number that logits are divided by; far below, fp32 ends too."""
 
 SOFT_TOP_K: Final = (8, 64)
 """Ids that a soft embedding may be cut to: fewer say little, more cost what is to be saved."""
@@ -94,7 +96,7 @@ _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
 _ALWAYS: Final = 1 << 32
 """Behind the last position of any output."""
 
-# Option -> the number it must be: at least this, more than this.
+# Option -> the least number it may be.
 _COUNTS: Final = {
     "max_steps": 1,
     "canvas_length": 1,
@@ -102,12 +104,12 @@ _COUNTS: Final = {
     "soft_embedding_top_k": 0,
 }
 _NUMBERS: Final = {
-    "t_min": False,
-    "t_max": True,
-    "entropy_bound": False,
-    "confidence_threshold": False,
-    "hold_threshold": False,
-    "doubt_threshold": False,
+    "t_min": 0.0,
+    "t_max": SMALLEST,
+    "entropy_bound": 0.0,
+    "confidence_threshold": 0.0,
+    "hold_threshold": 0.0,
+    "doubt_threshold": 0.0,
 }
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained", "fused_commit", "telemetry")
@@ -290,13 +292,11 @@ def _no_count(field: str, value: Any) -> str | None:  # noqa: ANN401
 
 
 def _no_number(field: str, value: Any) -> str | None:  # noqa: ANN401
-    positive = _NUMBERS[field]
     number = _is_integer(value) or isinstance(value, float)
     if number and value > LARGEST:
         return f"a finite number of at most {LARGEST:g}"
-    if number and (value > 0 if positive else value >= 0):
-        return None
-    return f"a finite number {'above' if positive else 'of at least'} 0"
+    least = _NUMBERS[field]
+    return None if number and value >= least else f"a finite number of at least {least:g}"
 
 
 def _is_integer(value: Any) -> bool:  # noqa: ANN401 - whatever a client sent
@@ -368,8 +368,10 @@ def _contradictions(
             "(structured_outputs, response_format or a tool call that is required): keep one"
         )
     bias = sampling.logit_bias or {}
-    if wild := {token: value for token, value in bias.items() if not isfinite(value)}:
-        problems.append(f"logit_bias must be finite, got {reprlib.repr(wild)}")
+    if wild := {token: value for token, value in bias.items() if not abs(value) <= LARGEST}:
+        problems.append(f"logit_bias must be finite, up to {LARGEST:g}, got {reprlib.repr(wild)}")
+    if not SMALLEST <= (scale := sampling.repetition_penalty) <= LARGEST:
+        problems.append(f"repetition_penalty must be {SMALLEST:g} to {LARGEST:g}, got {scale}")
     allowed = set(sampling.allowed_token_ids or ())
     if allowed and sampling.min_tokens and allowed <= set(sampling.all_stop_token_ids):
         problems.append(

@@ -38,7 +38,7 @@ PURE_ROOMS = {
 }
 
 # Rooms that may import vLLM and open the door to its private names. No pure room imports them.
-ENGINE_ROOMS = {"engine", "models", "serve", "plugin", "doctor", "cli", "upstream"}
+ENGINE_ROOMS = {"engine", "models", "plugin", "doctor", "cli", "upstream"}
 
 # Rooms that use vLLM as any program does, by its public names.
 OUTER_ROOMS = {"tune"}
@@ -118,6 +118,18 @@ def test_every_room_is_known(file):
         f"{file.name} is in a room that this test does not know: say in PURE_ROOMS what it may "
         "import, or add it to ENGINE_ROOMS, and describe it in docs/design.md"
     )
+
+
+def test_the_map_of_the_house_shows_the_rooms_there_are():
+    design = (ROOT / "docs" / "design.md").read_text()
+    shown = re.search(r"^    vllm_diffusion/\n(.*?)^    csrc/", design, re.DOTALL | re.MULTILINE)[1]
+    rooms = {
+        path.name + "/" * path.is_dir()
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert {name for name in rooms - {"__init__.py"} if name not in shown} == set()
+    assert set(re.findall(r"^      (\S+)", shown, re.MULTILINE)) <= rooms
 
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)

@@ -19,6 +19,8 @@ from helpers.random_requests import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_diffusion.upstream.telemetry_outputs import told_by
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -37,7 +39,10 @@ SHORT = Shape(canvas=CANVAS, vocab=VOCAB, max_steps=8)
 def assert_promises(asked: SamplingParams, answer: CompletionOutput, llm: LLM) -> None:
     tokens, extra = list(answer.token_ids), asked.extra_args or {}
     assert all(0 <= token < VOCAB for token in tokens)
-    assert asked.min_tokens <= len(tokens) <= asked.max_tokens
+    assert len(tokens) <= asked.max_tokens
+    if asked.structured_outputs is None:
+        assert len(tokens) >= asked.min_tokens
+    assert ("diffusion_telemetry" in extra) == (told_by(answer) is not None)
     given_ids = {at: extra["diffusion_seed_canvas"][at] for at in extra.get("diffusion_pinned", ())}
     for at, token in given_ids.items():
         # Only a stop string may end an answer before its last pin.

@@ -15,6 +15,8 @@ from helpers.parity import ENGINE, make_prompt
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_diffusion import params
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -296,6 +298,17 @@ def test_an_abort_of_a_waiting_request_is_not_noticed(llm: LLM, fresh: Fresh):
     assert last == {f"runs {number}": fresh.tokens[1] for number in range(SLOTS)}
 
 
+def test_a_request_that_computes_no_numbers_leaves_none_to_the_others(
+    llm: LLM, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+):
+    # Pages of the cache go from request to request, and attention reads all of a page.
+    monkeypatch.setitem(params._NUMBERS, "t_max", 0.0)
+    broken = run(llm, extra_args={"diffusion_t_max": 1e-300, "diffusion_t_min": 0.0})
+    assert len(broken.token_ids) == 96
+    for _ in range(2):
+        assert tokens_of(run(llm)) == fresh.tokens[1]
+
+
 def test_200_short_requests_over_8_slots(llm: LLM):
     def sampling(number: int) -> SamplingParams:
         return SamplingParams(
@@ -361,3 +374,11 @@ def test_metrics_count_denoising_steps_positions_and_tokens(llm: LLM, *, fused: 
     assert moved["vllm:diffusion_num_denoising_steps"] == steps
     assert moved["vllm:diffusion_num_canvas_positions"] == steps * CANVAS
     assert moved["vllm:diffusion_num_committed_tokens"] == 64
+
+
+def test_weights_that_are_loaded_again_are_the_same(
+    llm: LLM, fresh: Fresh, parity_checkpoint: Path
+):
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(parity_checkpoint)})
+    llm.reset_prefix_cache()
+    assert tokens_of(run(llm)) == fresh.tokens[1]

@@ -115,7 +115,21 @@ _OPTIONS: Final[Mapping[str, Callable[[Random, Shape], Any]]] = {
     "confidence_threshold": _one(0.0, 0.1, 10.0),
     "stability_threshold": _one(0, 1),
     "pinned": lambda dice, shape: dice.sample(range(shape.canvas // 2 - 1), dice.randint(1, 3)),
+    "preset": _one("reference", "balanced", "fast", "gentle"),
+    "hold_threshold": _one(0.3, 0.9),
+    "doubt_threshold": _one(0.2, 5.0),
+    "soft_embedding_top_k": _one(8, 64),
+    "noise_level": _one(0.3, 1.0),
+    "fused_commit": _one(True, False),
+    "telemetry": _one(True),
 }
+
+CONSTRAINTS: Final[tuple[Mapping[str, Any], ...]] = (
+    {"choice": ["red", "green", "blue"]},
+    {"regex": "[a-c]{2,40}( x)*"},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+)
+"""Of which each has a text that fits into a canvas."""
 
 
 def draw_sampling(dice: Random, shape: Shape, *, seed: int) -> SamplingParams:
@@ -127,15 +141,23 @@ def draw_sampling(dice: Random, shape: Shape, *, seed: int) -> SamplingParams:
         seed: of the request, where the dice give none.
     """
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     drawn = _drawn(dice, shape, _SAMPLING)
     options = _drawn(dice, shape, _OPTIONS)
+    if dice.randrange(4) == 0:
+        drawn["structured_outputs"] = StructuredOutputsParams(**dice.choice(CONSTRAINTS))
+        for excluded in ("bad_words", "allowed_token_ids", "max_tokens"):
+            drawn.pop(excluded, None)
+        options.pop("pinned", None)
     width = options.get("canvas_length", shape.canvas)
     sampling = {"max_tokens": shape.canvas, "seed": seed, "stop_token_ids": [STOP]} | drawn
     if "pinned" in options:
         allowed = sampling.get("allowed_token_ids", [77, 78])
         options["seed_canvas"] = [allowed[at % len(allowed)] for at in range(width)]
         sampling["max_tokens"] = max(sampling["max_tokens"], max(options["pinned"]) + 1)
+    elif "noise_level" in options:
+        options["seed_canvas"] = [IDS[at % len(IDS)] for at in range(width)]
     sampling["min_tokens"] = min(sampling.get("min_tokens", 0), sampling["max_tokens"])
     if sampling.get("temperature") == 0.0:
         sampling.pop("n", None)  # vLLM: the best answer is one

@@ -357,6 +357,28 @@ def test_soft_embeddings_are_kept_in_the_models_dtype() -> None:
     assert pool.soft_embedding.dtype == torch.bfloat16
 
 
+def test_a_belief_that_is_no_number_is_dropped() -> None:
+    pool, batch = begun_pool(0), make_batch([0], [0])
+    stats = make_stats(batch, 3)
+    for place, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        stats.soft_embedding[0, 1, place] = value
+    pool.apply(batch, stats, make_decision(batch, 4, False))
+    assert pool.soft_embedding[0, 1].tolist() == [0, 0, 0, 3]
+    assert bool((pool.soft_embedding[0, 0] == 3).all())
+
+
+def test_a_slot_asks_for_nothing_once_its_owner_is_gone() -> None:
+    pool = make_pool()
+    for slot in (1, 2):
+        pool.admit(slot, seed=1, constants=replace(CONSTANTS, soft_embedding_top_k=8))
+        pool.begin(torch.tensor([slot]), positions(0))
+    pool.release(1)
+    assert bool(pool.causal[1])
+    assert pool.soft_top_k is not None
+    pool.release(2)
+    assert pool.soft_top_k is None
+
+
 def finish_and_commit(pool: CanvasPool, commit: Commit) -> tuple[CanvasBatch, Emission]:
     """One step of slots 0 and 1, which finish; then the forward that commits them."""
     batch = make_batch([0, 1], [0, 10])

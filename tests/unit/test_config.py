@@ -327,7 +327,7 @@ def test_whether_commits_are_fused_is_no_constant_of_the_rule(
         ({"head_memory_mb": True}, "head_memory_mb must be a positive integer, got True"),
         ({"head_memory_mb": "1GB"}, "head_memory_mb must be a positive integer, got '1GB'"),
         ({"fused_commit": "on"}, "fused_commit must be a boolean (or 0/1), got 'on'"),
-        ({"t_max": 0}, "t_max must be a finite number above 0, got 0"),
+        ({"t_max": 0}, "t_max must be a finite number of at least 1e-06, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],
 )

@@ -233,9 +233,14 @@ def test_numbers_that_fp32_cannot_hold_are_no_thresholds(value: float):
     parse_params(Sampling(extra_args={"diffusion_entropy_bound": 1e6}))
 
 
-def test_a_ramp_that_ends_at_zero_may_not_begin_there():
-    message = message_of(Sampling(extra_args={"diffusion_t_max": 0.0}))
-    assert "diffusion_t_max must be a finite number above 0, got 0.0" in message
+@pytest.mark.parametrize("value", [0.0, 1e-300, 9e-7])
+def test_nothing_is_divided_by_next_to_nothing(value: float):
+    # What fp32 makes of the quotients is no number, and from a canvas it would get into the cache.
+    message = message_of(
+        Sampling(extra_args={"diffusion_t_max": value}, repetition_penalty=value or 1e300)
+    )
+    assert f"diffusion_t_max must be a finite number of at least 1e-06, got {value}" in message
+    assert "repetition_penalty must be 1e-06 to 1e+06, got " in message
 
 
 @pytest.mark.parametrize(
@@ -300,7 +305,7 @@ def test_wishes_that_exclude_each_other():
     )
     assert "min_tokens=4 forbids every one of the allowed_token_ids" in message
     assert "diffusion_pinned holds tokens that are not allowed at [2]" in message
-    assert "logit_bias must be finite, got {4: inf}" in message
+    assert "logit_bias must be finite, up to 1e+06, got {4: inf}" in message
 
 
 def test_the_requested_rule_is_the_served_one_but_for_what_is_named():

@@ -35,6 +35,19 @@ LENIENCE: Final = 30.0
 """Nats that a forbidden id costs where a constraint may still have to choose it."""
 
 
+def changes_logits(rewrite: Rewrite) -> bool:
+    """Whether anybody asks for more than a temperature or greedy tokens."""
+    parts = (
+        rewrite.allowed,
+        rewrite.bias,
+        rewrite.penalties,
+        rewrite.forbidden,
+        rewrite.pinned,
+        rewrite.truncation,
+    )
+    return any(part is not None for part in parts)
+
+
 def rewrite_logits(logits: Tensor, rewrite: Rewrite) -> Tensor:
     """Everything before the temperature.
 

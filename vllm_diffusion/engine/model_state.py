@@ -207,7 +207,7 @@ class CanvasModelState(ModelState):
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
-            self.pool.causal[slot].fill_(True)
+            self.pool.release(slot)
             self.automata.release(slot)
             self.guards.release(slot)
             self.logprobs.release(slot)

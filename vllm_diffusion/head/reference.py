@@ -166,16 +166,21 @@ def row_statistics(
     top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
     second = top[:, 1] if top.shape[1] > 1 else torch.zeros_like(top[:, 0])
     argmax, sample = scaled.argmax(dim=-1), draw(prob)
-    if rewrite is not None and rewrite.greedy is not None:
-        sample = torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
     return CanvasStats(
         argmax=argmax,
-        sample=sample,
+        sample=sample if rewrite is None else kept_token(argmax, sample, rewrite),
         entropy=entropy,
         top_prob=top[:, 0],
         margin=top[:, 0] - second,
         soft_embedding=soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k)),
     )
+
+
+def kept_token(argmax: Tensor, sample: Tensor, rewrite: Rewrite) -> Tensor:
+    """[R] int64, what counts as drawn: the argmax where a canvas is greedy."""
+    if rewrite.greedy is None:
+        return sample
+    return torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
 
 
 def class_statistics(logits: Tensor, rows: Rows, class_of: Tensor, num_classes: int) -> ClassStats:

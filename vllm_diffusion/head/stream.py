@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, reading, sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
-from vllm_diffusion.head.reference import row_statistics
+from vllm_diffusion.head.reference import kept_token, row_statistics
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_listed
 from vllm_diffusion.head.scores import scores
@@ -82,7 +83,12 @@ class StreamingHead:
             rewrite=rewrite,
             soft_top_k=soft_top_k,
         )
-        if rewrite is None or (kinds := self._kinds(rewrite)) is None:
+        if rewrite is None:
+            return self._streamed(rows)
+        if not changes_logits(rewrite):
+            stats = self._streamed(replace(rows, rewrite=None))
+            return replace(stats, sample=kept_token(stats.argmax, stats.sample, rewrite))
+        if (kinds := self._kinds(rewrite)) is None:
             return self._streamed(rows)
         ways = {_STREAMED: self._streamed, _CUT: self._cut, _PINNED: self._pinned}
         places, parts = [], []
@@ -113,8 +119,8 @@ class StreamingHead:
             soft_top_k=soft_top_k,
         )
         classes = TokenClasses(of=class_of, count=num_classes)
-        if rewrite is None:
-            return self._by_class(rows, classes)
+        if rewrite is None or (rewrite.greedy is None and not changes_logits(rewrite)):
+            return self._by_class(replace(rows, rewrite=None), classes)
         kinds = self._class_kinds(rewrite)
         ways = {_STREAMED: self._by_class, _MASKED: self._lenient, _PINNED: self._pinned_by_class}
         places, stats, found = [], [], []
@@ -251,10 +257,22 @@ class StreamingHead:
         if wide:
             index = torch.cat([rest for rest, _ in wide])
             places.append(index)
-            kept = rows.take(index)
-            limits = self._limits(kept, torch.cat([best for _, best in wide]))
-            parts.append(self._streamed(kept, limits))
+            parts.append(
+                self._above_limits(rows.take(index), torch.cat([best for _, best in wide]))
+            )
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
+
+    def _above_limits(self, rows: Rows, best: Tensor) -> CanvasStats:
+        """Rows that keep more ids than are listed; ``best`` [R] fp32 is their largest logit."""
+        parts, start = [], 0
+        # Limit and statistics of the same rows at once: a product over other rows rounds otherwise,
+        # and an id that is just on its row's limit would be lost.
+        for part in rows.chunks(self._at_once(2 * _tile_bytes() + cut.TABLE_BYTES)):
+            limit = self._limits(part, best[start : start + len(part)])
+            tiles = reading.tiles_of(self.vocabulary, part, limit)
+            parts.append(reading.read(self.vocabulary, part, tiles)[0])
+            start += len(part)
+        return CanvasStats.concatenate(parts)
 
     def _survivors(self, rows: Rows) -> cut.Survivors:
         assert rows.rewrite is not None
@@ -276,22 +294,16 @@ class StreamingHead:
         return self._among(rest, ids, logits)
 
     def _limits(self, rows: Rows, best: Tensor) -> Tensor:
-        """[R] fp32 where rows are cut that keep more ids than are listed; ``best`` is [R] fp32."""
-        limits, start = [], 0
-        for part in rows.chunks(self._at_once(2 * _tile_bytes() + cut.TABLE_BYTES)):
-            assert part.rewrite is not None
-            assert part.rewrite.truncation is not None
-            limits.append(
-                cut.limits(
-                    partial(reading.tiles, self.vocabulary, part.hidden, part.rewrite),
-                    best[start : start + len(part)],
-                    part.temperature,
-                    of_rows(part.rewrite.truncation, part.rewrite.canvas),
-                    self.vocabulary,
-                )
-            )
-            start += len(part)
-        return torch.cat(limits)
+        """[R] fp32 where rows are cut that keep more ids than are listed, see ``_above_limits``."""
+        assert rows.rewrite is not None
+        assert rows.rewrite.truncation is not None
+        return cut.limits(
+            partial(reading.tiles, self.vocabulary, rows.hidden, rows.rewrite),
+            best,
+            rows.temperature,
+            of_rows(rows.rewrite.truncation, rows.rewrite.canvas),
+            self.vocabulary,
+        )
 
     # ---- statistics by class ----
 
@@ -331,7 +343,7 @@ class StreamingHead:
         found, unread = [], torch.full_like(rows.noise.step, -1)
         bytes_a_row = _tile_bytes() + CLASS_BYTES * classes.count
         if rows.rewrite.truncation is not None:
-            # A product over other rows rounds otherwise, which would cut the id at a row's limit.
+            # See ``_above_limits``.
             bytes_a_row += _tile_bytes() + cut.TABLE_BYTES
         for part in replace(rows, soft_top_k=unread).chunks(self._at_once(bytes_a_row)):
             by_class = ClassPass(classes, self.vocabulary, part)
@@ -367,14 +379,12 @@ class StreamingHead:
         for start in range(0, len(hidden), at_once):
             yield slice(start, start + at_once)
 
-    def _streamed(self, rows: Rows, limit: Tensor | None = None) -> CanvasStats:
-        """Rows over the whole vocabulary, without what is below ``limit`` [R] fp32."""
-        parts, start = [], 0
-        for part in rows.chunks(self._at_once(_tile_bytes())):
-            mine = None if limit is None else limit[start : start + len(part)]
-            tiles = reading.tiles_of(self.vocabulary, part, mine)
-            parts.append(reading.read(self.vocabulary, part, tiles)[0])
-            start += len(part)
+    def _streamed(self, rows: Rows) -> CanvasStats:
+        """Rows over the whole vocabulary."""
+        parts = [
+            reading.read(self.vocabulary, part, reading.tiles_of(self.vocabulary, part))[0]
+            for part in rows.chunks(self._at_once(_tile_bytes()))
+        ]
         return CanvasStats.concatenate(parts)
 
 

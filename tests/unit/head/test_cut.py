@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from helpers.heads import (
 )
 
 from vllm_diffusion.constrain.truncate import of_rows, truncate
-from vllm_diffusion.head import cut, sample
+from vllm_diffusion.head import cut, reading, sample
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
@@ -185,6 +185,27 @@ def test_a_small_budget_changes_nothing(
     case = cut_case(9, rewrite=False)
     budget = rows_at_once * cut.TABLE_BYTES
     assert_same_tokens(case.streaming(budget)(*case.arguments()), case.truth())
+
+
+def test_the_id_on_the_limit_stays_where_products_round_by_their_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sample, "TILE", 64)
+    monkeypatch.setattr(cut, "LISTED", 1)
+    original = reading.tiles
+
+    def rounded(vocabulary: Any, hidden: Tensor, *rest: Any, **options: Any) -> Any:
+        for number, first, logits in original(vocabulary, hidden, *rest, **options):
+            yield number, first, logits - 1e-5 * len(hidden)
+
+    monkeypatch.setattr(reading, "tiles", rounded)
+    two = Truncation(
+        min_p=torch.zeros(40), top_k=torch.full((40,), 2), top_p=torch.ones(40), sorts=True
+    )
+    case = cut_case(9, rewrite=False)
+    case = replace(case, rewrite=replace(case.rewrite, truncation=two))
+    ours = case.streaming(4 * cut.TABLE_BYTES)(*case.arguments())
+    assert bool((ours.entropy > 0).all()), "one of two ids was lost"
 
 
 @pytest.mark.parametrize("listed", [4, 512])

@@ -17,7 +17,7 @@ from helpers.heads import (
     over_ranks,
 )
 
-from vllm_diffusion.head import sample, stream
+from vllm_diffusion.head import reading, sample, stream
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.records import Rewrite
 
@@ -74,6 +74,31 @@ def test_every_rewrite_alone(part: str, limit: int, monkeypatch: pytest.MonkeyPa
     assert case.rewrite is not None
     only = Rewrite(canvas=case.rewrite.canvas, **{part: getattr(case.rewrite, part)})
     check(replace(case, rewrite=only))
+
+
+def test_a_temperature_and_greedy_tokens_cost_no_row_a_rewrite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_case(20, rewrite=True)
+    assert case.rewrite is not None
+    greedy = Rewrite(
+        canvas=case.rewrite.canvas,
+        greedy=case.rewrite.greedy,
+        temperature=torch.ones(int(case.rewrite.canvas.max()) + 1),
+    )
+    asked = replace(case, rewrite=greedy)
+    truth = asked.truth()
+    monkeypatch.setattr(reading, "TiledRewrite", None)
+    ours = asked.streaming()(*asked.arguments())
+    assert_same_tokens(ours, truth)
+    free = replace(case, rewrite=None)
+    plain = free.streaming()(*free.arguments())
+    assert torch.equal(ours.entropy, plain.entropy), "asking for a temperature changes a bit"
+    warm = replace(case, rewrite=replace(greedy, greedy=None))
+    classes = {"class_of": torch.arange(len(case.embedding)).int() % 7, "num_classes": 7}
+    _, by_class = warm.streaming().by_class(*warm.arguments(), **classes)
+    _, same = free.streaming().by_class(*free.arguments(), **classes)
+    assert torch.equal(by_class.log_mass, same.log_mass)
 
 
 @pytest.mark.usefixtures("tile")

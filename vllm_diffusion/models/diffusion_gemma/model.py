@@ -42,6 +42,7 @@ from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
+from vllm_diffusion.models.diffusion_gemma.reload import pack_experts_again
 from vllm_diffusion.models.diffusion_gemma.weights import (
     MAPPER,
     PACKED_MODULES,
@@ -288,6 +289,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         Raises:
             CheckpointError: a file cannot be read, or a weight is in none of them.
         """
+        if self.loaded_once:
+            pack_experts_again(self)
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
         weights = readable(weights, self.source)
         if self.released_quantisation and not self.loaded_once:
