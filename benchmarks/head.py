@@ -15,6 +15,8 @@
     top_k      ours, every row cut to its 50 best ids
     top_p      ours, every row cut at 0.95; these rows are so flat that none keeps less than 512 ids
     reference-top_k, reference-top_p
+    int8, fp8, nvfp4
+               ours, tiles read from a copy of the matrix in that form: head_weights
 
 Every cell runs in a process of its own. Seconds are those of the processor over all threads, best
 of three runs, and beside them the wall clock's, which other processes disturb. Extra memory is what
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 
 HEADS = ("gemms", "ours", "ours-torch", "reference", "native")
 SOFT = {"soft-16": 16, "last-step": -1}
-OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p")
+COPIES_OF_OUTPUT = ("int8", "fp8", "nvfp4")
+OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p", *COPIES_OF_OUTPUT)
 SOFTCAP, TEMPERATURE, CANVAS = 30.0, 0.6, 256
 TILE = 4096
 CHECKED = 8  # rows whose error is measured
@@ -115,8 +118,10 @@ def run_cell(head: str, dtype: str, rows: int, vocab: int, hidden: int) -> dict[
     torch.manual_seed(0)
     block = torch.randn(TILE, hidden) * 0.05
     # A tile of random rows, bent a little differently in every tile: random numbers for all of them
-    # would take longer than the head.
-    embedding = torch.cat([block * (1 + 0.001 * tile) for tile in range(vocab // TILE)])
+    # would take longer than the head. Bent in no order: the best ids of a row come from anywhere.
+    tiles = vocab // TILE
+    bent = [1 + 0.001 * (tile * 37 % tiles) for tile in range(tiles)]
+    embedding = torch.cat([block * bend for bend in bent])
     embedding = embedding.to(getattr(torch, dtype))
     states = (torch.randn(rows, hidden) * (512 / hidden) ** 0.5).to(embedding.dtype)
     call = make_head(head, embedding)
@@ -148,6 +153,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     import torch
 
     from vllm_diffusion.head import native as library
+    from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.reference import COPIES, ReferenceHead
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
@@ -188,7 +194,12 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         max_rows=max(1, BUDGET // (COPIES * 4 * vocab)),
     )
     vocabulary = Vocabulary(
-        output=embedding, embedding=embedding, size=vocab, softcap=SOFTCAP, scale=scale
+        output=embedding,
+        embedding=embedding,
+        size=vocab,
+        softcap=SOFTCAP,
+        scale=scale,
+        copy=QuantisedOutput(embedding, head) if head in COPIES_OF_OUTPUT else None,
     )
     streaming = StreamingHead(vocabulary=vocabulary, whole=whole, budget=BUDGET)
     if head == "ours" and library.library() is None:
