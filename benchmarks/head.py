@@ -15,7 +15,7 @@
     top_k      ours, every row cut to its 50 best ids
     top_p      ours, every row cut at 0.95; these rows are so flat that none keeps less than 512 ids
     reference-top_k, reference-top_p
-    int8, fp8, nvfp4
+    int8, fp8, nvfp4, and any of them with -soft-16
                ours, tiles read from a copy of the matrix in that form: head_weights
 
 Every cell runs in a process of its own. Seconds are those of the processor over all threads, best
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 HEADS = ("gemms", "ours", "ours-torch", "reference", "native")
 SOFT = {"soft-16": 16, "last-step": -1}
 COPIES_OF_OUTPUT = ("int8", "fp8", "nvfp4")
-OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p", *COPIES_OF_OUTPUT)
+COPIED = (*COPIES_OF_OUTPUT, *(f"{form}-soft-16" for form in COPIES_OF_OUTPUT))
+OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p", *COPIED)
 SOFTCAP, TEMPERATURE, CANVAS = 30.0, 0.6, 256
 TILE = 4096
 CHECKED = 8  # rows whose error is measured
@@ -181,6 +182,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         return entropy, prob @ embedding * scale
 
     vocab, scale = len(embedding), scale_of(embedding)
+    form, _, soft = head.partition("-") if head in COPIED else ("", "", head)
     top_k, top_p = 50 if "top_k" in head else vocab, 0.95 if "top_p" in head else 1.0
     cut = Truncation(
         min_p=torch.zeros(1),
@@ -199,7 +201,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         size=vocab,
         softcap=SOFTCAP,
         scale=scale,
-        copy=QuantisedOutput(embedding, head) if head in COPIES_OF_OUTPUT else None,
+        copy=QuantisedOutput(embedding, form) if form in COPIES_OF_OUTPUT else None,
     )
     streaming = StreamingHead(vocabulary=vocabulary, whole=whole, budget=BUDGET)
     if head == "ours" and library.library() is None:
@@ -220,7 +222,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
             torch.full((rows,), TEMPERATURE),
             noise,
             rewrite if top_k < vocab or top_p < 1 else None,
-            torch.full((rows,), SOFT[head]) if head in SOFT else None,
+            torch.full((rows,), SOFT[soft]) if soft in SOFT else None,
         )
         return stats.entropy, stats.soft_embedding
 
