@@ -15,6 +15,8 @@
     top_k      ours, every row cut to its 50 best ids
     top_p      ours, every row cut at 0.95; these rows are so flat that none keeps less than 512 ids
     reference-top_k, reference-top_p
+    int8, fp8, nvfp4, and any of them with -soft-16
+               ours, tiles read from a copy of the matrix in that form: head_weights
 
 Every cell runs in a process of its own. Seconds are those of the processor over all threads, best
 of three runs, and beside them the wall clock's, which other processes disturb. Extra memory is what
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
 HEADS = ("gemms", "ours", "ours-torch", "reference", "native")
 SOFT = {"soft-16": 16, "last-step": -1}
-OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p")
+COPIES_OF_OUTPUT = ("int8", "fp8", "nvfp4")
+COPIED = (*COPIES_OF_OUTPUT, *(f"{form}-soft-16" for form in COPIES_OF_OUTPUT))
+OTHER = (*SOFT, "top_k", "top_p", "reference-top_k", "reference-top_p", *COPIED)
 SOFTCAP, TEMPERATURE, CANVAS = 30.0, 0.6, 256
 TILE = 4096
 CHECKED = 8  # rows whose error is measured
@@ -115,8 +119,10 @@ def run_cell(head: str, dtype: str, rows: int, vocab: int, hidden: int) -> dict[
     torch.manual_seed(0)
     block = torch.randn(TILE, hidden) * 0.05
     # A tile of random rows, bent a little differently in every tile: random numbers for all of them
-    # would take longer than the head.
-    embedding = torch.cat([block * (1 + 0.001 * tile) for tile in range(vocab // TILE)])
+    # would take longer than the head. Bent in no order: the best ids of a row come from anywhere.
+    tiles = vocab // TILE
+    bent = [1 + 0.001 * (tile * 37 % tiles) for tile in range(tiles)]
+    embedding = torch.cat([block * bend for bend in bent])
     embedding = embedding.to(getattr(torch, dtype))
     states = (torch.randn(rows, hidden) * (512 / hidden) ** 0.5).to(embedding.dtype)
     call = make_head(head, embedding)
@@ -148,6 +154,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     import torch
 
     from vllm_diffusion.head import native as library
+    from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.reference import COPIES, ReferenceHead
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
@@ -175,6 +182,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         return entropy, prob @ embedding * scale
 
     vocab, scale = len(embedding), scale_of(embedding)
+    form, _, soft = head.partition("-") if head in COPIED else ("", "", head)
     top_k, top_p = 50 if "top_k" in head else vocab, 0.95 if "top_p" in head else 1.0
     cut = Truncation(
         min_p=torch.zeros(1),
@@ -188,7 +196,12 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         max_rows=max(1, BUDGET // (COPIES * 4 * vocab)),
     )
     vocabulary = Vocabulary(
-        output=embedding, embedding=embedding, size=vocab, softcap=SOFTCAP, scale=scale
+        output=embedding,
+        embedding=embedding,
+        size=vocab,
+        softcap=SOFTCAP,
+        scale=scale,
+        copy=QuantisedOutput(embedding, form) if form in COPIES_OF_OUTPUT else None,
     )
     streaming = StreamingHead(vocabulary=vocabulary, whole=whole, budget=BUDGET)
     if head == "ours" and library.library() is None:
@@ -209,7 +222,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
             torch.full((rows,), TEMPERATURE),
             noise,
             rewrite if top_k < vocab or top_p < 1 else None,
-            torch.full((rows,), SOFT[head]) if head in SOFT else None,
+            torch.full((rows,), SOFT[soft]) if soft in SOFT else None,
         )
         return stats.entropy, stats.soft_embedding
 

@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.params import LARGEST, MAX_STEPS, malformed
 from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from vllm_diffusion.head.quantised import HeadForm
 
 SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
 
@@ -38,6 +41,9 @@ _FUSED_COMMIT: Final = "fused_commit"
 
 HEAD_MEMORY: Final = "head_memory_mb"
 _HEAD_MEMORY_MB: Final = 256
+
+HEAD_WEIGHTS: Final = "head_weights"
+_EXACT: Final = "exact"
 
 # Constants that a generation config calls otherwise, or holds elsewhere.
 _IN_GENERATION: Final = {
@@ -124,6 +130,12 @@ def head_memory(additional: object) -> int:
     """MB that a step's logits may take, of options that ``served_rules`` has let through."""
     named = additional.get(HEAD_MEMORY) if isinstance(additional, dict) else None
     return int(named or _HEAD_MEMORY_MB)
+
+
+def head_weights(additional: object) -> HeadForm | None:
+    """What the head reads its matrix in, None for the matrix itself; see ``head_memory``."""
+    named = additional.get(HEAD_WEIGHTS) if isinstance(additional, dict) else None
+    return next((form for form in HEAD_FORMS if form == named), None)
 
 
 def _generation(
@@ -229,8 +241,12 @@ def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
         elif name == HEAD_MEMORY:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 problems.append(f"{name} must be a positive integer, got {reprlib.repr(value)}")
+        elif name == HEAD_WEIGHTS:
+            if value not in (forms := (_EXACT, *HEAD_FORMS)):
+                accepted = ", ".join(forms)
+                problems.append(f"{name} must be one of {accepted}, got {reprlib.repr(value)}")
         elif name not in {"preset", _FUSED_COMMIT, *_CONSTANTS}:
-            accepted = ", ".join(("preset", *_CONSTANTS, _FUSED_COMMIT, HEAD_MEMORY))
+            accepted = ", ".join(("preset", *_CONSTANTS, _FUSED_COMMIT, HEAD_MEMORY, HEAD_WEIGHTS))
             problems.append(f"{where} has no {name!r}; accepted: {accepted}")
         elif expected := malformed(name, value):
             problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")

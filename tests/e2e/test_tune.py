@@ -20,6 +20,8 @@ ENGINE = {
     "kv_cache_memory_bytes": 128 << 20,
     "dtype": "float32",
     "enforce_eager": True,
+    # Entropies of a head in fewer bits are others, and so may be the thresholds that suit it.
+    "additional_config": {"diffusion": {"head_weights": "nvfp4"}},
 }
 TUNE = "import sys; from vllm_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -74,6 +76,9 @@ def test_it_finds_a_rule_with_fewer_forwards(task, tmp_path):
     fewer = second["score"] == 100 and second["tpf_all"] > first["tpf_all"]
     assert told["best"] == (second if fewer else first)["options"]
     assert f"for a request:  {json.dumps(told['best'])}" in run.stdout
+    served = {name.removeprefix("diffusion_"): value for name, value in told["best"].items()}
+    served = {"diffusion": {"head_weights": "nvfp4", **served}}
+    assert f"for the engine: --additional-config '{json.dumps(served)}'" in run.stdout
 
 
 @pytest.mark.slow

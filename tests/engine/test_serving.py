@@ -18,7 +18,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.engine import serving
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
+from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
+from vllm_diffusion.head.quantised import HEAD_FORMS
+from vllm_diffusion.quant import int8
 from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
@@ -42,6 +45,36 @@ def test_a_head_that_is_not_built_is_refused(
     cuda.library.cache_clear()
     with pytest.raises(ValueError, match="CUDA form is not built"):
         engine_config(tiny_checkpoint)
+
+
+# ---- what the head reads ----
+
+
+def with_head(checkpoint: Path, form: str) -> VllmConfig:
+    return engine_config(checkpoint, additional_config={"diffusion": {"head_weights": form}})
+
+
+def test_the_head_reads_its_matrix_unless_asked(config: VllmConfig, tiny_checkpoint: Path):
+    assert config.model_config.hf_config.head_weights is None
+    assert with_head(tiny_checkpoint, "exact").model_config.hf_config.head_weights is None
+    assert with_head(tiny_checkpoint, "fp8").model_config.hf_config.head_weights == "fp8"
+
+
+@pytest.mark.parametrize("form", HEAD_FORMS)
+def test_a_form_of_the_head_is_for_cpu_hosts(monkeypatch: pytest.MonkeyPatch, form: str):
+    monkeypatch.setattr(serving.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ConfigError, match=f"head_weights={form} is not supported on this host"):
+        serving.DiffusionGemmaServing._head_can_be(form, 64)
+
+
+def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(int8, "is_exact", lambda: False)
+    with pytest.raises(ValueError, match="whose int8 sums overflow"):
+        with_head(tiny_checkpoint, "int8")
+    with pytest.raises(ConfigError, match="40 inputs, which are no groups of 16"):
+        serving.DiffusionGemmaServing._head_can_be("nvfp4", 40)
 
 
 # ---- scheduling ----

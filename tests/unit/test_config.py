@@ -14,10 +14,12 @@ from vllm_diffusion.config import (
     describe,
     fused_commit,
     head_memory,
+    head_weights,
     served_rules,
 )
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.params import DiffusionParams, requested_rule
 from vllm_diffusion.records import RuleConstants, ServedRules
 
@@ -288,6 +290,12 @@ def test_the_heads_memory_is_no_constant_of_a_rule():
     assert [head_memory(asked) for asked in (None, {}, {"head_memory_mb": 64})] == [256, 256, 64]
 
 
+def test_what_the_head_reads_is_no_constant_of_a_rule():
+    asked = [{"head_weights": form} for form in ("exact", *HEAD_FORMS)]
+    assert all(rules_of(additional=one) == rules_of() for one in asked)
+    assert [head_weights(one) for one in (None, {}, *asked)] == [None, None, None, *HEAD_FORMS]
+
+
 # ---- options that cannot be served ----
 
 
@@ -326,6 +334,12 @@ def test_whether_commits_are_fused_is_no_constant_of_the_rule(
         ({"head_memory_mb": 0}, "head_memory_mb must be a positive integer, got 0"),
         ({"head_memory_mb": True}, "head_memory_mb must be a positive integer, got True"),
         ({"head_memory_mb": "1GB"}, "head_memory_mb must be a positive integer, got '1GB'"),
+        (
+            {"head_weights": "int4"},
+            "head_weights must be one of exact, int8, fp8, nvfp4, got 'int4'",
+        ),
+        ({"head_weights": None}, "head_weights must be one of exact, int8, fp8, nvfp4, got None"),
+        ({"head_weights": ["fp8"]}, "got ['fp8']"),
         ({"fused_commit": "on"}, "fused_commit must be a boolean (or 0/1), got 'on'"),
         ({"t_max": 0}, "t_max must be a finite number of at least 1e-06, got 0"),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),

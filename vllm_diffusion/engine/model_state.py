@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.config import HEAD_WEIGHTS
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guards
@@ -37,6 +38,7 @@ from vllm_diffusion.engine.constraints import attached
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
+from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
@@ -131,8 +133,15 @@ class CanvasModelState(ModelState):
             max_rows=max(1, budget // (COPIES * 4 * vocab_size)),
         )
         head: Head = whole
-        if (vocabulary := self.model.vocabulary()) is not None:
-            head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=budget)
+        vocabulary, form = self.model.vocabulary(), self.model_config.hf_config.head_weights
+        if vocabulary is not None:
+            copied = vocabulary.copied(form)
+            head = StreamingHead(vocabulary=copied, whole=whole, budget=budget)
+        elif form is not None:
+            raise ConfigError(
+                f"{HEAD_WEIGHTS}={form} is not supported for this checkpoint, whose head only its "
+                "own layer can multiply with. Remove it."
+            )
         canvas_sampler = CanvasSampler(
             self.model,
             self.pool,

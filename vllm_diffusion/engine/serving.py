@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
-from vllm_diffusion.config import describe, head_memory, served_rules
+from vllm_diffusion.config import HEAD_WEIGHTS, describe, head_memory, head_weights, served_rules
 from vllm_diffusion.engine.fusion import SCHEDULER
 from vllm_diffusion.engine.lora import check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
+from vllm_diffusion.quant import int8
+from vllm_diffusion.quant.packed import GROUP
 from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.patches import SERVING_PATCHES
@@ -29,6 +32,7 @@ from vllm_diffusion.upstream.patches import SERVING_PATCHES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_diffusion.head.quantised import HeadForm
     from vllm_diffusion.records import ServedRules
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -61,8 +65,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
 
         Raises:
             ConfigError: a setting that would change or break the output, options of ours that make
-                no sense, a folder for traces that cannot be written to, or a form of the head
-                that is not built.
+                no sense, a folder for traces that cannot be written to, a form of the head that
+                is not built, or one of its weights that this host has no products for.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
         scheduler = vllm_config.scheduler_config
@@ -88,6 +92,9 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
         memory = head_memory(_ours(vllm_config))
         vllm_config.model_config.hf_config.head_memory_mb = memory
+        form = head_weights(_ours(vllm_config))
+        cls._head_can_be(form, vllm_config.model_config.hf_text_config.hidden_size)
+        vllm_config.model_config.hf_config.head_weights = form
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
         default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
@@ -120,6 +127,22 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             memory,
             ", ".join(ledger.active()),
         )
+
+    @staticmethod
+    def _head_can_be(form: HeadForm | None, inputs: int) -> None:
+        """A form of the head's weights that this host has no products for is refused."""
+        if form is None:
+            return
+        asked = f"{HEAD_WEIGHTS}={form} is not supported"
+        if not current_platform.is_cpu():
+            raise ConfigError(
+                f"{asked} on this host, only on CPU hosts: no run on a GPU has shown that it saves "
+                "anything. Remove it."
+            )
+        if form == "int8" and not int8.is_exact():
+            raise ConfigError(f"{asked} on this processor, whose int8 sums overflow. Remove it.")
+        if form == "nvfp4" and inputs % GROUP:
+            raise ConfigError(f"{asked} for {inputs} inputs, which are no groups of {GROUP}.")
 
     @staticmethod
     def _nothing_inert(vllm_config: VllmConfig) -> None:

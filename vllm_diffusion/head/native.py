@@ -29,7 +29,10 @@ ISAS: Final = ("plain", "AVX2", "AVX-512")
 """Instruction sets of the library, by the number it gives them."""
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of logits, by the number that row_pass.h gives them; the C++ form takes the first two."""
+"""Of logits, by the number that row_pass.h gives them."""
+
+CPU_DTYPES: Final = frozenset({torch.float32, torch.bfloat16})
+"""Those that the C++ form takes."""
 
 _TILE: Final = 4096  # VD_TILE and VD_BIN of row_pass.h
 _BIN: Final = 64
@@ -64,7 +67,7 @@ def fits(logits: Tensor) -> bool:
     """Whether the library takes these logits [R, n] in: else ``tile.absorb`` does."""
     return (
         logits.device.type == "cpu"
-        and logits.dtype in {torch.float32, torch.bfloat16}
+        and logits.dtype in CPU_DTYPES
         and sample.bin_size() == _BIN
         and sample.TILE == _TILE
         and logits.stride(1) == 1

@@ -15,6 +15,7 @@ import torch
 from vllm_diffusion.constrain.rewrite import LENIENCE, without_masks
 from vllm_diffusion.constrain.window import TiledRewrite
 from vllm_diffusion.head import native, sample, tile
+from vllm_diffusion.head.rescoring import Rescoring
 from vllm_diffusion.head.sample import tile_uniforms
 from vllm_diffusion.head.soft import SoftEmbedding
 from vllm_diffusion.head.tile import RunningStats
@@ -32,24 +33,57 @@ if TYPE_CHECKING:
 
 
 def tiles(
-    vocabulary: Vocabulary, hidden: Tensor, rewrite: Rewrite | None, *, cap: bool = True
+    vocabulary: Vocabulary,
+    hidden: Tensor,
+    rewrite: Rewrite | None,
+    *,
+    cap: bool = True,
+    ranked_by: TiledRewrite | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
 
     Capped and rewritten, in fp32; or, not capped, just what the product gives.
+
+    Args:
+        vocabulary: of this rank.
+        hidden: [R, H].
+        rewrite: of the rows.
+        cap: also where nothing is rewritten.
+        ranked_by: a rewrite that only says which ids of a row are its best; see ``quantised``.
     """
     tiled = None if rewrite is None else _tiled(vocabulary, rewrite)
-    buffer = None
+    product = _product(vocabulary, hidden)
+    rescoring = None
+    if (copy := vocabulary.copy) is not None and copy.rescored:
+        rescoring = Rescoring(vocabulary, hidden, copy.rescored)
     for number, first in enumerate(vocabulary.tiles()):
-        rows = vocabulary.output[first - vocabulary.first :][: sample.TILE]
-        if buffer is None or buffer.shape[1] != len(rows):
-            buffer = hidden.new_empty(len(hidden), len(rows))
-        logits = torch.mm(hidden, rows.T, out=buffer)
+        start = first - vocabulary.first
+        logits = product(slice(start, start + sample.TILE))
         if cap:
             logits = vocabulary.capped(logits.float())
+        if rescoring is not None:
+            by = tiled or ranked_by
+            # What is rewritten is ranked as what it becomes.
+            ranked = logits if by is None else by.apply(logits, number, first)
+            rescoring.rescore(logits, ranked, first, cap=cap)
         if tiled is not None:
             logits = tiled.apply(logits, number, first)
         yield first // sample.TILE, first, logits
+
+
+def _product(vocabulary: Vocabulary, hidden: Tensor) -> Callable[[slice], Tensor]:
+    """What gives the logits [R, n] of some of this rank's ids, good until the next ones."""
+    if vocabulary.copy is not None:
+        return vocabulary.copy.product(hidden)
+    width = min(sample.TILE, len(vocabulary))
+    buffer = hidden.new_empty(len(hidden) * width)
+
+    def product(rows: slice) -> Tensor:
+        some = vocabulary.output[rows]
+        logits = buffer[: len(hidden) * len(some)].view(len(hidden), len(some))
+        return torch.mm(hidden, some.T, out=logits)
+
+    return product
 
 
 def tiles_of(
@@ -84,7 +118,9 @@ def lenient_tiles(
     temperature = rows.temperature[:, None]
     strict = _tiled(vocabulary, replace(rows.rewrite, pinned=None))
     free = _tiled(vocabulary, without_masks(rows.rewrite))
-    for place, (number, first, logits) in enumerate(tiles(vocabulary, rows.hidden, None)):
+    # The best ids are those of the strict distribution, whose limit this is.
+    theirs = tiles(vocabulary, rows.hidden, None, ranked_by=strict)
+    for place, (number, first, logits) in enumerate(theirs):
         kept = strict.apply(logits, place, first)
         out = (kept == -torch.inf) | (kept / temperature < limit[:, None])
         dear = free.apply(logits, place, first) - LENIENCE * temperature

@@ -161,12 +161,14 @@ class StreamingHead:
         """See ``Head``."""
         if count < 0 and ids is None:  # The answer itself is [R, vocab].
             return self.whole.scores(hidden, tokens, count=count, raw_logits=raw_logits)
+        # Asked for once a canvas, and told to users: of the matrix itself.
+        exact = replace(self.vocabulary, copy=None)
         parts = [
             scores(
-                partial(reading.tiles, self.vocabulary, hidden[rows], None),
+                partial(reading.tiles, exact, hidden[rows], None),
                 hidden[rows],
                 tokens[rows],
-                self.vocabulary,
+                exact,
                 count=count,
                 ids=ids,
                 among=among,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import embedding_bag
 
 from vllm_diffusion.head import sample
+from vllm_diffusion.head.quantised import QuantisedOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from vllm_diffusion.head.quantised import HeadForm
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def _alone(values: Tensor) -> Tensor:
@@ -46,6 +52,24 @@ class Vocabulary:
     """[...] floats of this rank -> [ranks, ...], the same on every rank."""
     add: Callable[[Tensor], Tensor] = _itself
     """[...] floats of this rank -> [...] summed over ranks; may change its argument."""
+    copy: QuantisedOutput | None = None
+    """What tiles are read from in the place of ``output``, but for the best ids of a row."""
+
+    def copied(self, form: HeadForm | None) -> Vocabulary:
+        """The same, its tiles read from a copy of ``output`` in fewer bits; of None, itself."""
+        if form is None:
+            return self
+        copy = QuantisedOutput(self.output, form)
+        logger.info(
+            "The head reads tiles of a copy of its matrix in %s: %.3g MB beside %.3g MB of %s; the "
+            "%d best ids of a row are scored exactly.",
+            form,
+            copy.nbytes / 1e6,
+            self.output.nbytes / 1e6,
+            self.output.dtype,
+            copy.rescored,
+        )
+        return replace(self, copy=copy)
 
     def __len__(self) -> int:
         """Ids on this rank."""

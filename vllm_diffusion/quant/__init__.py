@@ -1,5 +1,6 @@
-"""Matrices kept in the few bits that a quantised checkpoint stores, for CPU hosts.
+"""Matrices in few bits, for CPU hosts: as a quantised checkpoint stores them, or made here.
 
 `packed` says what such a matrix is and is the reference; `product` multiplies with one panel by
-panel, and `native` unpacks the panels in C++.
+panel, and `native` unpacks the panels in C++. `rounding` makes one of a plain matrix; `int8` rounds
+both sides of a product.
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm_diffusion.errors import ParamsError, TuneError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vllm_diffusion.tune.answers import Answerer
     from vllm_diffusion.tune.compare import Outcome
@@ -134,7 +134,8 @@ def _tune(options: argparse.Namespace) -> None:
         other.extend([curve.arms[baseline], arm])
         told["confirmed"] = other.figures()
         arm = other.arms[other.best()]
-    served = {name.removeprefix(PREFIX): value for name, value in arm.items()}
+    # What was tried on an engine is served with what else that engine had.
+    served = {**_ours(options.engine), **{n.removeprefix(PREFIX): v for n, v in arm.items()}}
     print(f"\nfor a request:  {json.dumps(arm)}")
     print(f"for the engine: --additional-config '{json.dumps({'diffusion': served})}'")
     if options.json:
@@ -205,6 +206,11 @@ class _Curve:
             f"{own.score:>8.1f}{shown:>15}{own.finished:>10.1f}{own.empty:>7.1f}{own.steps:>7.2f}"
             f"{own.p90:>6.0f}{own.tpf_all:>9.2f}  {name}"
         )
+
+
+def _ours(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """``additional_config["diffusion"]`` of an engine's arguments, which the engine has taken."""
+    return (engine.get("additional_config") or {}).get("diffusion") or {}
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 import torch
 from vllm_diffusion.head import native
+from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
@@ -33,6 +34,8 @@ whole = ReferenceHead(
     max_rows=rows if kind == "unchunked" else max(1, budget // (COPIES * 4 * vocab)),
 )
 vocabulary = Vocabulary(output=embedding, embedding=embedding, size=vocab, softcap=30.0)
+if kind in HEAD_FORMS:
+    vocabulary = vocabulary.copied(kind)
 head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=budget)
 if kind in ("torch", "classes-torch"):
     native.library = lambda: None
@@ -105,6 +108,7 @@ def extra_mb(rows: int, kind: str, budget: int = 64) -> float:
         ("allowed", 4096),
         ("pinned", 4096),
         ("soft", 1024),
+        ("int8", 1024),
     ],
 )
 def test_a_step_stays_within_its_budget(rows: int, kind: str) -> None:

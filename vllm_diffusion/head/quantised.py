@@ -1,0 +1,78 @@
+"""The output matrix in fewer bits, for the logits that decide little: opt-in, an approximation.
+
+Tiles are read from a copy of the matrix. While they are, the ``RESCORED`` best ids of every row get
+the logits of the matrix itself, see ``rescoring``: these decide what a row's best token is and,
+where the row is sure of it, nearly all of its entropy. What the copy rounds is the rest, which is
+many and small. Soft embeddings are means of the matrix itself.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from vllm_diffusion.quant import int8, native
+from vllm_diffusion.quant.int8 import Int8Rows
+from vllm_diffusion.quant.packed import PackedMatrix, dequantise
+from vllm_diffusion.quant.product import linear
+from vllm_diffusion.quant.rounding import to_fp8, to_nvfp4
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+HeadForm = Literal["int8", "fp8", "nvfp4"]
+HEAD_FORMS: Final[tuple[HeadForm, ...]] = get_args(HeadForm)
+
+RESCORED: Final = 16
+"""Ids of a row whose logits are exact; benchmarks/quantised_head.py compares others."""
+
+
+class QuantisedOutput:
+    """A copy of the output matrix [V, H] in fewer bits; made again when the matrix has changed.
+
+    Args:
+        output: [V, H], the matrix.
+        form: of the copy.
+        rescored: ids of a row whose logits are exact; 0 for none.
+    """
+
+    def __init__(self, output: Tensor, form: HeadForm, *, rescored: int = RESCORED) -> None:
+        self.form, self.rescored = form, rescored
+        self._output = output
+        self._make()
+
+    def _make(self) -> None:
+        self._copy = _copied(self._output, self.form)
+        self._version = self._output._version  # noqa: SLF001 -- torch counts changes in place
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copy takes."""
+        return self._copy.nbytes
+
+    def product(self, hidden: Tensor) -> Callable[[slice], Tensor]:
+        """What gives [R, n] fp32 logits of some rows of the matrix, of [R, H] states."""
+        if self._version != self._output._version:  # noqa: SLF001
+            self._make()
+        if isinstance(self._copy, Int8Rows):
+            return partial(_int8_logits, Int8Rows.of(hidden), self._copy)
+        return partial(_packed_logits, hidden, self._copy)
+
+
+def _copied(output: Tensor, form: HeadForm) -> Int8Rows | PackedMatrix:
+    if form == "int8":
+        return Int8Rows.of(output)
+    return to_fp8(output) if form == "fp8" else to_nvfp4(output)
+
+
+def _int8_logits(hidden: Int8Rows, copy: Int8Rows, rows: slice) -> Tensor:
+    return int8.product(hidden, copy[rows])
+
+
+def _packed_logits(hidden: Tensor, copy: PackedMatrix, rows: slice) -> Tensor:
+    some = PackedMatrix.of([tensor[rows] for tensor in copy.tensors])
+    if hidden.dtype in native.DTYPES and native.library() is not None:
+        return linear(hidden, some).float()
+    return (hidden @ dequantise(some, hidden.dtype).T).float()
