@@ -13,6 +13,7 @@ from vllm_diffusion.head import vocabulary
 from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
 
 if TYPE_CHECKING:
+    from conftest import EngineFactory
     from vllm import LLM
 
 pytestmark = pytest.mark.vllm
@@ -60,3 +61,13 @@ def test_it_says_so_and_answers(engine_pool, monkeypatch: pytest.MonkeyPatch) ->
     exact = answers(llm)
     sampler.head = head
     assert [one.token_ids for one in quantised] == [one.token_ids for one in exact]
+
+
+def test_loading_weights_again_changes_the_copy(engine: EngineFactory) -> None:
+    llm = engine(CHECKPOINT, **OPTIONS)
+    before = answers(llm)
+    copy = sampler_of(llm).head.vocabulary.copy
+    made = copy._copy
+    llm.collective_rpc("reload_weights")
+    assert [one.token_ids for one in answers(llm)] == [one.token_ids for one in before]
+    assert copy._copy is not made, "the copy is of the old weights"

@@ -36,16 +36,24 @@ class QuantisedOutput:
         output: [V, H], the matrix.
         form: of the copy.
         rescored: ids of a row whose logits are exact; 0 for none.
+        loads: how often the matrix was loaded.
     """
 
-    def __init__(self, output: Tensor, form: HeadForm, *, rescored: int = RESCORED) -> None:
+    def __init__(
+        self,
+        output: Tensor,
+        form: HeadForm,
+        *,
+        rescored: int = RESCORED,
+        loads: Callable[[], int] = lambda: 1,
+    ) -> None:
         self.form, self.rescored = form, rescored
-        self._output = output
-        self._make()
+        self._output, self._loads = output, loads
+        self._copy, self._made = _copied(output, form), self._state()
 
-    def _make(self) -> None:
-        self._copy = _copied(self._output, self.form)
-        self._version = self._output._version  # noqa: SLF001 -- torch counts changes in place
+    def _state(self) -> tuple[int, int]:
+        # torch counts changes in place, but not those through `.data`, which loaders make.
+        return self._loads(), self._output._version  # noqa: SLF001
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +62,8 @@ class QuantisedOutput:
 
     def product(self, hidden: Tensor) -> Callable[[slice], Tensor]:
         """What gives [R, n] fp32 logits of some rows of the matrix, of [R, H] states."""
-        if self._version != self._output._version:  # noqa: SLF001
-            self._make()
+        if (now := self._state()) != self._made:
+            self._copy, self._made = _copied(self._output, self.form), now
         if isinstance(self._copy, Int8Rows):
             return partial(_int8_logits, Int8Rows.of(hidden), self._copy)
         return partial(_packed_logits, hidden, self._copy)

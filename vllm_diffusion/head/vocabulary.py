@@ -52,6 +52,8 @@ class Vocabulary:
     """[...] floats of this rank -> [ranks, ...], the same on every rank."""
     add: Callable[[Tensor], Tensor] = _itself
     """[...] floats of this rank -> [...] summed over ranks; may change its argument."""
+    loads: Callable[[], int] = lambda: 1
+    """How often ``output`` was loaded: weights may be loaded again while the engine runs."""
     copy: QuantisedOutput | None = None
     """What tiles are read from in the place of ``output``, but for the best ids of a row."""
 
@@ -59,7 +61,7 @@ class Vocabulary:
         """The same, its tiles read from a copy of ``output`` in fewer bits; of None, itself."""
         if form is None:
             return self
-        copy = QuantisedOutput(self.output, form)
+        copy = QuantisedOutput(self.output, form, loads=self.loads)
         logger.info(
             "The head reads tiles of a copy of its matrix in %s: %.3g MB beside %.3g MB of %s; the "
             "%d best ids of a row are scored exactly.",

@@ -126,6 +126,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         self.expected_experts: int | None = None if filtered else text_config.num_experts
         self.source: str = vllm_config.model_config.model
         self.loaded_once: bool = False
+        self.loads: int = 0
         self.model_dtype = vllm_config.model_config.dtype
         # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The
         # flag has to stand before the backbone is built; the config class does not carry it.
@@ -281,6 +282,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
             scale=self.model.normalizer,
             gather=lambda values: tensor_model_parallel_all_gather(values[None], dim=0),
             add=tensor_model_parallel_all_reduce,
+            loads=lambda: self.loads,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -309,6 +311,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
             # Scales of other quantised files depend on their scheme; an update may bring a part.
             refuse_missing(self, loaded, self.source)
         self.loaded_once = True
+        self.loads += 1
         return loaded
 
     def process_weights_after_loading(self) -> None:
