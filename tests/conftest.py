@@ -82,15 +82,8 @@ def client(server: Server) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this host cannot run, with the reason; say which tests share a process."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            # One file, one process; and one process for all files that ask the shared server.
-            shared = isinstance(item, pytest.Function) and "server" in item.fixturenames
-            name = "server" if shared else str(item.path.relative_to(config.rootpath))
-            item.add_marker(pytest.mark.xdist_group(name))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this host cannot run, with the reason."""
     for marker, reason in (("gpu", _no_gpu), ("vllm", _no_vllm), ("server", _no_vllm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (why := reason()):
