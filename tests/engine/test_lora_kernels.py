@@ -33,14 +33,12 @@ BATCHES = {
 }
 
 
-def make_rows(max_rows=40, slots=SLOTS):
-    """The rows of a worker on a GPU, on a CPU."""
+def make_rows():
+    from helpers import adapter_kernels
     from vllm.config.lora import LoRAConfig
 
-    from vllm_diffusion.engine.lora_kernels import KernelRows, with_slots
-
-    lora = LoRAConfig(max_loras=slots // 2, max_lora_rank=RANK, lora_dtype=torch.float16)
-    return KernelRows(with_slots(lora, slots), max_rows, CPU)
+    lora = LoRAConfig(max_loras=SLOTS // 2, max_lora_rank=RANK, lora_dtype=torch.float16)
+    return adapter_kernels.make_rows(lora, 40)
 
 
 # ---- in the interpreter ----
@@ -238,22 +236,17 @@ def test_kernels_are_as_exact_as_our_form_for_cpus(errors, batch, what):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """vLLM's wrapper for GPUs where Triton is absent: without kernels, with their metadata."""
-    punica = pytest.importorskip("vllm.lora.punica_wrapper.punica_gpu")
-    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+    """vLLM's wrapper for GPUs where Triton is absent."""
+    pytest.importorskip("vllm")
+    from helpers import adapter_kernels
 
-    monkeypatch.setattr(punica, "LoRAKernelMeta", LoRAKernelMeta, raising=False)
+    adapter_kernels.install(monkeypatch)
 
 
 def seen(meta):
-    """Rows by slot as a kernel finds them, place by place."""
-    found = {}
-    for place, slot in enumerate(meta.active_lora_ids.tolist()):
-        start, count = meta.lora_token_start_loc[place], meta.num_tokens_per_lora[place]
-        rows = meta.token_indices_sorted_by_lora_ids[start : start + count].tolist()
-        if slot >= 0 and rows:
-            found[slot] = rows
-    return {} if meta.no_lora_flag_cpu else found
+    from helpers.adapter_kernels import rows_by_slot
+
+    return rows_by_slot(meta.meta_args(40, specialize_active_lora=False))
 
 
 def expected(batch):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -117,7 +117,10 @@ class AdapterRows:
                 start += size
 
 
-def rows_on(device: torch.device, vllm_config: VllmConfig) -> AdapterRows | KernelRows:
+Rows: TypeAlias = AdapterRows | KernelRows
+
+
+def rows_on(device: torch.device, vllm_config: VllmConfig) -> Rows:
     """The rows of a worker on this device, by slot."""
     if device.type == "cpu":
         return AdapterRows()
@@ -147,12 +150,10 @@ class CanvasAdapters:
         self._loaded: OrderedDict[int, Adapter] = OrderedDict()
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._pinned: set[int] = set()
-        self._rows = rows_on(device, vllm_config)
-        # Self-conditioning runs on the rows behind logits alone.
-        self._conditioning_rows = rows_on(device, vllm_config)
         # [R] int32 on the device; None where no row of the batch has an adapter.
         self._text_slots: Tensor | None = None
         self._layers = self._wrap(model)
+        self.take_rows(rows_on(device, vllm_config), rows_on(device, vllm_config))
 
     def _wrap(self, model: nn.Module) -> dict[str, BaseLayerWithLoRA]:
         paths = {placed_at(module)[0] for module in self.base.shapes if self.base.serves(module)}
@@ -170,11 +171,15 @@ class CanvasAdapters:
             if not isinstance(adapted, BaseLayerWithLoRA):
                 raise ConfigError(f"vLLM cannot adapt the layer {path}: serve without LoRA.")
             replace_submodule(model, path, adapted)
-            conditioning = path.startswith("self_conditioning.")
-            rows = self._conditioning_rows if conditioning else self._rows
-            adapted.set_mapping(rows.layers)
             layers[path] = adapted
         return layers
+
+    def take_rows(self, rows: Rows, conditioning_rows: Rows) -> None:
+        """Let layers read their rows there; self-conditioning runs on those behind logits alone."""
+        self._rows, self._conditioning_rows = rows, conditioning_rows
+        for path, layer in self._layers.items():
+            conditioning = path.startswith("self_conditioning.")
+            layer.set_mapping((conditioning_rows if conditioning else rows).layers)
 
     # ---- before a forward ----
 
