@@ -280,19 +280,20 @@ def test_kernels_find_the_rows_of_every_slot_and_vllms_own_metadata_says_the_sam
     assert addresses == [each.data_ptr() for each in vars(meta).values() if torch.is_tensor(each)]
 
 
-def make_adapters(monkeypatch, text_config, rows):
+def make_adapters(text_config, device):
+    """Two adapters, 7 and 9, of a model without layers."""
     from vllm.config.lora import LoRAConfig
 
-    from vllm_diffusion.engine import lora_rows
+    from vllm_diffusion.engine.lora_rows import CanvasAdapters
 
-    monkeypatch.setattr(lora_rows, "rows_on", lambda *_: rows.pop(0))
     config = types.SimpleNamespace(
         lora_config=LoRAConfig(max_loras=SLOTS // 2, max_lora_rank=RANK, lora_dtype=torch.float16),
         model_config=types.SimpleNamespace(
             model="tiny", quantization=None, hf_text_config=text_config
         ),
+        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=36),
     )
-    adapters = lora_rows.CanvasAdapters(torch.nn.Module(), config, CPU)
+    adapters = CanvasAdapters(torch.nn.Module(), config, device)
     for number in (7, 9):
         adapters.add_dummy_lora(types.SimpleNamespace(lora_int_id=number), RANK)
     return adapters
@@ -319,9 +320,10 @@ LOGITS = torch.tensor([1, 2, 3, 4, 5, 6])
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("kernels")
-def test_text_rows_and_canvas_rows_of_an_adapter_have_slots_of_their_own(monkeypatch, text_config):
+def test_text_rows_and_canvas_rows_of_an_adapter_have_slots_of_their_own(text_config):
     rows, conditioning = make_rows(), make_rows()
-    adapters = make_adapters(monkeypatch, text_config, [rows, conditioning])
+    adapters = make_adapters(text_config, CPU)
+    adapters.take_rows(rows, conditioning)
     text, canvas = (each.layers.token_mapping_meta for each in (rows, conditioning))
     activate(adapters, 7, 7, 0, 7, 9, 9, 0)
     assert (seen(text), seen(canvas)) == ({0: [0, 1, 3], 1: [4, 5]}, {})
@@ -335,16 +337,23 @@ def test_text_rows_and_canvas_rows_of_an_adapter_have_slots_of_their_own(monkeyp
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("kernels")
-def test_no_row_is_read_on_the_host(monkeypatch, text_config):
-    """Fake tensors have no values: whatever needs one raises, as it would wait for a GPU."""
+def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(text_config):
+    """Fake tensors of another device: what mixes devices, or waits for a value, raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode():
-        adapters = make_adapters(monkeypatch, text_config, [make_rows(), make_rows()])
-        adapters._text_slots = torch.zeros(7, dtype=torch.int32)
-        adapters.place(torch.ones(9, 1, dtype=torch.bool), torch.arange(3))
+        adapters = make_adapters(text_config, torch.device("meta"))
+        activate(adapters, 7, 7, 0, 7, 9, 9, 0)
+        slots = adapters._text_slots
+        assert slots.device.type == "meta"
+        canvas = torch.ones(9, 1, dtype=torch.bool, device="meta")
+        adapters.place(canvas, torch.arange(3, device="meta"))
+        meta = adapters._conditioning_rows.layers.token_mapping_meta
+        assert meta.token_lora_mapping.shape == (40,)
+        assert meta.token_lora_mapping.device.type == "meta"
+        assert meta.no_lora_flag_cpu.device.type == "cpu"
         with pytest.raises(DataDependentOutputException):
-            bool(adapters._text_slots.any())
+            bool(slots.any())
 
 
 @pytest.mark.vllm
