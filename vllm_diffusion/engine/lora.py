@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_diffusion.errors import AdapterError, ConfigError
 from vllm_diffusion.models.diffusion_gemma.adapter import (
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.lora import LoRAConfig
     from vllm.lora.request import LoRARequest
+
+logger = init_logger(f"vllm.{__name__}")
 
 _REFUSED = (
     "fully_sharded_loras",
@@ -74,6 +77,10 @@ def check_host(vllm_config: VllmConfig) -> None:
         )
     if is_triton_free_cpu():
         return
+    logger.warning(
+        "Adapters of a diffusion model have not been tried on a GPU: hold what this one answers "
+        "against the adapter merged into the checkpoint. docs/lora.md says what has been tested."
+    )
     dtypes = {model.dtype, lora.lora_dtype} - {"auto", None}
     if len(dtypes) > 1 or not dtypes <= _KERNEL_DTYPES:
         raise ConfigError(
