@@ -19,7 +19,12 @@ from vllm_diffusion.errors import ConfigError, UnsupportedVllmError, VllmDiffusi
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
 from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
-from vllm_diffusion.upstream.patches import PATCHES, SERVING_PATCHES, WORKER_PATCHES
+from vllm_diffusion.upstream.patches import (
+    ADAPTER_PATCHES,
+    PATCHES,
+    SERVING_PATCHES,
+    WORKER_PATCHES,
+)
 from vllm_diffusion.upstream.versions import (
     OFF_SWITCH,
     TESTED,
@@ -309,12 +314,13 @@ def check_host() -> list[Finding]:
         from vllm.platforms import current_platform
         from vllm.triton_utils import HAS_TRITON
 
-        in_worker = [patch.name for patch in WORKER_PATCHES if patch.applies()]
+        workers = (*WORKER_PATCHES, *ADAPTER_PATCHES)
+        in_worker = [patch.name for patch in workers if patch.applies()]
     except Exception as error:  # noqa: BLE001 - whatever keeps vLLM from importing is the finding
         return [Finding(Level.PROBLEM, f"vLLM does not import: {type(error).__name__}: {error}")]
     triton = "a Triton backend" if HAS_TRITON else "no Triton backend"
     findings = [Finding(Level.OK, f"vLLM runs on {current_platform.device_name}, {triton}")]
-    for patch in (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES):
+    for patch in (*PATCHES, *SERVING_PATCHES, *workers):
         if patch.name in active:
             findings.append(Finding(Level.OK, f"patch {patch.name}, active: {patch.why}"))
         elif patch.name in in_worker:

@@ -8,9 +8,16 @@ import re
 import subprocess
 import sys
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config.lora import LoRAConfig
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+from vllm_diffusion.engine.lora_experts import AdaptedExperts
+from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
+from vllm_diffusion.upstream import lora
 
 pytestmark = pytest.mark.vllm
 
@@ -109,9 +116,138 @@ def test_experts_are_called_with_the_arguments_ours_take() -> None:
     ]
 
 
-def test_a_prefix_belongs_to_the_adapter_it_was_computed_with() -> None:
-    from types import SimpleNamespace
+# ---- on GPUs ----
 
+GPU_ROWS = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+
+
+def test_the_wrapper_for_gpus_reads_nothing_that_our_rows_leave_unset() -> None:
+    """Its methods that layers call, and those that these call."""
+    methods = {"add_lora_linear", "add_lora_w13", "add_lora_w2"}
+    read: set[str] = set()
+    for name in ("add_shrink", "add_expand", "add_lora_fused_moe", "moe_lora_align_block_size"):
+        assert any(f"self.{name}(" in source(f"{GPU_ROWS}.{each}") for each in methods)
+        methods |= {name}
+    for name in methods:
+        read |= set(re.findall(r"self\.(\w+)", source(f"{GPU_ROWS}.{name}")))
+    assert read - methods == {"token_mapping_meta", "lora_config"}
+    linear = inspect.signature(resolve_name(f"{GPU_ROWS}.add_lora_linear"))
+    assert list(linear.parameters)[1:7] == [
+        *("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices")
+    ]
+    made = inspect.signature(resolve_name(GPU_ROWS))
+    assert list(made.parameters) == ["max_num_batched_tokens", "max_batches", "device", "kwargs"]
+    assert 'self.lora_config = kwargs["lora_config"]' in source(f"{GPU_ROWS}.__init__")
+
+
+def test_kernels_leave_a_slot_without_rows_and_a_place_without_a_slot() -> None:
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+    fields = [field.name for field in dataclasses.fields(LoRAKernelMeta)]
+    assert fields == [
+        "token_lora_mapping",
+        "token_indices_sorted_by_lora_ids",
+        "active_lora_ids",
+        "num_tokens_per_lora",
+        "lora_token_start_loc",
+        "no_lora_flag_cpu",
+        "num_active_loras_cpu",
+        "default_num_active_loras_cpu",
+        "captured_lora_counts",
+    ]
+    for name in ("shrink", "expand"):
+        module = source(f"vllm.lora.ops.triton_ops.lora_{name}_op")
+        assert "if lora_id == -1:" in module
+        assert "if cta_m_offset >= lora_m_size:" in module
+    experts = source("vllm.lora.ops.triton_ops.fused_moe_lora_op")
+    assert "if lora_id < 0:\n        return" in experts
+    assert "if pid_m * BLOCK_M >= ntpp:\n            return" in experts
+
+
+def test_vllms_own_metadata_still_waits_for_the_device() -> None:
+    """Why ours is filled otherwise; a fake tensor has no value to wait for."""
+    import torch
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+    with FakeTensorMode():
+        meta = LoRAKernelMeta.make(2, 8, "cpu")
+        with pytest.raises(DataDependentOutputException):
+            meta.prepare_tensors(torch.zeros(8, dtype=torch.int32))
+
+
+def test_rows_are_placed_between_the_runners_mapping_and_the_forward() -> None:
+    step = source("vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model")
+    order = ("self._set_active_loras(", "self.model_state.prepare_inputs(", "run_fullgraph(")
+    assert sorted(order, key=step.index) == list(order)
+    hook = source("vllm.v1.worker.gpu.lora_utils.create_lora_capture_hook")
+    assert "runner.maybe_select_dummy_loras(" in hook
+
+
+def test_a_layer_counts_the_slots_in_the_options_it_is_given() -> None:
+    layer = source("vllm.lora.layers.fused_moe.FusedMoE3DWithLoRA.create_lora_weights")
+    assert "self.max_loras = lora_config.max_loras" in layer
+    context = source("vllm.lora.layers.fused_moe.FusedMoEWithLoRA._build_lora_context")
+    assert "max_loras=self.max_loras" in context
+
+
+@pytest.mark.parametrize(
+    ("targets", "diffusion", "free_cpu", "expected"),
+    [
+        (None, True, False, "LoRA"),
+        (["experts"], True, False, "LoRA"),
+        (["o_proj"], True, False, "plain"),
+        (["o_proj"], True, True, "plain"),
+        (["o_proj"], False, True, "LoRA"),
+        (None, True, True, "ours"),
+    ],
+)
+def test_experts_that_no_adapter_changes_keep_their_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    targets: list[str] | None,
+    expected: str,
+    *,
+    diffusion: bool,
+    free_cpu: bool,
+) -> None:
+    @dataclasses.dataclass
+    class Experts:
+        is_lora_enabled: bool = True
+
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+
+    model = SimpleNamespace(
+        model="tiny",
+        is_diffusion=diffusion,
+        quantization=None,
+        hf_text_config=build_model(TinySpec()).config.text_config,
+    )
+    config = SimpleNamespace(model_config=model, lora_config=LoRAConfig(target_modules=targets))
+    monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(lora, "is_triton_free_cpu", lambda: free_cpu)
+    monkeypatch.setattr(
+        module,
+        "select_unquantized_moe_backend",
+        lambda experts: ("LoRA" if experts.is_lora_enabled else "plain", None),
+    )
+    lora.choose_experts()
+    choice, kernel = module.select_unquantized_moe_backend(Experts())
+    assert choice == (expected if expected != "ours" else UnquantizedMoeBackend.CPU)
+    assert (kernel is AdaptedExperts) == (expected == "ours")
+
+
+def test_adapted_experts_on_gpus_are_tritons() -> None:
+    """FlashInfer's would take gate and up, one matrix here, in the other order."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_lora_moe import TrtLlmBf16LoRAExperts
+
+    assert TritonExperts.supports_lora()
+    assert TritonExperts._supports_activation(MoEActivation.GELU_TANH)
+    assert not TrtLlmBf16LoRAExperts._supports_activation(MoEActivation.GELU_TANH)
+
+
+def test_a_prefix_belongs_to_the_adapter_it_was_computed_with() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 

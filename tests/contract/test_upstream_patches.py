@@ -25,6 +25,7 @@ from vllm_diffusion.upstream import (
     versions,
 )
 from vllm_diffusion.upstream.patches import (
+    ADAPTER_PATCHES,
     EARLY_PATCHES,
     PATCHES,
     SERVING_PATCHES,
@@ -33,7 +34,8 @@ from vllm_diffusion.upstream.patches import (
 
 pytestmark = pytest.mark.vllm
 
-ALL = {patch.name: patch for patch in (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES)}
+ROWS = (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES, *ADAPTER_PATCHES)
+ALL = {patch.name: patch for patch in ROWS}
 CPU_HOST = [name for name in ALL if name.startswith("cpu-")] + [p.name for p in WORKER_PATCHES]
 
 PARAMETERS = {

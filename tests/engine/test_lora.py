@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from helpers import adapter_kernels
 from helpers.doubt import decided_run
 from helpers.inside import Inside
 from helpers.oracle import Oracle
@@ -224,6 +225,33 @@ def test_fused_and_separate_commits_are_the_same(
         for form in (True, False)
     )
     assert fused == separate
+
+
+def test_the_kernels_of_gpus_would_be_given_the_same_rows(
+    llm: LLM, adapter: Callable[..., LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows as they stand on a GPU, behind vLLM's wrapper for GPUs, in place of ours for CPUs.
+
+    Its two kernels are plain products here; ``test_lora_kernels`` holds them against the truth.
+    """
+    names = ["alike", None, "apart", "alike", "conditioning"]
+    batch = (
+        [make_prompt(10 + 23 * number, number) for number in range(len(names))],
+        list(range(len(names))),
+        [adapter(name) for name in names],
+    )
+    ours = generate(llm, *batch)
+    inside = Inside(llm).runner
+    adapters, tokens = inside.lora_manager, inside.scheduler_config.max_num_batched_tokens
+    adapter_kernels.install(monkeypatch)
+    stock = adapters._rows, adapters._conditioning_rows
+    rows = [adapter_kernels.make_rows(inside.lora_config, tokens) for _ in stock]
+    try:
+        adapters.take_rows(*rows)
+        assert generate(llm, *batch) == ours
+        assert generate(llm, *(part[1:2] for part in batch)) == ours[1:2]
+    finally:
+        adapters.take_rows(*stock)
 
 
 def test_a_prefix_is_not_shared_between_adapters(

@@ -46,7 +46,7 @@ def make() -> Callable[..., CanvasAdapters]:
                 hf_text_config=build_model(TinySpec()).config.text_config,
             ),
         )
-        return CanvasAdapters(nn.Module(), config)
+        return CanvasAdapters(nn.Module(), config, torch.device("cpu"))
 
     return adapters
 
@@ -217,8 +217,41 @@ def test_an_option_that_is_not_served_is_refused(option: str) -> None:
         lora.check_options(LoRAConfig(**{option: True}))
 
 
+def serving(**changes: object) -> SimpleNamespace:
+    """What `check_host` reads of a configuration."""
+    given = {"experts": False, "dtype": torch.bfloat16, "lora_dtype": "auto", "quantization": None}
+    given |= changes
+    return SimpleNamespace(
+        lora_config=LoRAConfig(lora_dtype=given["lora_dtype"]),
+        model_config=SimpleNamespace(
+            model="tiny",
+            dtype=given["dtype"],
+            quantization=given["quantization"],
+            hf_text_config=build_model(TinySpec()).config.text_config,
+        ),
+        parallel_config=SimpleNamespace(enable_expert_parallel=given["experts"]),
+    )
+
+
 def test_a_host_without_served_adapters_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "adapters_are_served", lambda: False)
+    lora.check_host(SimpleNamespace(lora_config=None, model_config=None))
+    with pytest.raises(ConfigError, match="only on GPUs and on CPU hosts"):
+        lora.check_host(serving())
+
+
+def test_experts_on_ranks_of_their_own_are_not_adapted() -> None:
+    with pytest.raises(ConfigError, match="enable_expert_parallel does not go with"):
+        lora.check_host(serving(experts=True))
+    lora.check_host(serving(experts=True, quantization="fp8"))
+
+
+def test_kernels_of_gpus_take_two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora.check_host(serving(dtype=torch.float32))
+    monkeypatch.setattr(lora, "adapters_are_served", lambda: True)
     monkeypatch.setattr(lora, "is_triton_free_cpu", lambda: False)
-    lora.check_options(None)
-    with pytest.raises(ConfigError, match="only on CPU hosts"):
-        lora.check_options(LoRAConfig())
+    lora.check_host(serving())
+    lora.check_host(serving(lora_dtype=torch.bfloat16))
+    for wrong in ({"dtype": torch.float32}, {"lora_dtype": torch.float16}):
+        with pytest.raises(ConfigError, match="take bfloat16 or float16"):
+            lora.check_host(serving(**wrong))

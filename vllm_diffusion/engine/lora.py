@@ -10,6 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from vllm.logger import init_logger
+
 from vllm_diffusion.errors import AdapterError, ConfigError
 from vllm_diffusion.models.diffusion_gemma.adapter import (
     CONFIG,
@@ -17,13 +20,17 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     AdapterBase,
     adaptable,
     check_adapter,
+    placed_at,
 )
 from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
+from vllm_diffusion.upstream.lora import adapters_are_served
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.config.lora import LoRAConfig
     from vllm.lora.request import LoRARequest
+
+logger = init_logger(f"vllm.{__name__}")
 
 _REFUSED = (
     "fully_sharded_loras",
@@ -31,14 +38,18 @@ _REFUSED = (
     "default_mm_loras",
     "enable_mixed_moe_lora_format",
     "enable_moe_shared_loras",
+    "specialize_active_lora",
 )
+
+# What vLLM's Triton kernels for adapters assert.
+_KERNEL_DTYPES = {torch.bfloat16, torch.float16}
 
 # Files that have passed, by what they were checked against: a process may have several engines.
 _fitting: set[tuple[object, ...]] = set()
 
 
 def check_options(lora: LoRAConfig | None) -> None:
-    """Raise `ConfigError` for adapter options that are not served, or on a host that serves none.
+    """Raise `ConfigError` for adapter options that are not served.
 
     Args:
         lora: None where LoRA is off.
@@ -47,10 +58,34 @@ def check_options(lora: LoRAConfig | None) -> None:
         return
     if asked := [name for name in _REFUSED if getattr(lora, name)]:
         raise ConfigError(f"{', '.join(asked)} is not supported for a diffusion model: remove it.")
-    if not is_triton_free_cpu():
+
+
+def check_host(vllm_config: VllmConfig) -> None:
+    """Raise `ConfigError` where adapters cannot be applied: by this host, or to these experts."""
+    lora, model = vllm_config.lora_config, vllm_config.model_config
+    if lora is None:
+        return
+    if not adapters_are_served():
         raise ConfigError(
-            "enable_lora is not supported for a diffusion model on this host, only on CPU hosts "
-            "without a Triton backend: merge the adapter into the checkpoint instead."
+            "enable_lora is not supported for a diffusion model on this host, only on GPUs and on "
+            "CPU hosts without a Triton backend: merge the adapter into the checkpoint instead."
+        )
+    if vllm_config.parallel_config.enable_expert_parallel and adapts_experts(model, lora):
+        raise ConfigError(
+            "enable_expert_parallel does not go with adapters of experts: add "
+            "--lora-target-modules without experts, or use tensor parallelism alone."
+        )
+    if is_triton_free_cpu():
+        return
+    logger.warning(
+        "Adapters of a diffusion model have not been tried on a GPU: hold what this one answers "
+        "against the adapter merged into the checkpoint. docs/lora.md says what has been tested."
+    )
+    dtypes = {model.dtype, lora.lora_dtype} - {"auto", None}
+    if len(dtypes) > 1 or not dtypes <= _KERNEL_DTYPES:
+        raise ConfigError(
+            f"the kernels that apply adapters on a GPU take bfloat16 or float16, the same for "
+            f"model and adapters; got {model.dtype} and {lora.lora_dtype}."
         )
 
 
@@ -63,6 +98,14 @@ def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
         max_rank=lora.max_lora_rank,
         targets=None if lora.target_modules is None else frozenset(lora.target_modules),
         fixed_experts=model.quantization is not None,
+    )
+
+
+def adapts_experts(model: ModelConfig, lora: LoRAConfig) -> bool:
+    """Whether an adapter may change the experts of some layer."""
+    base = adapter_base(model, lora)
+    return any(
+        placed_at(module)[0].endswith(".experts") for module in base.shapes if base.serves(module)
     )
 
 

@@ -7,10 +7,10 @@ one slot. A request of ours has two kinds of row, and an adapter may change them
     slot p          factors of text rows: prompt, commits
     slot N + p      factors of canvas rows; N is --max-loras
 
-Layers and their tensor-parallel cuts are vLLM's. What a layer calls to apply its factors is
-`AdapterRows`: it holds the rows of every slot, set before a forward, and multiplies slot by slot.
-vLLM's own form for CPU hosts copies the factors of every row, and gives rows without an adapter
-those of the last slot.
+Layers and their tensor-parallel cuts are vLLM's. What a layer calls to apply its factors holds the
+rows of every slot, set before a forward. On a GPU that is vLLM's punica wrapper (`lora_kernels`).
+On a CPU it is `AdapterRows`, which multiplies slot by slot: vLLM's own form for CPU hosts copies
+the factors of every row, and gives rows without an adapter those of the last slot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.utils import from_layer, get_adapter_absolute_path, replace_submodule
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_diffusion.engine.lora import adapter_base
+from vllm_diffusion.engine.lora_kernels import KernelRows, with_slots
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.models.diffusion_gemma.adapter import (
     Adapter,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _UNCHANGED = Adapter(text={}, canvas={})
 
 _NO_ADAPTER = -1
+_PADDING = 8  # a captured graph's rows are a multiple of it
 _PACKED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
@@ -65,11 +68,20 @@ class AdapterRows:
     def __init__(self) -> None:
         self.groups: list[tuple[int, Tensor]] = []
 
+    @property
+    def layers(self) -> AdapterRows:
+        """What layers are given."""
+        return self
+
+    def clear(self) -> None:
+        """No row has an adapter."""
+        self.groups = []
+
     def assign(self, slots: Tensor) -> None:
         """Set the slot of every row of what the layers will be given.
 
         Args:
-            slots: [R] int64 on the host, -1 where a row has no adapter.
+            slots: [R] int32 on the host, -1 where a row has no adapter.
         """
         self.groups = [
             (slot, (slots == slot).nonzero().flatten())
@@ -105,6 +117,20 @@ class AdapterRows:
                 start += size
 
 
+Rows: TypeAlias = AdapterRows | KernelRows
+
+
+def rows_on(device: torch.device, vllm_config: VllmConfig) -> Rows:
+    """The rows of a worker on this device, by slot."""
+    if device.type == "cpu":
+        return AdapterRows()
+    lora = vllm_config.lora_config
+    assert lora is not None
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    padded = -(-tokens // _PADDING) * _PADDING
+    return KernelRows(with_slots(lora, 2 * lora.max_loras), padded, device)
+
+
 class CanvasAdapters:
     """The adapters of one worker: what vLLM's runner calls its LoRA manager.
 
@@ -112,7 +138,7 @@ class CanvasAdapters:
     ``max_cpu_loras`` are in memory. An adapter is known by the id in its requests.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:
         """Wrap every layer of ``model`` that may be adapted, in place."""
         lora = vllm_config.lora_config
         assert lora is not None
@@ -120,35 +146,40 @@ class CanvasAdapters:
         self.base = adapter_base(vllm_config.model_config, lora)
         self._config = lora
         self._model_config = vllm_config.model_config
+        self._device = device
         self._loaded: OrderedDict[int, Adapter] = OrderedDict()
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._pinned: set[int] = set()
-        self._rows = AdapterRows()
-        # Self-conditioning runs on the rows behind logits alone.
-        self._conditioning_rows = AdapterRows()
-        self._text_slots = torch.empty(0, dtype=torch.int64)
+        # [R] int32 on the device; None where no row of the batch has an adapter.
+        self._text_slots: Tensor | None = None
         self._layers = self._wrap(model)
+        self.take_rows(rows_on(device, vllm_config), rows_on(device, vllm_config))
 
     def _wrap(self, model: nn.Module) -> dict[str, BaseLayerWithLoRA]:
         paths = {placed_at(module)[0] for module in self.base.shapes if self.base.serves(module)}
+        slots = 2 * self._config.max_loras
+        config = with_slots(self._config, slots)
         layers: dict[str, BaseLayerWithLoRA] = {}
         for path, layer in list(model.named_modules()):
             if path not in paths or not isinstance(layer, LinearBase | MoERunner):
                 continue
-            adapted = from_layer(
-                layer,
-                2 * self._config.max_loras,
-                self._config,
-                _PACKED.get(path.rpartition(".")[2], []),
-                self._model_config.hf_config,
-            )
+            packed = _PACKED.get(path.rpartition(".")[2], [])
+            try:
+                adapted = from_layer(layer, slots, config, packed, self._model_config.hf_config)
+            except AssertionError as error:  # how vLLM says that a kernel of experts takes none
+                raise ConfigError(f"vLLM cannot adapt the layer {path}: {error}") from error
             if not isinstance(adapted, BaseLayerWithLoRA):
                 raise ConfigError(f"vLLM cannot adapt the layer {path}: serve without LoRA.")
             replace_submodule(model, path, adapted)
-            conditioning = path.startswith("self_conditioning.")
-            adapted.set_mapping(self._conditioning_rows if conditioning else self._rows)
             layers[path] = adapted
         return layers
+
+    def take_rows(self, rows: Rows, conditioning_rows: Rows) -> None:
+        """Let layers read their rows there; self-conditioning runs on those behind logits alone."""
+        self._rows, self._conditioning_rows = rows, conditioning_rows
+        for path, layer in self._layers.items():
+            conditioning = path.startswith("self_conditioning.")
+            layer.set_mapping((conditioning_rows if conditioning else rows).layers)
 
     # ---- before a forward ----
 
@@ -160,20 +191,27 @@ class CanvasAdapters:
             else:
                 self.add_adapter(request)
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
-        slots = np.full(ids.shape, _NO_ADAPTER, dtype=np.int64)
+        slots = np.full(ids.shape, _NO_ADAPTER, dtype=np.int32)
         for adapter in np.unique(ids[ids > 0]).tolist():
             slots[ids == adapter] = self._slots[adapter]
-        self._text_slots = torch.from_numpy(slots)
-        self._rows.assign(self._text_slots)
+        self._conditioning_rows.clear()
+        if (slots == _NO_ADAPTER).all():
+            self._text_slots = None
+            self._rows.clear()
+        else:
+            self._text_slots = async_tensor_h2d(slots, self._device)
+            self._rows.assign(self._text_slots)
 
     def place(self, canvas_rows: Tensor, logit_rows: Tensor) -> None:
         """Tell text rows from canvas rows in the batch of ``set_active_adapters``.
 
         Args:
-            canvas_rows: [max tokens, 1] bool, True where a row is a canvas row.
+            canvas_rows: [max tokens, 1] bool, True where a row is a canvas row. Like all of this on
+                the device, which alone knows.
             logit_rows: [R] rows that are given to self-conditioning, in this order.
         """
-        slots = self._text_slots
+        if (slots := self._text_slots) is None:
+            return
         canvas = canvas_rows[: len(slots), 0] & (slots != _NO_ADAPTER)
         slots = torch.where(canvas, slots + self._config.max_loras, slots)
         self._rows.assign(slots)

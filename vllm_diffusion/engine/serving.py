@@ -20,7 +20,7 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm_diffusion import __version__
 from vllm_diffusion.config import HEAD_WEIGHTS, describe, head_memory, head_weights, served_rules
 from vllm_diffusion.engine.fusion import SCHEDULER
-from vllm_diffusion.engine.lora import check_options
+from vllm_diffusion.engine.lora import check_host, check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.quant import int8
@@ -84,6 +84,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
         check_options(vllm_config.lora_config)
+        check_host(vllm_config)
         rules, origins = rules_of(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
             logger.info("Every request is recorded in %s.", folder)

@@ -4,8 +4,8 @@ vLLM loads an adapter in the forward that needs it first, and an adapter that do
 engine there. Over HTTP it is loaded ahead, and what is wrong with it comes back as status 500. Both
 doors ask our check first.
 
-In a worker the runner makes its own manager of adapters, and experts on a CPU are given Triton's
-kernel as soon as LoRA is on.
+In a worker the runner makes its own manager of adapters, and experts are given Triton's kernel as
+soon as LoRA is on, on a CPU too, and where no adapter may change them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import inspect
 from typing import Any
 
 from vllm_diffusion.errors import AdapterError
-from vllm_diffusion.upstream.cpu_host import is_diffusion
+from vllm_diffusion.upstream.cpu_host import is_diffusion, is_triton_free_cpu
+
+
+def adapters_are_served() -> bool:
+    """Whether this host can apply adapters: a GPU of vLLM's Triton kernels, or a CPU by ours."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda_alike() or is_triton_free_cpu()
 
 
 def check_adapters() -> None:
@@ -85,14 +92,14 @@ def take_adapters() -> None:
             return original(self, model, vllm_config, device)
         from vllm_diffusion.engine.lora_rows import CanvasAdapters
 
-        self.lora_manager = model.adapters = CanvasAdapters(model, vllm_config)
+        self.lora_manager = model.adapters = CanvasAdapters(model, vllm_config, device)
         return model
 
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
 
 
 def choose_experts() -> None:
-    """Make the choice of experts a CPU's: ours where adapters may change them, else vLLM's own."""
+    """Make experts those of an engine without LoRA unless adapters change them; on a CPU, ours."""
     import dataclasses
 
     from vllm.config import get_current_vllm_config
@@ -103,17 +110,19 @@ def choose_experts() -> None:
 
     @functools.wraps(original)
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
-        if not moe_config.is_lora_enabled:
+        vllm_config = get_current_vllm_config()
+        if not moe_config.is_lora_enabled or not is_diffusion(vllm_config):
             return original(moe_config)
+        from vllm_diffusion.engine.lora import adapts_experts
         from vllm_diffusion.engine.lora_experts import AdaptedExperts
 
-        lora = get_current_vllm_config().lora_config
+        lora = vllm_config.lora_config
         assert lora is not None
-        if lora.target_modules is None or any(
-            name.rpartition(".")[2] == "experts" for name in lora.target_modules
-        ):
-            return UnquantizedMoeBackend.CPU, AdaptedExperts
-        return original(dataclasses.replace(moe_config, is_lora_enabled=False))
+        if not adapts_experts(vllm_config.model_config, lora):
+            return original(dataclasses.replace(moe_config, is_lora_enabled=False))
+        if not is_triton_free_cpu():
+            return original(moe_config)
+        return UnquantizedMoeBackend.CPU, AdaptedExperts
 
     module.select_unquantized_moe_backend = select_unquantized_moe_backend
 

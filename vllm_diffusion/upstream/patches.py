@@ -322,6 +322,10 @@ WORKER_PATCHES: Final = (
         install=cpu_kernels.install,
         needed=cpu_kernels.are_needed,
     ),
+)
+"""Installed by `cpu_worker.TritonFreeCPUWorker`, in the worker process of a diffusion model."""
+
+ADAPTER_PATCHES: Final = (
     Patch(
         name="lora-manager",
         target="vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model",
@@ -330,7 +334,7 @@ WORKER_PATCHES: Final = (
         upstream_reference="vllm/v1/worker/lora_model_runner_mixin.py: load_lora_model; "
         "vllm/lora/ops/torch_ops/lora_ops.py: index -1",
         remove_when="a model class can bring its own manager of adapters",
-        applies=cpu_host.is_triton_free_cpu,
+        applies=lora.adapters_are_served,
         install=lora.take_adapters,
         needed=lora.manager_is_fixed,
     ),
@@ -338,16 +342,17 @@ WORKER_PATCHES: Final = (
         name="lora-experts",
         target="vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method."
         "select_unquantized_moe_backend",
-        why="with LoRA on, experts are computed by Triton on every platform.",
+        why="with LoRA on, experts are computed by Triton on every platform, adapted or not.",
         upstream_reference="vllm/model_executor/layers/fused_moe/oracle/unquantized.py: "
         "is_lora_enabled",
-        remove_when="vLLM has experts for CPUs that adapters can change",
-        applies=cpu_host.is_triton_free_cpu,
+        remove_when="vLLM has experts for CPUs that adapters can change, and keeps its choice for "
+        "experts that none does",
+        applies=lora.adapters_are_served,
         install=lora.choose_experts,
         needed=lora.adapted_experts_are_triton,
     ),
 )
-"""Installed by `cpu_worker.TritonFreeCPUWorker`, in the worker process of a diffusion model."""
+"""Installed by a diffusion model that is built with LoRA on, before its first layer."""
 
 
 def _config_source(name: str) -> str:

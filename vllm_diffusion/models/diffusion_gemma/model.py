@@ -52,6 +52,8 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     whole,
 )
 from vllm_diffusion.models.host_quantisation import HostQuantisation, describe, is_released
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream.patches import ADAPTER_PATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -133,6 +135,9 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         text_config.attention_k_eq_v = True
         # Before the first attention layer is built, since a layer picks its backend then.
         use_canvas_attention()
+        if vllm_config.lora_config is not None:
+            # Before the first experts are built, since they pick their kernel then.
+            ledger.apply(ADAPTER_PATCHES)
 
         self._build_vision(vllm_config, prefix)
         self.model = Gemma4Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
