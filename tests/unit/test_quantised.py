@@ -83,6 +83,24 @@ def test_rounding(form: Form, most: float, plain: Path, tmp_path: Path):
     assert error.any()
 
 
+def test_groups_err_no_more_than_with_the_scale_of_their_largest_weight(
+    plain: Path, tmp_path: Path
+):
+    stored = load_file(quantise_checkpoint(plain, tmp_path, "nvfp4") / WEIGHTS)
+    module = f"{LAYER}mlp.down_proj"
+    weight = load_file(plain / WEIGHTS)[f"{module}.weight"].double()
+    groups = weight.view(len(weight), -1, 16)
+    overall = stored[f"{module}.weight_global_scale"]
+    largest = (groups.abs().amax(-1) / 6 * overall).to(torch.float8_e4m3fn)
+    scale = (largest.double() / overall)[..., None]
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    nearest = ((groups / scale).abs()[..., None] - numbers).abs().argmin(-1)
+    peer = (numbers[nearest] * scale - groups.abs()).square().sum(-1)
+    error = (matrix(stored, module).view_as(groups) - groups).square().sum(-1)
+    assert (error <= peer * (1 + 1e-6)).all()
+    assert error.sum() < 0.8 * peer.sum()
+
+
 def test_what_is_fused_shares_a_scale(plain: Path, tmp_path: Path):
     stored = load_file(quantise_checkpoint(plain, tmp_path, "nvfp4") / WEIGHTS)
     layer, names = "model.decoder.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")
