@@ -40,6 +40,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
+from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
 from vllm_diffusion.models.diffusion_gemma.weights import (
@@ -123,6 +124,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         # Where ranks read their experts alone, nobody sees them all.
         filtered = vllm_config.parallel_config.enable_ep_weight_filter
         self.expected_experts: int | None = None if filtered else text_config.num_experts
+        self.expected_modules: tuple[str, ...] = tuple(adaptable(text_config))
         self.source: str = vllm_config.model_config.model
         self.loaded_once: bool = False
         self.model_dtype = vllm_config.model_config.dtype
@@ -290,8 +292,12 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         """
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
         weights = readable(weights, self.source)
-        if self.released_quantisation and not self.loaded_once:
-            weights = whole(weights, self.source, experts=self.expected_experts)
+        # Scales of other quantised files depend on their scheme; an update may bring a part.
+        known = self.quant_config is None or self.released_quantisation
+        if known and not self.loaded_once:
+            weights = whole(
+                weights, self.source, modules=self.expected_modules, experts=self.expected_experts
+            )
         loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
         for index, layer in enumerate(self.model.layers):
             names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
@@ -302,8 +308,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
                 layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
             if encoder or decoder:
                 loaded.update(names)
-        if (self.quant_config is None or self.released_quantisation) and not self.loaded_once:
-            # Scales of other quantised files depend on their scheme; an update may bring a part.
+        if known and not self.loaded_once:
             refuse_missing(self, loaded, self.source)
         self.loaded_once = True
         return loaded
