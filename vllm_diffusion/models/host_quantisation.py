@@ -9,6 +9,7 @@ its layers this configuration in place of the one vLLM read.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -204,6 +205,8 @@ class HostLinear(UnquantizedLinearMethod):
         packed = _packed(layer.prefix, self.form, parameters, "", row_scale)
         if stays_packed(self.dtype):
             self.packed = (packed,)
+            # No parameter: vLLM's adapted layers ask a base layer's weights where they are.
+            layer.weight_packed = packed.codes
         else:
             layer.weight = nn.Parameter(dequantise(packed, self.dtype), requires_grad=False)
             super().process_weights_after_loading(layer)
@@ -222,7 +225,8 @@ class HostExperts(UnquantizedFusedMoEMethod):
     supports_eplb = False
 
     def __init__(self, layer: RoutedExperts, form: WeightForm) -> None:
-        super().__init__(layer.moe_config)
+        # No adapter changes quantised experts, so where they are dequantised they run as without.
+        super().__init__(dataclasses.replace(layer.moe_config, is_lora_enabled=False))
         self.form = form
         self.name = layer.layer_name
         self.packed: tuple[PackedMatrix, ...] = ()
