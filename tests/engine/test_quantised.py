@@ -12,6 +12,7 @@ from helpers.inside import Inside
 from helpers.oracle import Oracle
 from helpers.parity import (
     ENGINE,
+    SPEC,
     WHOLE_CANVASES,
     assert_parity,
     conditioned_checkpoint,
@@ -19,7 +20,7 @@ from helpers.parity import (
     make_prompt,
 )
 from helpers.probe import Probe
-from helpers.quantised import write_dequantised
+from helpers.quantised import matrix, write_dequantised
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -27,8 +28,9 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.models.host_quantisation import HostExperts, HostLinear, describe
+from vllm_diffusion.models.quantised.layers import HostExperts, HostLinear, describe
 from vllm_diffusion.quant import native
+from vllm_diffusion.quant.packed import dequantise
 from vllm_diffusion.testing import quantised as maker
 from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
 from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
@@ -49,6 +51,9 @@ FORMS = ("nvfp4", "fp8-dynamic", "nvfp4-more")
 # The third form's engine serves adapters, too.
 LORA = {"nvfp4-more": {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}}
 ADAPTED = ("self_attn", "mlp", "router", "self_conditioning")  # experts cannot be
+
+FULL = 2  # the full-attention layer, whose keys are its values
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 MORE = {
     "self_conditioning.gate_up_proj",
@@ -211,6 +216,35 @@ def test_without_the_compiled_part_weights_are_dequantised(
     assert "dequantised" in str(describe(Inside(llm).runner.model, torch.float32))
     ours = generate(llm, [prompt], [seed])
     assert ours == generate(engine_pool.get(tmp_path / "reference", **ENGINE), [prompt], [seed])
+
+
+@pytest.mark.skipif(native.library() is None, reason="looks into packed matrices")
+def test_the_file_of_model_optimizer(plain: Path, tmp_path: Path, engine_pool: EnginePool) -> None:
+    """Its engine multiplies with the numbers of the file that compressed-tensors wrote."""
+    folder = quantise_checkpoint(plain, tmp_path / "optimizer", "modelopt-nvfp4")
+    peer = load_file(quantise_checkpoint(plain, tmp_path / "peer", "nvfp4") / WEIGHTS)
+    # vLLM lets no model in float32 have this form.
+    llm = engine_pool.get(folder, **ENGINE, dtype="bfloat16")
+    for number, layer in enumerate(Inside(llm).runner.model.model.layers):
+        attention, experts = layer.self_attn, layer.experts.routed_experts
+        values = "v_proj" if number != FULL else "k_proj"
+        for where, module, names in (
+            ("self_attn.", attention.qkv_proj, ("q_proj", "k_proj", values)),
+            ("self_attn.", attention.o_proj, ("o_proj",)),
+            ("mlp.", layer.mlp.gate_up_proj, ("gate_proj", "up_proj")),
+            ("mlp.", layer.mlp.down_proj, ("down_proj",)),
+            *((f"experts.{one}.", (experts, one), EXPERT_MATRICES) for one in range(SPEC.experts)),
+        ):
+            expected = [matrix(peer, f"model.decoder.layers.{number}.{where}{n}") for n in names]
+            packed = (
+                [stack[module[1]] for stack in experts.quant_method.packed]
+                if isinstance(module, tuple)
+                else module.quant_method.packed
+            )
+            found = torch.cat([dequantise(one, torch.float64).flatten() for one in packed])
+            truth = torch.cat([one.flatten() for one in expected])
+            torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+    assert len(generate(llm, [make_prompt(9)], [1])[0]) == 3 * SPEC.canvas
 
 
 # ---- files that cannot be served; tests/contract/test_quantised_files.py has more of them ----

@@ -30,6 +30,12 @@ PARTS = {
         "weight_global_scale": (torch.float32, [1]),
         "input_global_scale": (torch.float32, [1]),
     },
+    "modelopt-nvfp4": {
+        "weight": (torch.uint8, [64, 32]),
+        "weight_scale": (torch.float8_e4m3fn, [64, 4]),
+        "weight_scale_2": (torch.float32, []),
+        "input_scale": (torch.float32, []),
+    },
     "fp8-dynamic": {
         "weight": (torch.float8_e4m3fn, [64, 64]),
         "weight_scale": (torch.bfloat16, [64, 1]),
@@ -63,8 +69,11 @@ def test_layout(form: Form, plain: Path, tmp_path: Path):
 def test_what_config_json_says(form: Form, plain: Path, tmp_path: Path):
     folder = quantise_checkpoint(plain, tmp_path, form)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert said["quant_method"] == "compressed-tensors"
-    assert said["config_groups"]["group_0"]["targets"] == ["Linear"]
+    if form == "modelopt-nvfp4":
+        assert (said["quant_method"], said["quant_algo"]) == ("modelopt", "NVFP4")
+    else:
+        assert said["quant_method"] == "compressed-tensors"
+        assert said["config_groups"]["group_0"]["targets"] == ["Linear"]
     ignored = set(said["ignore"])
     assert {name.removesuffix(".weight") for name in LEFT_ALONE[1:]} | {"lm_head"} <= ignored
     assert not [name for name in ignored if "experts" in name or "layers.2.mlp" in name]

@@ -2,8 +2,9 @@
 
 Takes a checkpoint folder with plain weights. Gives a folder with the same model in the layout that
 llm-compressor saves: FP8-dynamic or NVFP4 (W4A4) of compressed-tensors, whose own code rounds and
-packs every matrix. Experts are named one by one, full-attention layers have no v_proj, and head,
-embeddings, routers, self-conditioning and vision stay as they are and are listed under `ignore`.
+packs every matrix, or in that of NVIDIA's Model Optimizer, which holds the same NVFP4 under other
+names. Experts are named one by one, full-attention layers have no v_proj, and head, embeddings,
+routers, self-conditioning and vision stay as they are and are listed under `ignore`.
 
 Weights are rounded to nearest, without calibration. A row of FP8 has the scale of its largest
 weight, a group of NVFP4 the one with the smallest squared error. NVFP4 asks for a scale of the
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor
 
-Form = Literal["fp8-dynamic", "nvfp4"]
+Form = Literal["fp8-dynamic", "nvfp4", "modelopt-nvfp4"]
 
 PRESETS: Final[Mapping[Form, tuple[str, str]]] = {
     "fp8-dynamic": ("FP8_DYNAMIC", "float-quantized"),
     "nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
+    "modelopt-nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
 }
 """Of each form the scheme and the layout, by the names that compressed-tensors gives them."""
 
@@ -58,7 +60,10 @@ def quantise_checkpoint(source: str | Path, target: str | Path, form: Form) -> P
         if file.suffix in {".json", ".jinja"}:
             shutil.copyfile(file, target / file.name)
     matrices, rest = _split(load_file(source / WEIGHTS))
-    weights = {**rest, **_compress(matrices, form)}
+    packed = _compress(matrices, form)
+    if form == "modelopt-nvfp4":
+        packed = dict(_renamed(name, tensor) for name, tensor in packed.items())
+    weights = {**rest, **packed}
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _quantisation_config(form, ignore=_plain_linears(rest))
@@ -160,6 +165,18 @@ def _shared_peaks(matrices: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return peaks
 
 
+def _renamed(name: str, tensor: "Tensor") -> tuple[str, "Tensor"]:
+    """A tensor as Model Optimizer has it: whole tensors are multiplied with their scale."""
+    module, _, part = name.rpartition(".")
+    names = {
+        "weight_packed": "weight",
+        "weight_global_scale": "weight_scale_2",
+        "input_global_scale": "input_scale",
+    }
+    inverse = part.endswith("global_scale")
+    return f"{module}.{names.get(part, part)}", 1 / tensor[0] if inverse else tensor
+
+
 def _plain_linears(rest: Mapping[str, "Tensor"]) -> list[str]:
     """The linear modules that stay as they are, as llm-compressor lists them: by name."""
     modules = {
@@ -175,6 +192,14 @@ def _quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
     preset, layout = PRESETS[form]
+    if form == "modelopt-nvfp4":
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": preset,
+            "producer": {"name": "modelopt"},
+            "group_size": 16,
+            "ignore": list(ignore),
+        }
     described: dict[str, Any] = QuantizationConfig(
         config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])},
         ignore=list(ignore),

@@ -51,7 +51,8 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     refuse_missing,
     whole,
 )
-from vllm_diffusion.models.host_quantisation import HostQuantisation, describe, is_released
+from vllm_diffusion.models.quantised.configuration import adopt, is_released
+from vllm_diffusion.models.quantised.layers import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -117,7 +118,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         text_config = vllm_config.model_config.hf_text_config
         quant_config = vllm_config.quant_config
         # Before the first layer is built, since a layer asks it how to store its weights.
-        HostQuantisation.adopt(quant_config)
+        adopt(quant_config)
         self.config = config
         self.quant_config = quant_config
         self.released_quantisation: bool = is_released(quant_config)

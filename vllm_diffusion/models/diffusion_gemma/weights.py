@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+import torch
 from safetensors import SafetensorError
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -63,9 +64,12 @@ _PARTS = {
     "weight_scale",
     "weight_global_scale",
     "input_global_scale",
+    "weight_scale_2",
+    "input_scale",
 }
 _GROUP = 16
 _CACHE_SCALES = ".self_attn.attn."
+_INPUT_SCALE = "input_scale"
 _TREE = re.compile(r"^model\.(decoder\.|encoder\.language_model\.)?")
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)$")
 _SINGLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -89,8 +93,13 @@ def refuse_missing(model: nn.Module, loaded: set[str], source: str) -> None:
     vLLM's own check excuses every layer that processes its weights after loading: on CPU that is
     all of them, and a shard that was never downloaded would be served as noise.
     """
-    # Scales of a quantised cache have a default, and few files hold any.
-    parameters = {name for name, _ in model.named_parameters() if _CACHE_SCALES not in name}
+    # Scales of a quantised cache have a default, and few files hold any. Those of activations, as
+    # Model Optimizer calls them, are not in every file and are not used where files are checked.
+    parameters = {
+        name
+        for name, _ in model.named_parameters()
+        if _CACHE_SCALES not in name and not name.endswith(_INPUT_SCALE)
+    }
     if missing := sorted(parameters - loaded):
         raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
 
@@ -150,7 +159,7 @@ def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
     if codes is None or scale is None:
         return None
     rows, width = codes.shape
-    expected = [rows, 2 * width // _GROUP] if "weight_packed" in parts else [rows, 1]
+    expected = [rows, 2 * width // _GROUP] if codes.dtype == torch.uint8 else [rows, 1]
     if list(scale.shape) == expected:
         return None
     return f"{module}.weight_scale is {list(scale.shape)}, expected {expected}"
@@ -161,6 +170,8 @@ def _lacks(module: str, parts: dict[str, Tensor]) -> list[str]:
     needed: set[str] = set()
     if "weight_packed" in parts:
         needed = {"weight_scale", "weight_global_scale"}
+    elif "weight" in parts and parts["weight"].dtype == torch.uint8:
+        needed = {"weight_scale", "weight_scale_2"}
     elif "weight" in parts:
         needed = {"weight_scale"} if parts["weight"].itemsize == 1 else set()
     elif parts:
