@@ -1,19 +1,21 @@
-"""Quantised files whose parts do not belong together end in one error that names them."""
+"""Files that lack a part, or whose parts do not belong together, end in one error that names it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from vllm_diffusion.errors import CheckpointError
+from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
 from vllm_diffusion.models.diffusion_gemma.weights import whole
 from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -22,25 +24,49 @@ pytestmark = pytest.mark.vllm
 
 Weights = dict[str, "torch.Tensor"]
 EXPERTS = 4
-EXPERT = "model.decoder.layers.1.experts.2.up_proj"
+LAYER = "model.decoder.layers.1"
+EXPERT = f"{LAYER}.experts.2.up_proj"
 ATTENTION = "model.decoder.layers.2.self_attn.k_proj"
+QUANTISED = ("nvfp4", "fp8-dynamic", "modelopt-nvfp4")
 
 
-@pytest.fixture(scope="module", params=["nvfp4", "fp8-dynamic"])
-def weights(
+@pytest.fixture(scope="module", params=[*QUANTISED, "plain"])
+def stored(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Weights:
-    folder = tmp_path_factory.mktemp("quantised")
-    quantise_checkpoint(tiny_checkpoint, folder, request.param)
-    return load_file(folder / WEIGHTS)
+    """The weights of a file, its experts one by one."""
+    folder = tmp_path_factory.mktemp("file")
+    if request.param in QUANTISED:
+        return load_file(quantise_checkpoint(tiny_checkpoint, folder, request.param) / WEIGHTS)
+    return load_file(tiny_checkpoint / WEIGHTS)
 
 
-def checked(weights: Weights, experts: int | None = EXPERTS) -> Weights:
-    return dict(whole(weights.items(), "the model", experts=experts))
+@pytest.fixture
+def weights(stored: Weights) -> Weights:
+    if f"{EXPERT}.weight_scale" not in stored:
+        pytest.skip("about quantised files")
+    return stored
 
 
-def test_a_whole_file_passes_as_it_is(weights: Weights):
-    assert checked(weights) == weights
+@pytest.fixture(scope="module")
+def modules(tiny_checkpoint: Path) -> list[str]:
+    return list(adaptable(AutoConfig.from_pretrained(tiny_checkpoint).text_config))
+
+
+@pytest.fixture
+def checked(modules: list[str]) -> Callable[..., Weights]:
+    def check(weights: Weights, experts: int | None = EXPERTS) -> Weights:
+        return dict(whole(weights.items(), "the model", modules=modules, experts=experts))
+
+    return check
+
+
+Check = Callable[..., Weights]
+
+
+def test_a_whole_file_passes_as_it_is(stored: Weights, checked: Check):
+    assert checked(stored) == stored
+    assert checked(stored, experts=None) == stored
 
 
 def drop(*names: str) -> Callable[[Weights], Weights]:
@@ -65,27 +91,56 @@ BROKEN = {
         drop(f"{EXPERT}.weight_packed", f"{EXPERT}.weight"),
         f"lacks the weights of {EXPERT}:",
     ),
-    "expert": (drop_module(EXPERT), f"lacks {EXPERT}:"),
+    "expert": (drop_module(EXPERT), f"lacks the weights of {EXPERT}:"),
     "group-size": (resize(f"{ATTENTION}.weight_scale"), f"{ATTENTION}.weight_scale is ["),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_file(what: str, weights: Weights):
+def test_a_broken_file(what: str, weights: Weights, checked: Check):
     break_it, message = BROKEN[what]
     with pytest.raises(CheckpointError, match=re.escape(message)):
         checked(break_it(weights))
 
 
-def test_the_scale_of_a_whole_tensor(weights: Weights):
-    name = f"{EXPERT}.weight_global_scale"
-    if name not in weights:
+FUSED = [f"self_attn.{one}_proj" for one in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+CONDITIONING = "model.decoder.self_conditioning.up_proj"
+
+
+@pytest.mark.parametrize("module", [*(f"{LAYER}.{one}" for one in FUSED), CONDITIONING])
+def test_a_part_of_a_fused_matrix(module: str, stored: Weights, checked: Check):
+    with pytest.raises(CheckpointError, match=re.escape(f"lacks the weights of {module}:")):
+        checked(drop_module(module)(stored))
+
+
+def test_a_part_of_every_expert(weights: Weights, checked: Check):
+    broken = weights
+    for number in range(EXPERTS):
+        broken = drop_module(f"{LAYER}.experts.{number}.up_proj")(broken)
+    for experts in (EXPERTS, None):
+        with pytest.raises(CheckpointError, match="lacks the weights of") as caught:
+            checked(broken, experts)
+        for number in range(EXPERTS):
+            assert f"{LAYER}.experts.{number}.up_proj" in str(caught.value)
+
+
+def test_all_experts_of_a_layer(stored: Weights, checked: Check):
+    broken = drop_module(f"{LAYER}.experts")(stored)
+    expected = f"lacks the weights of {LAYER}.experts.gate_up_proj, {LAYER}.experts.down_proj:"
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        checked(broken)
+
+
+def test_the_scale_of_a_whole_tensor(weights: Weights, checked: Check):
+    names = {f"{EXPERT}.weight_global_scale", f"{EXPERT}.weight_scale_2"} & weights.keys()
+    if not names:
         pytest.skip("FP8 has none")
+    (name,) = names
     with pytest.raises(CheckpointError, match=re.escape(f"lacks {name}:")):
         checked(drop(name)(weights))
 
 
-def test_every_problem_is_named(weights: Weights):
+def test_every_problem_is_named(weights: Weights, checked: Check):
     broken = drop(f"{ATTENTION}.weight_scale", f"{EXPERT}.weight_scale")(weights)
     with pytest.raises(CheckpointError) as caught:
         checked(broken)
@@ -93,5 +148,8 @@ def test_every_problem_is_named(weights: Weights):
     assert EXPERT in str(caught.value)
 
 
-def test_a_rank_that_reads_its_experts_alone(weights: Weights):
-    assert len(checked(drop_module(EXPERT)(weights), experts=None)) < len(weights)
+def test_a_rank_that_reads_its_experts_alone(weights: Weights, checked: Check):
+    shared = {name: one for name, one in weights.items() if ".experts.2." not in name}
+    assert checked(shared, experts=None) == shared
+    with pytest.raises(CheckpointError, match=re.escape(f"lacks the weights of {EXPERT}:")):
+        checked(drop_module(EXPERT)(weights), experts=None)

@@ -34,7 +34,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.utils import flashinfer
 
 from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
-from vllm_diffusion.models.host_quantisation import HostQuantisation
+from vllm_diffusion.models.quantised.configuration import adopt
 from vllm_diffusion.testing.quantised import _plain_linears, _quantisation_config
 
 pytestmark = pytest.mark.vllm
@@ -113,7 +113,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("platform")
 def test_the_kernels_of_a_gpu(form: Any, linear: str, experts: str) -> None:
     config = mapped(form)
-    HostQuantisation.adopt(config)
+    adopt(config)
     assert type(config) is CompressedTensorsConfig, "on a GPU the configuration is vLLM's own"
     with set_current_vllm_config(served()):
         assert kernel_of(config, "model.layers.0.self_attn.qkv_proj") == linear

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers.engines import SERVER_OPTIONS
 from openai import OpenAI
 
 from vllm_diffusion.quant import native
-from vllm_diffusion.testing.quantised import Form, quantise_checkpoint
+from vllm_diffusion.testing.quantised import quantise_checkpoint
 from vllm_diffusion.testing.server import serve
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ QUESTION = "Rosa from Madrid works as a clerk at 55."
 ANSWER = '[{"name":"Rosa","age":55,"city":"Madrid","job":"clerk"}]'
 
 
-@pytest.fixture(params=get_args(Form))
+@pytest.fixture(params=["fp8-dynamic", "nvfp4"])
 def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """What a server of the trained checkpoint in a released form says, when it has answered."""
     folder = quantise_checkpoint(TRAINED, tmp_path, request.param)

@@ -229,7 +229,7 @@ def truncate(file: Path) -> None:
 
 def drop(file: Path) -> None:
     weights = load_file(file)
-    del weights["model.decoder.self_conditioning.down_proj.weight"]
+    del weights["model.decoder.layers.0.input_layernorm.weight"]
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -237,7 +237,7 @@ def drop(file: Path) -> None:
     ("damage", "problem"),
     [
         (truncate, "cannot be read"),
-        (drop, "lacks the weights of self_conditioning.down_proj.weight"),
+        (drop, "lacks the weights of model.layers.0.input_layernorm.weight"),
     ],
 )
 def test_damaged_weights(

@@ -10,17 +10,29 @@ import torch
 from helpers.doubt import decided_run
 from helpers.inside import Inside
 from helpers.oracle import Oracle
-from helpers.parity import ENGINE, assert_parity, conditioned_checkpoint, generate, make_prompt
+from helpers.parity import (
+    ENGINE,
+    SPEC,
+    WHOLE_CANVASES,
+    assert_parity,
+    conditioned_checkpoint,
+    generate,
+    make_prompt,
+)
 from helpers.probe import Probe
-from helpers.quantised import write_dequantised
+from helpers.quantised import matrix, write_dequantised
 from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.models.host_quantisation import HostExperts, HostLinear, describe
+from vllm_diffusion.models.quantised.layers import HostExperts, HostLinear, describe
 from vllm_diffusion.quant import native
+from vllm_diffusion.quant.packed import dequantise
 from vllm_diffusion.testing import quantised as maker
+from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
 from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
@@ -36,6 +48,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 # The released forms, and one that quantises what their ignore lists hold back.
 FORMS = ("nvfp4", "fp8-dynamic", "nvfp4-more")
 
+# The third form's engine serves adapters, too.
+LORA = {"nvfp4-more": {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}}
+ADAPTED = ("self_attn", "mlp", "router", "self_conditioning")  # experts cannot be
+
+FULL = 2  # the full-attention layer, whose keys are its values
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 MORE = {
     "self_conditioning.gate_up_proj",
@@ -52,7 +70,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=FORMS)
 def quantised(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: Any) -> Path:
     """A quantised checkpoint; beside it `reference`, the weights it stands for."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("quantised") / request.param
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "nvfp4-more":
             patch.setattr(maker, "_split", split_more)
@@ -83,10 +101,12 @@ def set_scales_apart(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def test_every_number_is_that_of_the_dequantised_weights(
-    quantised: Path, engine: Callable[..., LLM]
-) -> None:
-    llm = engine(quantised, **ENGINE)
+@pytest.fixture
+def llm(quantised: Path, engine: Callable[..., LLM]) -> LLM:
+    return engine(quantised, **ENGINE, **LORA.get(quantised.name, {}))
+
+
+def test_every_number_is_that_of_the_dequantised_weights(quantised: Path, llm: LLM) -> None:
     check_layers(llm, quantised)
     oracle = Oracle(quantised / "reference")
     exact = Oracle(quantised / "reference", dtype=torch.float64)
@@ -105,6 +125,51 @@ def test_every_number_is_that_of_the_dequantised_weights(
         assert mine <= 2 * rounding
 
 
+def test_adapters_of_a_quantised_checkpoint(
+    quantised: Path, llm: LLM, plain: Path, tmp_path: Path
+) -> None:
+    if quantised.name not in LORA:
+        pytest.skip("another form's engine serves adapters")
+    adapters = [
+        LoRARequest(name, number, str(write_adapter(tmp_path / name, plain, **what)))
+        for number, (name, what) in enumerate(
+            {
+                "alike": {"seed": 1, "size": 0.1, "only": ADAPTED[:3]},
+                "apart": {"seed": 2, "size": 0.1, "only": ADAPTED, "alike": False},
+            }.items(),
+            start=1,
+        )
+    ]
+    merged = merge_adapter(quantised / "reference", tmp_path / "alike", tmp_path / "merged")
+    prompt = make_prompt(49)
+    seed, theirs = decided_run(Oracle(merged), prompt, 1)
+    prompts = [prompt, make_prompt(20, 1), make_prompt(33, 2)]
+    seeds, requests = [seed, 1, 2], [adapters[0], adapters[1], None]
+    alone = [
+        answer(llm, [prompt], [seed], [adapter])[0]
+        for prompt, seed, adapter in zip(prompts, seeds, requests, strict=True)
+    ]
+    assert alone[0] == theirs.tokens
+    assert answer(llm, prompts, seeds, requests) == alone
+    assert alone[1] != generate(llm, prompts[1:2], seeds[1:2])[0]
+
+
+def answer(
+    llm: LLM,
+    prompts: list[list[int]],
+    seeds: list[int],
+    adapters: list[LoRARequest | None],
+) -> list[list[int]]:
+    """As `generate`, every prompt with an adapter of its own."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [SamplingParams(seed=seed, **WHOLE_CANVASES) for seed in seeds],
+        lora_request=adapters,
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def first_logits(run: OracleRun) -> torch.Tensor:
     return run.canvases[0].steps[0].logits
 
@@ -113,7 +178,8 @@ def check_layers(llm: LLM, folder: Path) -> None:
     """What is quantised in the released files, and nothing else, is quantised here."""
     model = Inside(llm).runner.model
     quantised, plain = set(), set()
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer")  # of an adapted layer
         if isinstance(module, LinearBase | RoutedExperts):
             packed = isinstance(module.quant_method, HostLinear | HostExperts)
             (quantised if packed else plain).add(".".join(name.split(".")[3:]) or name)
@@ -150,6 +216,35 @@ def test_without_the_compiled_part_weights_are_dequantised(
     assert "dequantised" in str(describe(Inside(llm).runner.model, torch.float32))
     ours = generate(llm, [prompt], [seed])
     assert ours == generate(engine_pool.get(tmp_path / "reference", **ENGINE), [prompt], [seed])
+
+
+@pytest.mark.skipif(native.library() is None, reason="looks into packed matrices")
+def test_the_file_of_model_optimizer(plain: Path, tmp_path: Path, engine_pool: EnginePool) -> None:
+    """Its engine multiplies with the numbers of the file that compressed-tensors wrote."""
+    folder = quantise_checkpoint(plain, tmp_path / "optimizer", "modelopt-nvfp4")
+    peer = load_file(quantise_checkpoint(plain, tmp_path / "peer", "nvfp4") / WEIGHTS)
+    # vLLM lets no model in float32 have this form.
+    llm = engine_pool.get(folder, **ENGINE, dtype="bfloat16")
+    for number, layer in enumerate(Inside(llm).runner.model.model.layers):
+        attention, experts = layer.self_attn, layer.experts.routed_experts
+        values = "v_proj" if number != FULL else "k_proj"
+        for where, module, names in (
+            ("self_attn.", attention.qkv_proj, ("q_proj", "k_proj", values)),
+            ("self_attn.", attention.o_proj, ("o_proj",)),
+            ("mlp.", layer.mlp.gate_up_proj, ("gate_proj", "up_proj")),
+            ("mlp.", layer.mlp.down_proj, ("down_proj",)),
+            *((f"experts.{one}.", (experts, one), EXPERT_MATRICES) for one in range(SPEC.experts)),
+        ):
+            expected = [matrix(peer, f"model.decoder.layers.{number}.{where}{n}") for n in names]
+            packed = (
+                [stack[module[1]] for stack in experts.quant_method.packed]
+                if isinstance(module, tuple)
+                else module.quant_method.packed
+            )
+            found = torch.cat([dequantise(one, torch.float64).flatten() for one in packed])
+            truth = torch.cat([one.flatten() for one in expected])
+            torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+    assert len(generate(llm, [make_prompt(9)], [1])[0]) == 3 * SPEC.canvas
 
 
 # ---- files that cannot be served; tests/contract/test_quantised_files.py has more of them ----

@@ -30,6 +30,12 @@ PARTS = {
         "weight_global_scale": (torch.float32, [1]),
         "input_global_scale": (torch.float32, [1]),
     },
+    "modelopt-nvfp4": {
+        "weight": (torch.uint8, [64, 32]),
+        "weight_scale": (torch.float8_e4m3fn, [64, 4]),
+        "weight_scale_2": (torch.float32, []),
+        "input_scale": (torch.float32, []),
+    },
     "fp8-dynamic": {
         "weight": (torch.float8_e4m3fn, [64, 64]),
         "weight_scale": (torch.bfloat16, [64, 1]),
@@ -63,8 +69,11 @@ def test_layout(form: Form, plain: Path, tmp_path: Path):
 def test_what_config_json_says(form: Form, plain: Path, tmp_path: Path):
     folder = quantise_checkpoint(plain, tmp_path, form)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert said["quant_method"] == "compressed-tensors"
-    assert said["config_groups"]["group_0"]["targets"] == ["Linear"]
+    if form == "modelopt-nvfp4":
+        assert (said["quant_method"], said["quant_algo"]) == ("modelopt", "NVFP4")
+    else:
+        assert said["quant_method"] == "compressed-tensors"
+        assert said["config_groups"]["group_0"]["targets"] == ["Linear"]
     ignored = set(said["ignore"])
     assert {name.removesuffix(".weight") for name in LEFT_ALONE[1:]} | {"lm_head"} <= ignored
     assert not [name for name in ignored if "experts" in name or "layers.2.mlp" in name]
@@ -81,6 +90,24 @@ def test_rounding(form: Form, most: float, plain: Path, tmp_path: Path):
     error = (matrix(stored, module) - weight).abs()
     assert (error <= most * peak).all()
     assert error.any()
+
+
+def test_groups_err_no_more_than_with_the_scale_of_their_largest_weight(
+    plain: Path, tmp_path: Path
+):
+    stored = load_file(quantise_checkpoint(plain, tmp_path, "nvfp4") / WEIGHTS)
+    module = f"{LAYER}mlp.down_proj"
+    weight = load_file(plain / WEIGHTS)[f"{module}.weight"].double()
+    groups = weight.view(len(weight), -1, 16)
+    overall = stored[f"{module}.weight_global_scale"]
+    largest = (groups.abs().amax(-1) / 6 * overall).to(torch.float8_e4m3fn)
+    scale = (largest.double() / overall)[..., None]
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    nearest = ((groups / scale).abs()[..., None] - numbers).abs().argmin(-1)
+    peer = (numbers[nearest] * scale - groups.abs()).square().sum(-1)
+    error = (matrix(stored, module).view_as(groups) - groups).square().sum(-1)
+    assert (error <= peer * (1 + 1e-6)).all()
+    assert error.sum() < 0.8 * peer.sum()
 
 
 def test_what_is_fused_shares_a_scale(plain: Path, tmp_path: Path):

@@ -2,11 +2,13 @@
 
 Takes a checkpoint folder with plain weights. Gives a folder with the same model in the layout that
 llm-compressor saves: FP8-dynamic or NVFP4 (W4A4) of compressed-tensors, whose own code rounds and
-packs every matrix. Experts are named one by one, full-attention layers have no v_proj, and head,
-embeddings, routers, self-conditioning and vision stay as they are and are listed under `ignore`.
+packs every matrix, or in that of NVIDIA's Model Optimizer, which holds the same NVFP4 under other
+names. Experts are named one by one, full-attention layers have no v_proj, and head, embeddings,
+routers, self-conditioning and vision stay as they are and are listed under `ignore`.
 
-Weights are rounded to nearest, without calibration. NVFP4 asks for a scale of the activations too:
-every matrix gets that of `ACTIVATION_PEAK`. Nothing here reads it on a CPU.
+Weights are rounded to nearest, without calibration. A row of FP8 has the scale of its largest
+weight, a group of NVFP4 the one with the smallest squared error. NVFP4 asks for a scale of the
+activations too: every matrix gets that of `ACTIVATION_PEAK`. Nothing here reads it on a CPU.
 """
 
 import argparse
@@ -17,15 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor
 
-Form = Literal["fp8-dynamic", "nvfp4"]
+Form = Literal["fp8-dynamic", "nvfp4", "modelopt-nvfp4"]
 
 PRESETS: Final[Mapping[Form, tuple[str, str]]] = {
     "fp8-dynamic": ("FP8_DYNAMIC", "float-quantized"),
     "nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
+    "modelopt-nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
 }
 """Of each form the scheme and the layout, by the names that compressed-tensors gives them."""
+
+SCALE_STEPS: Final = 16
+"""Scales that are tried in an octave for a group; E4M3 has eight."""
 
 ACTIVATION_PEAK: Final = 16.0
 """Largest activation that the scales of NVFP4's activations leave room for."""
@@ -53,7 +60,10 @@ def quantise_checkpoint(source: str | Path, target: str | Path, form: Form) -> P
         if file.suffix in {".json", ".jinja"}:
             shutil.copyfile(file, target / file.name)
     matrices, rest = _split(load_file(source / WEIGHTS))
-    weights = {**rest, **_compress(matrices, form)}
+    packed = _compress(matrices, form)
+    if form == "modelopt-nvfp4":
+        packed = dict(_renamed(name, tensor) for name, tensor in packed.items())
+    weights = {**rest, **packed}
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _quantisation_config(form, ignore=_plain_linears(rest))
@@ -93,7 +103,7 @@ def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor
     import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    from compressed_tensors.quantization.utils import generate_gparam
 
     preset, layout = PRESETS[form]
     scheme = preset_name_to_scheme(preset, ["Linear"])
@@ -108,12 +118,8 @@ def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor
                 f"{form} needs other sizes."
             )
         parts: dict[str, Tensor] = {"weight": weight.contiguous()}
-        groups = weight.reshape(len(weight), -1, group or weight.shape[1])
         overall = generate_gparam(-peaks[module], peaks[module]) if group else None
-        scale, _ = calculate_qparams(
-            groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=overall
-        )
-        parts["weight_scale"] = scale.to(weight.dtype)
+        parts["weight_scale"] = _best_scales(weight, scheme.weights, overall)
         if overall is not None:
             peak = torch.tensor(ACTIVATION_PEAK)
             parts["weight_global_scale"] = overall
@@ -121,6 +127,31 @@ def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor
         for name, tensor in compressor.compress(parts, scheme).items():
             stored[f"{module}.{name}"] = tensor.contiguous()
     return stored
+
+
+def _best_scales(weight: "Tensor", form: "QuantizationArgs", overall: "Tensor | None") -> "Tensor":
+    """[N, K / group], the scales of `weight` [N, K], in its dtype and rounded as they are stored.
+
+    In groups the scale that errs least by squares, of those from half to twice that of the largest
+    weight; for whole rows that of the largest weight.
+    """
+    import torch
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    groups = weight.float().reshape(len(weight), -1, form.group_size or weight.shape[1])
+    low, high = groups.amin(-1), groups.amax(-1)
+    steps = range(-SCALE_STEPS, SCALE_STEPS + 1) if form.group_size else [0]
+    scales, errors = [], []
+    for step in steps:
+        factor = 2 ** (step / SCALE_STEPS)
+        scale, zero = calculate_qparams(low * factor, high * factor, form, global_scale=overall)
+        scale = scale.to(weight.dtype)
+        rounded = fake_quantize(groups.flatten(1), scale, zero, form, global_scale=overall)
+        errors.append((rounded.view_as(groups) - groups).square().sum(-1))
+        scales.append(scale)
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return torch.stack(scales).gather(0, best)[0]
 
 
 def _shared_peaks(matrices: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
@@ -132,6 +163,18 @@ def _shared_peaks(matrices: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
         fused = [matrices[f"{parent}.{one}"] for one in family if f"{parent}.{one}" in matrices]
         peaks[module] = max(one.abs().max().float() for one in (weight, *fused))
     return peaks
+
+
+def _renamed(name: str, tensor: "Tensor") -> tuple[str, "Tensor"]:
+    """A tensor as Model Optimizer has it: whole tensors are multiplied with their scale."""
+    module, _, part = name.rpartition(".")
+    names = {
+        "weight_packed": "weight",
+        "weight_global_scale": "weight_scale_2",
+        "input_global_scale": "input_scale",
+    }
+    inverse = part.endswith("global_scale")
+    return f"{module}.{names.get(part, part)}", 1 / tensor[0] if inverse else tensor
 
 
 def _plain_linears(rest: Mapping[str, "Tensor"]) -> list[str]:
@@ -149,6 +192,14 @@ def _quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
     preset, layout = PRESETS[form]
+    if form == "modelopt-nvfp4":
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": preset,
+            "producer": {"name": "modelopt"},
+            "group_size": 16,
+            "ignore": list(ignore),
+        }
     described: dict[str, Any] = QuantizationConfig(
         config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])},
         ignore=list(ignore),

@@ -40,6 +40,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
+from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
 from vllm_diffusion.models.diffusion_gemma.reload import pack_experts_again
@@ -51,7 +52,8 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     refuse_missing,
     whole,
 )
-from vllm_diffusion.models.host_quantisation import HostQuantisation, describe, is_released
+from vllm_diffusion.models.quantised.configuration import adopt, is_released
+from vllm_diffusion.models.quantised.layers import describe
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.patches import ADAPTER_PATCHES
 
@@ -119,15 +121,15 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         text_config = vllm_config.model_config.hf_text_config
         quant_config = vllm_config.quant_config
         # Before the first layer is built, since a layer asks it how to store its weights.
-        HostQuantisation.adopt(quant_config)
+        adopt(quant_config)
         self.config = config
         self.quant_config = quant_config
         self.released_quantisation: bool = is_released(quant_config)
         # Where ranks read their experts alone, nobody sees them all.
         filtered = vllm_config.parallel_config.enable_ep_weight_filter
         self.expected_experts: int | None = None if filtered else text_config.num_experts
+        self.expected_modules: tuple[str, ...] = tuple(adaptable(text_config))
         self.source: str = vllm_config.model_config.model
-        self.loaded_once: bool = False
         self.loads: int = 0
         self.model_dtype = vllm_config.model_config.dtype
         # Full-attention layers have no v_proj: the loader must put k_proj into both shards. The
@@ -296,12 +298,16 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         Raises:
             CheckpointError: a file cannot be read, or a weight is in none of them.
         """
-        if self.loaded_once:
+        if self.loads:
             pack_experts_again(self)
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
         weights = readable(weights, self.source)
-        if self.released_quantisation and not self.loaded_once:
-            weights = whole(weights, self.source, experts=self.expected_experts)
+        # Scales of other quantised files depend on their scheme; an update may bring a part.
+        known = self.quant_config is None or self.released_quantisation
+        if known and not self.loads:
+            weights = whole(
+                weights, self.source, modules=self.expected_modules, experts=self.expected_experts
+            )
         loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
         for index, layer in enumerate(self.model.layers):
             names = [f"model.layers.{index}.{kind}_layer_scalar" for kind in ("encoder", "decoder")]
@@ -312,10 +318,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
                 layer.encoder_layer_scalar.copy_(layer.decoder_layer_scalar)
             if encoder or decoder:
                 loaded.update(names)
-        if (self.quant_config is None or self.released_quantisation) and not self.loaded_once:
-            # Scales of other quantised files depend on their scheme; an update may bring a part.
+        if known and not self.loads:
             refuse_missing(self, loaded, self.source)
-        self.loaded_once = True
         self.loads += 1
         return loaded
 

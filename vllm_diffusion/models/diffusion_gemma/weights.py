@@ -11,13 +11,14 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+import torch
 from safetensors import SafetensorError
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_diffusion.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -63,10 +64,16 @@ _PARTS = {
     "weight_scale",
     "weight_global_scale",
     "input_global_scale",
+    "weight_scale_2",
+    "input_scale",
 }
 _GROUP = 16
 _CACHE_SCALES = ".self_attn.attn."
+_INPUT_SCALE = "input_scale"
+_TREE = re.compile(r"^model\.(decoder\.|encoder\.language_model\.)?")
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)$")
+_SINGLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_NO_FILE = "a file is missing or belongs to another model"
 
 
 def readable(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:
@@ -86,28 +93,34 @@ def refuse_missing(model: nn.Module, loaded: set[str], source: str) -> None:
     vLLM's own check excuses every layer that processes its weights after loading: on CPU that is
     all of them, and a shard that was never downloaded would be served as noise.
     """
-    # Scales of a quantised cache have a default, and few files hold any.
-    parameters = {name for name, _ in model.named_parameters() if _CACHE_SCALES not in name}
-    missing = sorted(parameters - loaded)
-    if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise CheckpointError(
-            f"{source} lacks the weights of {', '.join(missing[:_NAMED])}{more}: a file is missing "
-            "or belongs to another model; fetch the checkpoint again."
-        )
+    # Scales of a quantised cache have a default, and few files hold any. Those of activations, as
+    # Model Optimizer calls them, are not in every file and are not used where files are checked.
+    parameters = {
+        name
+        for name, _ in model.named_parameters()
+        if _CACHE_SCALES not in name and not name.endswith(_INPUT_SCALE)
+    }
+    if missing := sorted(parameters - loaded):
+        raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
 
 
 def whole(
-    weights: Iterable[tuple[str, Tensor]], source: str, *, experts: int | None
+    weights: Iterable[tuple[str, Tensor]],
+    source: str,
+    *,
+    modules: Iterable[str],
+    experts: int | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same weights of a quantised file; raises `CheckpointError` where parts do not belong.
+    """The same weights; raises `CheckpointError` where parts are missing or do not belong together.
 
-    vLLM asserts on a scale of another shape, and serves what it never loaded: a scale, or one
-    expert of many, would stay whatever memory held.
+    vLLM holds q, k and v, gate and up, and a layer's experts as one parameter each, which counts as
+    loaded when a part of it was: the rest, weights or scales, would stay whatever memory held. On a
+    scale of another shape it asserts.
 
     Args:
         weights: by the names in the file.
         source: for the message.
+        modules: the matrices there have to be, named as in `adapter.adaptable`.
         experts: how many every layer has; None where the file may be read in part, by rank.
     """
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -121,15 +134,22 @@ def whole(
                     f"{source} is not quantised as its config.json says: {misfit}. NVFP4 has one "
                     f"scale for {_GROUP} inputs, FP8 one for a row; quantise the model again."
                 )
+        elif module.endswith(".experts"):
+            found[name] = {}  # the tensor of all experts of a layer
         yield name, weight
-    missing = [problem for module, parts in found.items() for problem in _lacks(module, parts)]
-    missing += [] if experts is None else _missing_experts(found, experts)
-    if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise CheckpointError(
-            f"{source} lacks {', '.join(missing[:_NAMED])}{more}: a file is missing or the model "
-            "was not quantised whole; fetch the checkpoint again."
-        )
+    if missing := _missing_modules(modules, {_TREE.sub("", name) for name in found}, experts):
+        raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
+    parts = [problem for module, parts in found.items() for problem in _lacks(module, parts)]
+    if parts:
+        why = "a file is missing or the model was not quantised whole"
+        raise _lacking(f"{source} lacks", parts, why)
+
+
+def _lacking(lacks: str, missing: Sequence[str], why: str) -> CheckpointError:
+    """The error that names what is in no file."""
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    named = ", ".join(missing[:_NAMED])
+    return CheckpointError(f"{lacks} {named}{more}: {why}; fetch the checkpoint again.")
 
 
 def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
@@ -139,7 +159,7 @@ def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
     if codes is None or scale is None:
         return None
     rows, width = codes.shape
-    expected = [rows, 2 * width // _GROUP] if "weight_packed" in parts else [rows, 1]
+    expected = [rows, 2 * width // _GROUP] if codes.dtype == torch.uint8 else [rows, 1]
     if list(scale.shape) == expected:
         return None
     return f"{module}.weight_scale is {list(scale.shape)}, expected {expected}"
@@ -150,22 +170,32 @@ def _lacks(module: str, parts: dict[str, Tensor]) -> list[str]:
     needed: set[str] = set()
     if "weight_packed" in parts:
         needed = {"weight_scale", "weight_global_scale"}
+    elif "weight" in parts and parts["weight"].dtype == torch.uint8:
+        needed = {"weight_scale", "weight_scale_2"}
     elif "weight" in parts:
         needed = {"weight_scale"} if parts["weight"].itemsize == 1 else set()
-    else:
+    elif parts:
         return [f"the weights of {module}"]
     return [f"{module}.{part}" for part in sorted(needed - parts.keys())]
 
 
-def _missing_experts(modules: Iterable[str], experts: int) -> list[str]:
-    """Names of experts that are in no file, in layers that name theirs one by one."""
-    present: dict[tuple[str, str], set[int]] = defaultdict(set)
+def _missing_modules(
+    modules: Iterable[str], found: Collection[str], experts: int | None
+) -> list[str]:
+    """Which of the modules are in no file, by their names there, of experts by the number."""
+    seen = {int(match["number"]) for name in found if (match := _EXPERT.match(name))}
+    numbers = sorted(seen) if experts is None else range(experts)
+    missing: list[str] = []
     for module in modules:
-        if match := _EXPERT.match(module):
-            present[match["experts"], match["projection"]].add(int(match["number"]))
-    return [
-        f"{layer}.{number}.{projection}"
-        for (layer, projection), numbers in present.items()
-        for number in range(experts)
-        if number not in numbers
-    ]
+        if module in found:
+            continue
+        layer, _, projection = module.rpartition(".")
+        single = (
+            [f"{layer}.{number}.{one}" for number in numbers for one in _SINGLE[projection]]
+            if layer.endswith(".experts")
+            else []
+        )
+        lacking = [name for name in single if name not in found]
+        # Where there is none at all, the file may rather have had them in one tensor.
+        missing += lacking if len(lacking) < len(single) else [module]
+    return [f"model.decoder.{name}" for name in missing]

@@ -1,19 +1,15 @@
-"""compressed-tensors on a CPU host, where stock vLLM runs neither released checkpoint.
+"""Layers of a quantised checkpoint on a CPU host: matrices stay packed, activations as they are.
 
-vLLM 0.32 has no NVFP4 kernel for CPUs and no experts in FP8 by channel. Here the two released
-schemes, NVFP4 and FP8 by channel, are weights only: matrices stay packed (`quant.product`), or,
-where the C++ part is not built, are dequantised when they are loaded and run as plain ones.
-Whatever else a checkpoint asks for goes to vLLM. Nothing of vLLM is replaced: the model class hands
-its layers this configuration in place of the one vLLM read.
+Where the C++ part is not built, or in float16, matrices are dequantised when they are loaded and
+run as plain ones. `configuration` says which layers of a checkpoint are these.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import (
     FusedMoeWeightScaleSupported,
@@ -26,9 +22,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-)
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -36,7 +29,6 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from vllm_diffusion.errors import CheckpointError
 from vllm_diffusion.quant import native, product
@@ -45,101 +37,9 @@ from vllm_diffusion.quant.packed import GROUP, PackedMatrix, dequantise
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from compressed_tensors.quantization import QuantizationArgs
-    from vllm.model_executor.layers.quantization import QuantizationConfig
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm_diffusion.models.quantised.forms import WeightForm
 
 _BYTE: Final = torch.uint8
-_REFUSALS: Final = (AssertionError, NotImplementedError, RuntimeError, ValueError)
-"""What vLLM raises where it has no scheme or no kernel for a layer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightForm:
-    """How the matrices of a layer are stored; the two released schemes differ in nothing else."""
-
-    name: Literal["NVFP4", "FP8"]
-    input_scale: bool
-    """Whether the file holds a scale of the activations too. It is loaded and dropped."""
-
-    @property
-    def codes(self) -> tuple[str, torch.dtype, int]:
-        """Name in the file, dtype, and how many weights one element holds."""
-        return ("weight_packed", _BYTE, 2) if self.grouped else ("weight", torch.float8_e4m3fn, 1)
-
-    @property
-    def grouped(self) -> bool:
-        """Whether groups of inputs have scales, and the whole tensor another."""
-        return self.name == "NVFP4"
-
-
-def form_of(scheme: Mapping[str, Any] | None) -> WeightForm | None:
-    """The form of a compressed-tensors scheme; None where it is neither released one."""
-    weights: QuantizationArgs | None = scheme and scheme["weights"]
-    if not scheme or weights is None or weights.type != QuantizationType.FLOAT:
-        return None
-    inputs: QuantizationArgs | None = scheme["input_activations"]
-    if not weights.symmetric or weights.dynamic:
-        return None
-    kind = weights.num_bits, weights.strategy, weights.group_size
-    if kind == (4, QuantizationStrategy.TENSOR_GROUP, GROUP):
-        return WeightForm(name="NVFP4", input_scale=inputs is not None)
-    # Activations with a scale in the file are another scheme, FP8 static.
-    if kind == (8, QuantizationStrategy.CHANNEL, None) and (inputs is None or inputs.dynamic):
-        return WeightForm(name="FP8", input_scale=False)
-    return None
-
-
-def is_released(config: QuantizationConfig | None) -> bool:
-    """Whether a checkpoint is quantised in the released forms and in no other."""
-    if not isinstance(config, CompressedTensorsConfig):
-        return False
-    schemes = config.target_scheme_map.values()
-    return bool(schemes) and all(form_of(scheme) is not None for scheme in schemes)
-
-
-class HostQuantisation(CompressedTensorsConfig):
-    """What a checkpoint says about its quantisation, for the layers of a model on a CPU."""
-
-    @classmethod
-    def adopt(cls, config: QuantizationConfig | None) -> None:
-        """Turn what vLLM read into this, in place, on a CPU host and for compressed-tensors."""
-        if current_platform.is_cpu() and type(config) is CompressedTensorsConfig:
-            config.__class__ = cls
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How a layer stores and uses its weights.
-
-        Raises:
-            CheckpointError: the layer's scheme is one that nothing here can run.
-        """
-        schemes = self._schemes(layer, prefix)
-        forms = {form_of(scheme) for scheme in schemes}
-        form = forms.pop() if len(forms) == 1 else None
-        if form is not None:
-            if isinstance(layer, RoutedExperts):
-                return HostExperts(layer, form)
-            return HostLinear(form)
-        try:
-            return super().get_quant_method(layer, prefix)
-        except _REFUSALS as error:
-            raise CheckpointError(
-                f"{prefix} is quantised in a way that a CPU cannot run ({_described(schemes)}): "
-                f"{str(error) or type(error).__name__}. On a CPU these run: NVFP4 in groups of "
-                f"{GROUP} (W4A4 or W4A16), FP8 by channel with dynamic activations, and what vLLM "
-                "itself runs there."
-            ) from error
-
-    def _schemes(self, layer: nn.Module, prefix: str) -> list[dict[str, Any] | None]:
-        """The schemes of a layer's matrices; none of a layer that this does not decide about."""
-        if isinstance(layer, RoutedExperts):
-            names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-            # In the file every expert is three linear layers, and that is what a scheme targets.
-            linear = nn.Linear(1, 1, device="meta")
-            return [self.get_scheme_dict(linear, f"{prefix}.0.{name}") for name in names]
-        if isinstance(layer, LinearBase):
-            return [self.get_scheme_dict(layer, prefix)]
-        return []
 
 
 @register_weight_loader_v2_supported_method
@@ -176,17 +76,16 @@ class HostLinear(UnquantizedLinearMethod):
         )
         if not self.form.grouped:
             scale = ChannelQuantScaleParameter(
-                data=torch.empty(rows, 1), output_dim=0, weight_loader=loader
+                data=torch.empty(rows, 1, dtype=torch.float32), output_dim=0, weight_loader=loader
             )
             layer.register_parameter("weight_scale", scale)
             return
         groups = torch.empty(rows, inputs // GROUP, dtype=torch.float8_e4m3fn)
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=groups, **sides))
-        for tensor in ("weight", "input")[: 1 + self.form.input_scale]:
-            overall = torch.empty(len(self.parts))
+        for name in self.form.whole_scales:
+            whole = torch.empty(len(self.parts), dtype=torch.float32)
             layer.register_parameter(
-                f"{tensor}_global_scale",
-                PerTensorScaleParameter(data=overall, weight_loader=loader),
+                name, PerTensorScaleParameter(data=whole, weight_loader=loader)
             )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -198,12 +97,15 @@ class HostLinear(UnquantizedLinearMethod):
         parameters = _take_parameters(layer)
         if self.form.grouped:
             parts = torch.tensor(self.parts)
-            row_scale = (1 / parameters["weight_global_scale"]).repeat_interleave(parts)
+            factor = self.form.factor(parameters[self.form.whole_scales[0]])
+            row_scale = factor.repeat_interleave(parts)
         else:
             row_scale = parameters["weight_scale"][:, 0]
         packed = _packed(layer.prefix, self.form, parameters, "", row_scale)
         if stays_packed(self.dtype):
             self.packed = (packed,)
+            # No parameter: vLLM's adapted layers ask a base layer's weights where they are.
+            layer.weight_packed = packed.codes
         else:
             layer.weight = nn.Parameter(dequantise(packed, self.dtype), requires_grad=False)
             super().process_weights_after_loading(layer)
@@ -222,7 +124,8 @@ class HostExperts(UnquantizedFusedMoEMethod):
     supports_eplb = False
 
     def __init__(self, layer: RoutedExperts, form: WeightForm) -> None:
-        super().__init__(layer.moe_config)
+        # No adapter changes quantised experts, so where they are dequantised they run as without.
+        super().__init__(dataclasses.replace(layer.moe_config, is_lora_enabled=False))
         self.form = form
         self.name = layer.layer_name
         self.packed: tuple[PackedMatrix, ...] = ()
@@ -265,9 +168,8 @@ class HostExperts(UnquantizedFusedMoEMethod):
                 register(scale, (rows, 1), torch.float32, kinds.CHANNEL.value)
                 continue
             register(scale, (rows, inputs // GROUP), torch.float8_e4m3fn, kinds.GROUP.value)
-            for tensor in ("weight", "input")[: 1 + self.form.input_scale]:
-                overall = f"{stem}_{tensor}_global_scale"
-                register(overall, parts, torch.float32, kinds.TENSOR.value)
+            for whole in self.form.whole_scales:
+                register(f"{stem}_{whole}", parts, torch.float32, kinds.TENSOR.value)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Take the parameters off the layer, and keep the matrices they make.
@@ -280,8 +182,9 @@ class HostExperts(UnquantizedFusedMoEMethod):
         for stem in ("w13_", "w2_"):
             experts, rows = parameters[f"{stem}weight_scale"].shape[:2]
             if self.form.grouped:
-                overall = 1 / parameters[f"{stem}weight_global_scale"].view(experts, -1)
-                row_scale = overall.repeat_interleave(rows // overall.shape[1], dim=1)
+                whole = parameters[f"{stem}{self.form.whole_scales[0]}"].view(experts, -1)
+                factor = self.form.factor(whole)
+                row_scale = factor.repeat_interleave(rows // factor.shape[1], dim=1)
             else:
                 row_scale = parameters[f"{stem}weight_scale"][..., 0]
             both.append(_packed(self.name, self.form, parameters, stem, row_scale))
@@ -366,14 +269,3 @@ def _refuse_ragged(where: str, inputs: int, form: WeightForm) -> None:
             f"{where} has {inputs} inputs on each rank, which are no groups of {GROUP}: NVFP4 "
             "cannot be split so; serve with fewer tensor parallel ranks."
         )
-
-
-def _described(schemes: list[dict[str, Any] | None]) -> str:
-    """What is asked for, in short."""
-    asked = {
-        f"{args.num_bits} bit {args.type} weights by {args.strategy}"
-        + (f" of {args.group_size}" if args.group_size else "")
-        for scheme in schemes
-        if scheme and (args := scheme["weights"])
-    }
-    return ", ".join(sorted(asked)) or "no scheme"
