@@ -207,7 +207,7 @@ def start_vllm(checkpoint: str, concurrency: int = CONCURRENCY, *, eager: bool =
     """An engine in this process, the same for ours and native."""
     from vllm import LLM
 
-    gc.freeze()  # a start collects garbage seven times, each time through all modules
+    gc.freeze()  # a start collects garbage eight times, each time through all modules
     return LLM(
         checkpoint,
         dtype="float32",

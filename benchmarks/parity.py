@@ -201,7 +201,7 @@ def start(checkpoint: Path) -> Any:
     """An engine in this process."""
     from vllm import LLM
 
-    gc.freeze()  # a start collects garbage seven times, each time through all modules
+    gc.freeze()  # a start collects garbage eight times, each time through all modules
     return LLM(
         str(checkpoint),
         dtype="float32",

@@ -94,8 +94,8 @@ class EnginePool:
     def _start(self, checkpoint: Path, in_process: bool, options: dict[str, Any]) -> LLM:
         from vllm import LLM
 
-        # vLLM collects garbage eleven times from an engine's start to its end, and unfreezes what
-        # `close` froze: every module ever imported, which took most of the time of both.
+        # vLLM collects garbage some ten times from an engine's start to its end, and unfreezes what
+        # `close` froze: every module ever imported. That took most of the time of both.
         for function in ("freeze", "unfreeze"):
             self._environment.setattr(gc, function, lambda: None)
         # Read by vLLM whenever it starts a process, so it stands as long as the engine does.
