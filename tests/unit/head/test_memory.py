@@ -120,7 +120,7 @@ def test_a_step_stays_within_its_budget(rows: int, kind: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells memory peaks")
 @pytest.mark.parametrize("kind", ["classes", "classes-torch", "classes-cut"])
 def test_so_do_classes_beside_their_answer(kind: str) -> None:
-    rows = 500
+    rows = 250
     answer = rows * 3000 * (4 * 4 + 2 * 8) / 2**20  # and once more, where its parts are joined
     assert extra_mb(rows, kind) <= 64 + 20 + 2 * answer
 
