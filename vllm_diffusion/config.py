@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.head.quantised import HEAD_FORMS
-from vllm_diffusion.params import LARGEST, MAX_STEPS, malformed
+from vllm_diffusion.params import LARGEST, MAX_STEPS, SMALLEST, malformed
 from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
@@ -222,8 +222,9 @@ def _incoherent(rule: RuleConstants) -> list[str]:
     """Why the temperatures of a rule make no ramp, if they make none."""
     if rule.t_max < rule.t_min:
         return [f"t_max ({rule.t_max}) must not be below t_min ({rule.t_min})"]
-    if rule.t_max == 0:
-        return ["t_max must be above 0: logits are divided by the temperature, got 0"]
+    if rule.t_max < SMALLEST:
+        least = f"t_max must be at least {SMALLEST:g}"
+        return [f"{least}: logits are divided by the temperature, got {rule.t_max}"]
     return []
 
 
