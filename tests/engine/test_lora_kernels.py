@@ -337,10 +337,16 @@ def test_text_rows_and_canvas_rows_of_an_adapter_have_slots_of_their_own(text_co
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("kernels")
-def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(text_config):
+def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(monkeypatch, text_config):
     """Fake tensors of another device: what mixes devices, or waits for a value, raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+    from vllm_diffusion.engine import lora_rows
+
+    # A CPU worker that ran in this process has replaced vLLM's by one that copies to no device.
+    monkeypatch.setattr(
+        lora_rows, "async_tensor_h2d", lambda data, device: torch.from_numpy(data).to(device)
+    )
     with FakeTensorMode():
         adapters = make_adapters(text_config, torch.device("meta"))
         activate(adapters, 7, 7, 0, 7, 9, 9, 0)
