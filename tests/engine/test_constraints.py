@@ -190,6 +190,19 @@ def test_n_answers_of_one_request(llm: LLM) -> None:
     assert len(output.outputs) == 3
 
 
+def test_min_tokens_are_kept_where_the_constraint_has_longer_texts(llm: LLM) -> None:
+    def answer(regex: str, **sampling: Any) -> Any:
+        constraint = StructuredOutputsParams(regex=regex)
+        return generate(llm, "hello", structured_outputs=constraint, **sampling)[0].outputs[0]
+
+    assert len(answer("[a-d]*").token_ids) < 8, "nothing to keep"
+    for least in (8, CANVAS + 8):
+        patient = answer("[a-d]*", min_tokens=least)
+        assert len(patient.token_ids) > least
+        assert re.fullmatch("[a-d]+", patient.text)
+    assert answer("yes", min_tokens=8).text == "yes"
+
+
 # ---- vLLM's own net ----
 
 
