@@ -217,13 +217,14 @@ def thinks_first(
     """Whether a request thinks before its constraint begins, as the engine's core will decide.
 
     Args:
-        engine: vLLM's AsyncLLM.
+        engine: vLLM's AsyncLLM or LLMEngine.
         prompt: token ids.
         ended: what the server knows of it.
         parser_kwargs: of the request, for the reasoning parser.
 
     Raises:
-        VLLMValidationError: it does, and no single token ends the thinking.
+        VLLMValidationError: it does, and no single token ends the thinking; or the parser is not
+            one for this tokenizer, so that nobody knows.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.reasoning import ReasoningParserManager
@@ -232,10 +233,19 @@ def thinks_first(
     if ended or not config.reasoning_parser or config.enable_in_reasoning:
         return False
     reasoner_cls = ReasoningParserManager.get_reasoning_parser(config.reasoning_parser)
-    reasoner = reasoner_cls(engine.input_processor.tokenizer, **(parser_kwargs or {}))
-    if ended is None and reasoner.is_reasoning_end(list(prompt)):
-        return False
-    if ending(reasoner, prompt) is None:
+    try:
+        reasoner = reasoner_cls(engine.input_processor.tokenizer, **(parser_kwargs or {}))
+        if ended is None and reasoner.is_reasoning_end(list(prompt)):
+            return False
+        end = ending(reasoner, prompt)
+    except Exception as error:
+        # Parsers raise what they like where the tokenizer lacks their tokens.
+        raise VLLMValidationError(
+            f"where a constraint begins is for the reasoning parser {config.reasoning_parser!r} to "
+            f"say, which does not fit this model's tokenizer ({error}): serve with a parser that "
+            "does, or none"
+        ) from error
+    if end is None:
         raise VLLMValidationError(
             f"a constraint behind thinking needs a token that ends the thinking, and the reasoning "
             f"parser {config.reasoning_parser!r} has none: switch thinking off for this request, "
