@@ -128,6 +128,8 @@ def compile_beside(name: str) -> None:
     The checks of a request run in the event loop, before its answer begins. With the automaton in
     the cache by then, they take no time from other clients.
 
+    And refuse there what the parameters of the request will not tell any more.
+
     Args:
         name: of an async method that takes the request first and is awaited before the checks.
     """
@@ -139,10 +141,22 @@ def compile_beside(name: str) -> None:
     async def compiling(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = await original(self, request, *args, **kwargs)
         if self.model_config.is_diffusion and hasattr(request, "extract_structured_outputs"):
+            _refuse_beams(request)
             await asyncio.to_thread(_compile, self.renderer, request)
         return result
 
     setattr(OnlineRenderer, name, compiling)
+
+
+def _refuse_beams(request: Any) -> None:
+    """vLLM writes a beam token by token, and its parameters of a beam have no constraint."""
+    from vllm.exceptions import VLLMValidationError
+
+    if vars(request).get("use_beam_search") and request.extract_structured_outputs() is not None:
+        raise VLLMValidationError(
+            "use_beam_search and a constraint (response_format, structured_outputs or tools that "
+            "must be called) exclude each other: beams are not held to it"
+        )
 
 
 def _compile(renderer: Any, request: Any) -> None:

@@ -119,9 +119,9 @@ class _Translation:
     def _typed(self, kind: str, schema: dict[str, Any], path: str) -> Node:
         match kind:
             case "object":
-                return self._object(schema, path)
+                return self._rule(self._object(schema, path), path)
             case "array":
-                return self._array(schema, path)
+                return self._rule(self._array(schema, path), path)
             case "string":
                 return self._string(schema, path)
             case "boolean":
@@ -129,6 +129,12 @@ class _Translation:
             case "null":
                 return write.NULL
         return self._number(schema, path, whole=kind == "integer")
+
+    def _rule(self, node: Node, path: str) -> Call:
+        """A call of a rule for what may stand at several places, once for every level it nests."""
+        name = f"{path} rule {len(self._rules)}"
+        self._rules[name] = node
+        return Call(name)
 
     def _number(self, schema: dict[str, Any], path: str, *, whole: bool) -> Node:
         step = schema.get("multipleOf")
