@@ -149,7 +149,7 @@ def compile_beside(name: str) -> None:
 
 
 def _refuse_beams(request: Any) -> None:
-    """vLLM writes a beam token by token, and its parameters of a beam have no constraint."""
+    """A beam is written token by token, and vLLM's parameters of beams have no constraint."""
     from vllm.exceptions import VLLMValidationError
 
     if vars(request).get("use_beam_search") and request.extract_structured_outputs() is not None:
