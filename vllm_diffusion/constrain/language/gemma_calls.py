@@ -322,7 +322,7 @@ class _Writer:
 
 
 def _of_object(schema: Mapping[str, Any]) -> bool:
-    return schema.get("type", "object") == "object"
+    return bool(schema.get("type", "object") == "object")
 
 
 def _number(schema: Mapping[str, Any], *, whole: bool) -> Node:
