@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+import httpx
 import pytest
 from helpers.engines import SERVER_OPTIONS
 from openai import BadRequestError, OpenAI
@@ -147,6 +148,69 @@ def test_completions_take_constraints_too(client: OpenAI) -> None:
     assert answer.choices[0].text in {"north", "south"}
 
 
+def test_several_prompts_and_several_answers_each_obey(client: OpenAI) -> None:
+    body = HASTY | {"structured_outputs": {"regex": "[a-d]{3,5}"}}
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 32, "seed": 3, "n": 2}
+
+    def texts(prompt: Any) -> list[str]:
+        answer = client.completions.create(prompt=prompt, extra_body=body, **asked)
+        return [choice.text for choice in answer.choices]
+
+    together = texts(["go", "stop"])
+    assert together == texts("go") + texts("stop")
+    assert all(re.fullmatch("[a-d]{3,5}", text) for text in together)
+    pieces = ["", "", "", ""]
+    for event in client.completions.create(
+        prompt=["go", "stop"], extra_body=body, stream=True, **asked
+    ):
+        for choice in event.choices:
+            pieces[choice.index] += choice.text
+    assert pieces == together
+
+
+def test_responses_obey(client: OpenAI) -> None:
+    form = {"type": "json_schema", "name": "place", "schema": Place.model_json_schema()}
+    asked: dict[str, Any] = {"model": "tiny", "input": "Tell me about the sea."}
+    asked |= {"max_output_tokens": 160, "extra_body": HASTY | {"seed": 5}}
+    whole = client.responses.create(text={"format": form}, **asked)
+    assert is_place(whole.output_text)
+    events = client.responses.create(text={"format": form}, stream=True, **asked)
+    deltas = [each.delta for each in events if each.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    tools = [{"type": "function"} | VISIT["function"]]  # type: ignore[dict-item]
+    (call,) = client.responses.create(
+        tools=tools, tool_choice="required", parallel_tool_calls=False, **asked
+    ).output
+    assert call.type == "function_call"
+    Visit.model_validate_json(call.arguments)
+    form["schema"] = {"not": {}}
+    for stream in (False, True):
+        with pytest.raises(BadRequestError, match="'not'"):
+            client.responses.create(text={"format": form}, stream=stream, **asked)
+
+
+def test_messages_obey(tooled: Server) -> None:
+    asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 160} | HASTY
+    form = {"type": "json_schema", "schema": Place.model_json_schema()}
+    visit = {"name": "visit", "input_schema": Visit.model_json_schema()}
+
+    def message(**more: Any) -> Any:
+        return httpx.post(f"{tooled.url}/v1/messages", json=asked | more, timeout=60)
+
+    (block,) = message(output_config={"format": form}).json()["content"]
+    assert is_place(block["text"])
+    choices: list[dict[str, str]] = [{"type": "any"}, {"type": "tool", "name": "visit"}]
+    for choice in choices:
+        answer = message(tools=[visit], tool_choice=choice).json()
+        assert answer["stop_reason"] == "tool_use"
+        for block in answer["content"]:
+            assert Visit.model_validate(block["input"])
+    form["schema"] = {"not": {}}
+    refused = message(output_config={"format": form})
+    assert refused.status_code == 400
+    assert "'not'" in refused.json()["error"]["message"]
+
+
 def visits(calls: Any) -> list[Visit]:
     """The calls, checked."""
     for call in calls:
@@ -211,6 +275,10 @@ def test_a_constraint_behind_thinking(client: OpenAI) -> None:
             {"structured_outputs": {"choice": ["a"]}, "vllm_xargs": {"diffusion_suffix": "b"}},
             "keep one",
         ),
+        (
+            {"structured_outputs": {"choice": ["a"]}, "use_beam_search": True, "n": 2},
+            "use_beam_search and a constraint",
+        ),
     ],
 )
 def test_a_clients_mistake_is_told_at_once(
@@ -226,6 +294,6 @@ def test_a_clients_mistake_is_told_at_once(
 
 def test_a_strict_tool_that_cannot_be_kept_is_refused(client: OpenAI) -> None:
     tool = json.loads(json.dumps(VISIT))
-    tool["function"]["parameters"]["properties"]["where"]["pattern"] = "a+"
-    with pytest.raises(BadRequestError, match="uses pattern"):
+    tool["function"]["parameters"]["properties"]["where"]["pattern"] = "(?=a)b"
+    with pytest.raises(BadRequestError, match="where cannot be kept"):
         chat(client, tools=[tool], tool_choice="required")

@@ -11,6 +11,7 @@ import pytest
 from helpers.inside import Inside
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_diffusion import step
@@ -190,6 +191,19 @@ def test_n_answers_of_one_request(llm: LLM) -> None:
     assert len(output.outputs) == 3
 
 
+def test_min_tokens_are_kept_where_the_constraint_has_longer_texts(llm: LLM) -> None:
+    def answer(regex: str, **sampling: Any) -> Any:
+        constraint = StructuredOutputsParams(regex=regex)
+        return generate(llm, "hello", structured_outputs=constraint, **sampling)[0].outputs[0]
+
+    assert len(answer("[a-d]*").token_ids) < 8, "nothing to keep"
+    for least in (8, CANVAS + 8):
+        patient = answer("[a-d]*", min_tokens=least)
+        assert len(patient.token_ids) > least
+        assert re.fullmatch("[a-d]+", patient.text)
+    assert answer("yes", min_tokens=8).text == "yes"
+
+
 # ---- vLLM's own net ----
 
 
@@ -357,6 +371,33 @@ def test_allowed_ids_restrict_a_constraint(llm: LLM) -> None:
         assert texts(generate(llm, "hello", seed=seed, **asked)) == ["no"]
     asked["choice"] = ["yes"]
     assert "can be written with allowed_token_ids" in refusal(llm, **asked)
+
+
+@pytest.fixture
+def reasoning(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the engine have the reasoning parser of a name."""
+    manager = Inside(llm).scheduler.structured_output_manager
+    config = llm.llm_engine.vllm_config.structured_outputs_config
+
+    def have(name: str) -> None:
+        parser = ReasoningParserManager.get_reasoning_parser(name)
+        monkeypatch.setattr(config, "reasoning_parser", name)
+        monkeypatch.setattr(manager, "reasoner_cls", parser)
+
+    return have
+
+
+def test_a_reasoning_parser_that_fits_no_token_of_the_model(
+    llm: LLM, reasoning: Callable[[str], None]
+) -> None:
+    for name, why in (("deepseek_r1", "think start/end tokens"), ("hf", "response_template")):
+        reasoning(name)
+        message = refusal(llm, choice=["yes"])
+        assert f"reasoning parser {name!r}" in message
+        assert why in message
+    assert generate(llm, "hello", max_tokens=4), "others go on"
+    reasoning("gemma4")
+    assert texts(generate(llm, "hello", choice=["yes"])) == ["yes"]
 
 
 def test_vllms_own_checks_still_run(llm: LLM) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from vllm import LLM
@@ -100,4 +102,28 @@ class EnginePool:
             self._environment.setattr(gc, function, lambda: None)
         # Read by vLLM whenever it starts a process, so it stands as long as the engine does.
         self._environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
-        return LLM(str(checkpoint), **options)
+        with _scheduled_as_asked(options.get("async_scheduling")):
+            llm = LLM(str(checkpoint), **options)
+        if "async_scheduling" in options:
+            scheduler = llm.llm_engine.vllm_config.scheduler_config
+            assert scheduler.async_scheduling is options["async_scheduling"]
+        return llm
+
+
+@contextmanager
+def _scheduled_as_asked(ahead: bool | None) -> Iterator[None]:
+    """Keep vLLM's CPU platform from switching asynchronous scheduling off, which it need not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(_: type[CpuPlatform], config: VllmConfig) -> None:
+        original(config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ahead:
+            patch.setattr(
+                CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)
+            )
+        yield

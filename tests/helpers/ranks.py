@@ -14,12 +14,13 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 
 OPTIONS: dict[str, Any] = {"max_model_len": 256}
 
 
 def answers(llm: LLM, adapter: str = "") -> list[list[int]]:
-    """Tokens of two plain requests, and of two with every wish, through the adapter if given."""
+    """Tokens of plain requests, with every wish, constrained; every second through the adapter."""
     prompts = ["hello world", "the quick brown fox jumps over the lazy dog"]
     common: dict[str, Any] = {"max_tokens": 64, "ignore_eos": True, "seed": 1}
     soft = {"diffusion_soft_embedding_top_k": 8}
@@ -28,9 +29,14 @@ def answers(llm: LLM, adapter: str = "") -> list[list[int]]:
         SamplingParams(**common),
         SamplingParams(**common, top_p=0.97),
         SamplingParams(**common, top_k=20, min_p=0.001, extra_args=soft),
+        # The last one is too large for an automaton: a parser keeps it.
+        *(
+            SamplingParams(**common, structured_outputs=StructuredOutputsParams(**constraint))
+            for constraint in ({"json_object": True}, {"regex": "(a|b)*a(a|b){14}"})
+        ),
     ]
     request = LoRARequest("adapter", 1, adapter) if adapter else None
-    outputs = llm.generate(prompts * 2, asked, lora_request=[None, request] * 2, use_tqdm=False)
+    outputs = llm.generate(prompts * 3, asked, lora_request=[None, request] * 3, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import Rewrite
 
 
-LENIENCE: Final = 30.0
-"""Nats that a forbidden id costs where a constraint may still have to choose it."""
+LENIENCE: Final = 4096.0
+"""Nats that a forbidden id costs where a constraint may still have to choose it: more than any text
+of the constraint that does without it, less than would lose the logits under it in fp32."""
 
 
 def changes_logits(rewrite: Rewrite) -> bool:
@@ -96,10 +97,11 @@ def lenient_logits(logits: Tensor, rewrite: Rewrite, temperature: Tensor) -> Ten
     Returns:
         [R, V] fp32, tempered.
     """
-    strict = rewrite_logits(logits, replace(rewrite, pinned=None)) / temperature[:, None]
+    temperature = temperature[:, None]
+    strict = rewrite_logits(logits, replace(rewrite, pinned=None)) / temperature
     strict = truncate_logits(strict, rewrite)
-    free = rewrite_logits(logits, without_masks(rewrite)) / temperature[:, None]
-    scaled = torch.where(strict == -torch.inf, free - LENIENCE, strict)
+    dear = rewrite_logits(logits, without_masks(rewrite)) - LENIENCE * temperature
+    scaled = torch.where(strict == -torch.inf, dear / temperature, strict)
     return scaled if rewrite.pinned is None else pin(scaled, rewrite.pinned)
 
 

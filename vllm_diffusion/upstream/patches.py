@@ -193,6 +193,17 @@ SERVING_PATCHES: Final = (
         install=structured_outputs.leave_room,
         needed=canvas_text.requests_lack_a_hook,
     ),
+    Patch(
+        name="constraint-thinking",
+        target="vllm.v1.engine.llm_engine.LLMEngine.add_request",
+        why="a constraint whose beginning the reasoning parser cannot find ends the engine, from "
+        "within its scheduler.",
+        upstream_reference="vllm/v1/structured_output/__init__.py: _get_reasoner",
+        remove_when="vLLM asks the reasoning parser before a request enters the engine",
+        applies=_always,
+        install=request_validation.check_thinking_offline,
+        needed=request_validation.thinking_is_unchecked_offline,
+    ),
     *(
         Patch(
             name=f"constraint-compile-{name.rpartition('_')[2]}",

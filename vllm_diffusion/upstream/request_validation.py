@@ -133,6 +133,35 @@ def check_before_streaming() -> None:
     AsyncLLM.generate = generate
 
 
+def check_thinking_offline() -> None:
+    """Make `LLMEngine.add_request` look how the thinking ends before a constraint.
+
+    A server's requests are checked by ``check_before_streaming``, where it is known what the
+    server has told the engine of their thinking; of others the prompt tells.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    original = LLMEngine.add_request
+
+    @functools.wraps(original)
+    def add_request(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if (
+            self.model_config.is_diffusion
+            and isinstance(params, SamplingParams)
+            and params.structured_outputs is not None
+            # vLLM advises against any other form; text would have to become tokens here.
+            and isinstance(prompt, dict)
+            and "prompt_token_ids" in prompt
+        ):
+            _check_now(params, prompt, self)
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    LLMEngine.add_request = add_request
+
+
 def check_before_streaming_responses() -> None:
     """The same for `/v1/responses`, which calls `AsyncLLM.generate` from a generator of its own."""
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -156,6 +185,13 @@ def generate_is_checked_late() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return inspect.isasyncgenfunction(inspect.unwrap(AsyncLLM.generate))
+
+
+def thinking_is_unchecked_offline() -> bool:
+    """Whether `LLMEngine` still lets a request in without its reasoning parser."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return "reasoning" not in inspect.getsource(inspect.unwrap(LLMEngine.add_request))
 
 
 def responses_are_checked_late() -> bool:

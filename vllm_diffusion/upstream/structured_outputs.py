@@ -128,6 +128,8 @@ def compile_beside(name: str) -> None:
     The checks of a request run in the event loop, before its answer begins. With the automaton in
     the cache by then, they take no time from other clients.
 
+    And refuse there what the parameters of the request will not tell any more.
+
     Args:
         name: of an async method that takes the request first and is awaited before the checks.
     """
@@ -139,10 +141,22 @@ def compile_beside(name: str) -> None:
     async def compiling(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = await original(self, request, *args, **kwargs)
         if self.model_config.is_diffusion and hasattr(request, "extract_structured_outputs"):
+            _refuse_beams(request)
             await asyncio.to_thread(_compile, self.renderer, request)
         return result
 
     setattr(OnlineRenderer, name, compiling)
+
+
+def _refuse_beams(request: Any) -> None:
+    """A beam is written token by token, and vLLM's parameters of beams have no constraint."""
+    from vllm.exceptions import VLLMValidationError
+
+    if vars(request).get("use_beam_search") and request.extract_structured_outputs() is not None:
+        raise VLLMValidationError(
+            "use_beam_search and a constraint (response_format, structured_outputs or tools that "
+            "must be called) exclude each other: beams are not held to it"
+        )
 
 
 def _compile(renderer: Any, request: Any) -> None:
@@ -217,13 +231,14 @@ def thinks_first(
     """Whether a request thinks before its constraint begins, as the engine's core will decide.
 
     Args:
-        engine: vLLM's AsyncLLM.
+        engine: vLLM's AsyncLLM or LLMEngine.
         prompt: token ids.
         ended: what the server knows of it.
         parser_kwargs: of the request, for the reasoning parser.
 
     Raises:
-        VLLMValidationError: it does, and no single token ends the thinking.
+        VLLMValidationError: it does, and no single token ends the thinking; or the parser is not
+            one for this tokenizer, so that nobody knows.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.reasoning import ReasoningParserManager
@@ -232,10 +247,19 @@ def thinks_first(
     if ended or not config.reasoning_parser or config.enable_in_reasoning:
         return False
     reasoner_cls = ReasoningParserManager.get_reasoning_parser(config.reasoning_parser)
-    reasoner = reasoner_cls(engine.input_processor.tokenizer, **(parser_kwargs or {}))
-    if ended is None and reasoner.is_reasoning_end(list(prompt)):
-        return False
-    if ending(reasoner, prompt) is None:
+    try:
+        reasoner = reasoner_cls(engine.input_processor.tokenizer, **(parser_kwargs or {}))
+        if ended is None and reasoner.is_reasoning_end(list(prompt)):
+            return False
+        end = ending(reasoner, prompt)
+    except Exception as error:
+        # Parsers raise what they like where the tokenizer lacks their tokens.
+        raise VLLMValidationError(
+            f"where a constraint begins is for the reasoning parser {config.reasoning_parser!r} to "
+            f"say, which does not fit this model's tokenizer ({error}): serve with a parser that "
+            "does, or none"
+        ) from error
+    if end is None:
         raise VLLMValidationError(
             f"a constraint behind thinking needs a token that ends the thinking, and the reasoning "
             f"parser {config.reasoning_parser!r} has none: switch thinking off for this request, "

@@ -186,7 +186,10 @@ def test_row_chunks_equal_the_whole(at_once: int, rewrite: bool) -> None:
     _, chunked = both(case, case.streaming(budget), class_of)
     assert_tokens(chunked, whole)
     for name in NUMBERS:
-        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name))
+        # Beside ``LENIENCE`` a logit has four decimals left.
+        torch.testing.assert_close(
+            getattr(chunked, name), getattr(whole, name), rtol=1e-5, atol=1e-4 if rewrite else 1e-5
+        )
 
 
 # ---- ranks ----

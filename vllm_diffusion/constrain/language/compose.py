@@ -97,7 +97,11 @@ class Composition:
         if "const" not in schema and "enum" not in schema:
             return None
         values = schema["enum"] if "enum" in schema else [schema["const"]]
-        validator = self._validator.evolve(schema=schema)
+        # Every value of a long list is one of the list: not to be looked up in it.
+        others = {key: value for key, value in asserted(schema).items() if key != "enum"}
+        if not others:
+            return [*values]
+        validator = self._validator.evolve(schema=others)
         return [value for value in values if validator.is_valid(value)]
 
     def alternatives(self, schema: Schema, path: str, depth: int = 0) -> list[Schema]:

@@ -14,10 +14,29 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+
+from vllm_diffusion.constrain.language.formats import FORMATS
+from vllm_diffusion.constrain.language.numeric import between, bounds
+from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.syntax import (
+    Chars,
+    Choice,
+    Repeat,
+    Text,
+    without,
+)
+from vllm_diffusion.constrain.language.syntax import (
+    Sequence as Parts,
+)
+from vllm_diffusion.constrain.language.written import expression
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from vllm_diffusion.constrain.language.syntax import Node
 
 _RULES: Final = r"""
 value ::= string | number | "true" | "false" | "null" | object | array
@@ -33,15 +52,21 @@ anything ::= [^\0]*
 
 _SAID: Final = {
     "type", "enum", "const", "anyOf", "oneOf", "$ref", "properties", "required", "items",
-    "minItems", "maxItems", "minLength", "maxLength", "allOf",
+    "minItems", "maxItems", "minLength", "maxLength", "allOf", "pattern", "format", "prefixItems",
+    "additionalProperties", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+    "multipleOf",
 }  # fmt: skip
 """Keywords that the grammar keeps."""
 
 _SILENT: Final = {
     "title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions",
-    "additionalProperties", "strict", "deprecated", "readOnly", "writeOnly", "$comment",
+    "strict", "deprecated", "readOnly", "writeOnly", "$comment",
 }  # fmt: skip
 """Keywords that say nothing about what may be written, or what the grammar does anyway."""
+
+_BOUNDS: Final = {
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+}  # fmt: skip
 
 _SIMPLE: Final = {
     "integer": "integer",
@@ -119,9 +144,33 @@ class _Writer:
         schema = function.parameters
         self._root, self._strict = schema or {}, function.strict
         arguments = "object"
-        if schema is not None and schema.get("type", "object") == "object":
+        if schema is not None and self._makes_sense(schema) and _of_object(schema):
             arguments = self._value(schema, "parameters") if schema.get("properties") else '"{}"'
         return f"{_text(function.name)} {arguments}"
+
+    def _makes_sense(self, schema: Mapping[str, Any]) -> bool:
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            if self._strict:
+                raise ConstraintError(
+                    f"A strict tool's parameters are not a JSON schema: {error.message}."
+                ) from error
+            return False
+        return True
+
+    def _kept(self, node: Callable[[], Node], path: str) -> str | None:
+        """An expression; None for what a tool that is not strict asks and nobody can keep."""
+        try:
+            return expression(node())
+        except ConstraintError as error:
+            if not self._strict:
+                return None
+            reason = str(error).removesuffix(".")
+            raise ConstraintError(
+                f"A strict tool's {path} cannot be kept: {reason}. Change it, or set "
+                '"strict" to false.'
+            ) from error
 
     def _value(self, schema: Any, path: str) -> str:
         """An expression for the values that a schema allows."""
@@ -150,16 +199,35 @@ class _Writer:
 
     def _typed(self, kind: str, schema: Mapping[str, Any], path: str) -> str:
         if kind == "string":
-            return self._string(schema)
+            return self._string(schema, path)
         if kind == "array":
             return self._array(schema, path)
         if kind == "object":
             properties = schema.get("properties")
-            return self._object(properties, schema, path) if properties else "object"
+            return (
+                self._object(properties, schema, path) if properties else self._open(schema, path)
+            )
+        if kind in {"integer", "number"} and _BOUNDS & schema.keys():
+            kept = self._kept(lambda: _number(schema, whole=kind == "integer"), path)
+            return kept or _SIMPLE[kind]
         return _SIMPLE.get(kind, "value")
 
-    def _string(self, schema: Mapping[str, Any]) -> str:
+    def _open(self, schema: Mapping[str, Any], path: str) -> str:
+        """An object that names no properties."""
+        others = schema.get("additionalProperties", True)
+        if others is True:
+            return "object"
+        if others is False:
+            return '"{}"'
+        pair = f'name ":" {self._value(others, f"{path}.additionalProperties")}'
+        return f'("{{" ({pair} ("," {pair})*)? "}}")'
+
+    def _string(self, schema: Mapping[str, Any], path: str) -> str:
         least, most = schema.get("minLength", 0), schema.get("maxLength")
+        if {"pattern", "format"} & schema.keys():
+            text = self._kept(lambda: _matching(schema), path)
+            if text is not None:
+                return f"({self._quote} {text} {self._quote})"
         if not least and most is None:
             return "string"
         times = f"{{{least},{'' if most is None else most}}}"
@@ -168,12 +236,33 @@ class _Writer:
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str:
         least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
+        if "prefixItems" in schema:
+            return self._tuple(schema, path, least, most)
         item = self._value(schema.get("items", True), f"{path}.items")
         if most == 0:
             return '"[]"'
         behind = f"{{{max(least - 1, 0)},{'' if most is None else int(most) - 1}}}"
         items = f'{item} ("," {item}){behind}'
         return f'("[" {items} "]")' if least else f'("[" ({items})? "]")'
+
+    def _tuple(self, schema: Mapping[str, Any], path: str, least: int, most: int | None) -> str:
+        """An array whose first items are told apart; without ``items`` it has no others."""
+        if schema.get("items", False) is not False:
+            if self._strict:
+                raise ConstraintError(
+                    f"A strict tool's {path} has items behind prefixItems, which calls in Gemma's "
+                    "form are not held to."
+                )
+            return "array"
+        content = ""
+        prefix = list(enumerate(schema["prefixItems"]))[: None if most is None else int(most)]
+        if least > len(prefix):
+            raise ConstraintError(f"A tool's {path} asks for more items than it has.")
+        for index, item in reversed(prefix):
+            part = self._value(item, f"{path}.prefixItems.{index}")
+            content = f"""{'"," ' if index else ""}{part} {content}"""
+            content = content if index < least else f"({content})?"
+        return f'("[" {content} "]")'
 
     def _object(self, properties: Mapping[str, Any], schema: Mapping[str, Any], path: str) -> str:
         required = set(schema.get("required", ()))
@@ -230,6 +319,47 @@ class _Writer:
     @staticmethod
     def _either(options: Any) -> str:
         return f"({' | '.join(dict.fromkeys(options))})"
+
+
+def _of_object(schema: Mapping[str, Any]) -> bool:
+    return bool(schema.get("type", "object") == "object")
+
+
+def _number(schema: Mapping[str, Any], *, whole: bool) -> Node:
+    """Numbers between bounds."""
+    step = schema.get("multipleOf")
+    if step is not None and not (whole and step == 1):
+        raise ConstraintError("'multipleOf' is kept for 1 and integers alone")
+    low, high = bounds(schema)
+    return between(low, high, whole=whole)
+
+
+def _matching(schema: Mapping[str, Any]) -> Node:
+    """The text of a string with a pattern or a format."""
+    together = [key for key in ("pattern", "format", "minLength", "maxLength") if key in schema]
+    if len(together) > 1:
+        raise ConstraintError(f"it has {' and '.join(together)} together")
+    if "pattern" in schema:
+        return _unmarked(regex(schema["pattern"], search=True))
+    if schema["format"] not in FORMATS:
+        raise ConstraintError(f"the format {schema['format']!r} is not one of {', '.join(FORMATS)}")
+    return _unmarked(regex(FORMATS[schema["format"]]))
+
+
+def _unmarked(node: Node) -> Node:
+    """What a node reads where no "<" may stand, which could begin what ends a string."""
+    match node:
+        case Chars(ranges):
+            return Chars(without(ranges, ((ord("<"), ord("<")),)))
+        case Text(value) if b"<" in value:
+            raise ConstraintError('the text of a pattern has "<" in it')
+        case Parts(parts):
+            return Parts(tuple(map(_unmarked, parts)))
+        case Choice(options):
+            return Choice(tuple(map(_unmarked, options)))
+        case Repeat(part, least, most):
+            return Repeat(_unmarked(part), least, most)
+    return node
 
 
 def _listed(parts: Any) -> str:

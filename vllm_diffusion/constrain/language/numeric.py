@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
@@ -20,6 +21,9 @@ from vllm_diffusion.constrain.language.syntax import (
     sequence,
     text,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Decimals of at most so many significant digits become different doubles, in the same order. More
 # would let a text that is above an exclusive bound be read as the bound itself. An inclusive bound
@@ -49,6 +53,19 @@ class Bound:
     def negated(self) -> Bound:
         """The same bound seen from the other side of zero."""
         return Bound(-self.value, self.exclusive)
+
+
+def bounds(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:
+    """The ends of the range that a JSON schema of numbers names; None: unbounded on that side."""
+    lows = [Bound.of(schema["minimum"])] if "minimum" in schema else []
+    if "exclusiveMinimum" in schema:
+        lows.append(Bound.of(schema["exclusiveMinimum"], exclusive=True))
+    highs = [Bound.of(schema["maximum"])] if "maximum" in schema else []
+    if "exclusiveMaximum" in schema:
+        highs.append(Bound.of(schema["exclusiveMaximum"], exclusive=True))
+    low = max(lows, key=lambda bound: (bound.value, bound.exclusive), default=None)
+    high = min(highs, key=lambda bound: (bound.value, not bound.exclusive), default=None)
+    return low, high
 
 
 def between(low: Bound | None, high: Bound | None, *, whole: bool) -> Node:

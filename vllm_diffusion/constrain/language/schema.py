@@ -23,7 +23,7 @@ from vllm_diffusion.constrain.language.compose import (
     Schema,
 )
 from vllm_diffusion.constrain.language.formats import FORMATS
-from vllm_diffusion.constrain.language.numeric import Bound, between
+from vllm_diffusion.constrain.language.numeric import between, bounds
 from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
@@ -119,9 +119,9 @@ class _Translation:
     def _typed(self, kind: str, schema: dict[str, Any], path: str) -> Node:
         match kind:
             case "object":
-                return self._object(schema, path)
+                return self._rule(self._object(schema, path), path)
             case "array":
-                return self._array(schema, path)
+                return self._rule(self._array(schema, path), path)
             case "string":
                 return self._string(schema, path)
             case "boolean":
@@ -130,20 +130,19 @@ class _Translation:
                 return write.NULL
         return self._number(schema, path, whole=kind == "integer")
 
+    def _rule(self, node: Node, path: str) -> Call:
+        """A call of a rule for what may stand at several places, once for every level it nests."""
+        name = f"{path} rule {len(self._rules)}"
+        self._rules[name] = node
+        return Call(name)
+
     def _number(self, schema: dict[str, Any], path: str, *, whole: bool) -> Node:
         step = schema.get("multipleOf")
         if step is not None and not (whole and step == 1):
             self._problems.append(f"{path} has 'multipleOf'")
-        lows = [Bound.of(schema["minimum"])] if "minimum" in schema else []
-        if "exclusiveMinimum" in schema:
-            lows.append(Bound.of(schema["exclusiveMinimum"], exclusive=True))
-        highs = [Bound.of(schema["maximum"])] if "maximum" in schema else []
-        if "exclusiveMaximum" in schema:
-            highs.append(Bound.of(schema["exclusiveMaximum"], exclusive=True))
-        if not lows and not highs:
+        low, high = bounds(schema)
+        if low is None and high is None:
             return write.INTEGER if whole else write.NUMBER
-        low = max(lows, key=lambda bound: (bound.value, bound.exclusive), default=None)
-        high = min(highs, key=lambda bound: (bound.value, not bound.exclusive), default=None)
         return between(low, high, whole=whole)
 
     def _string(self, schema: dict[str, Any], path: str) -> Node:

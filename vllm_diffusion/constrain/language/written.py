@@ -42,6 +42,17 @@ def written(grammar: Grammar) -> str:
     return "".join(f"{names[rule]} ::= {_node(grammar.rules[rule], names)}\n" for rule in ordered)
 
 
+def expression(node: Node) -> str:
+    """What stands for a node that calls no rules.
+
+    Raises:
+        ConstraintError: nothing satisfies it, or a part is half a character.
+    """
+    if not _has_text(node, ()):
+        raise ConstraintError("Nothing satisfies it.")
+    return _node(node, {})
+
+
 def _possible(grammar: Grammar) -> set[str]:
     """The rules that some text follows."""
     possible: set[str] = set()

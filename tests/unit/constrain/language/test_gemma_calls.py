@@ -125,8 +125,8 @@ def test_calls_that_are_not_required_stand_in_text() -> None:
 
 
 def test_a_strict_schema_that_cannot_be_kept_is_refused_and_another_one_kept_in_part() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a+"}}}
-    with pytest.raises(ConstraintError, match=r"parameters\.a uses pattern"):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+    with pytest.raises(ConstraintError, match=r"parameters\.a cannot be kept"):
         takes("", tool(schema))
     assert takes(call("a:'b'"), tool(schema, strict=False))
     assert not takes(call("a:1"), tool(schema, strict=False))
@@ -143,3 +143,58 @@ def test_a_strict_schema_that_cannot_be_kept_is_refused_and_another_one_kept_in_
 def test_a_schema_that_makes_no_sense(schema: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConstraintError, match=problem):
         takes("", tool(schema, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("property_", "kept", "refused"),
+    [
+        ({"type": "string", "pattern": "^a+$"}, ["'a'", "'aaa'"], ["''", "'b'", "'ab'"]),
+        ({"type": "string", "pattern": "b"}, ["'b'", "'abc'"], ["'a'", "'b<'"]),
+        ({"type": "string", "format": "date"}, ["'2024-02-29'"], ["'2023-02-29'", "'x'"]),
+        ({"type": "integer", "minimum": 3, "maximum": 11}, ["3", "11"], ["2", "12", "4.5", "-4"]),
+        ({"type": "integer", "exclusiveMinimum": 3}, ["4", "40"], ["3", "-4"]),
+        ({"type": "number", "exclusiveMaximum": 0}, ["-0.5", "-3"], ["0", "1"]),
+        ({"type": "integer", "multipleOf": 1, "minimum": 0}, ["0", "7"], ["-1"]),
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            ["{}", "{b:1}", "{b:1,c_d:2}"],
+            ["{b:'x'}", "{b}"],
+        ),
+        ({"type": "object", "additionalProperties": False}, ["{}"], ["{b:1}"]),
+        (
+            {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}], "minItems": 1},
+            ["[1]", "[1,'x']"],
+            ["[]", "['x']", "[1,2]", "[1,'x',3]"],
+        ),
+        ({"anyOf": [{"type": "integer", "minimum": 5}, {"type": "null"}]}, ["5", "null"], ["4"]),
+        ({"allOf": [{"type": "integer", "maximum": 5}], "default": 1}, ["5"], ["6"]),
+    ],
+)
+def test_what_pydantic_says_of_a_value(
+    property_: dict[str, Any], kept: list[str], refused: list[str]
+) -> None:
+    schema = {"type": "object", "properties": {"a": property_}, "required": ["a"]}
+    for strict in (True, False):
+        for value in kept:
+            assert takes(call(f"a:{value}"), tool(schema, strict=strict)), value
+        for value in refused:
+            assert not takes(call(f"a:{value}"), tool(schema, strict=strict)), value
+
+
+@pytest.mark.parametrize(
+    "property_",
+    [
+        {"type": "string", "pattern": "a", "maxLength": 3},
+        {"type": "string", "pattern": "<b>"},
+        {"type": "string", "format": "iri"},
+        {"type": "integer", "multipleOf": 3},
+        {"type": "integer", "minimum": 3, "maximum": 2},
+        {"type": "array", "prefixItems": [True], "items": {"type": "integer"}},
+        {"type": "strnig"},
+    ],
+)
+def test_what_cannot_be_kept_is_refused_of_a_strict_tool_alone(property_: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": property_}}
+    with pytest.raises(ConstraintError, match="strict tool's"):
+        takes("", tool(schema))
+    assert takes(call(""), tool(schema, strict=False))

@@ -1,6 +1,7 @@
 """Soundness: what a schema's automaton accepts is valid; and known valid texts are accepted."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jsonschema import Draft202012Validator
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.schema import json_schema
+from vllm_diffusion.constrain.language.written import written
 from vllm_diffusion.errors import ConstraintError
 
 
@@ -187,3 +189,21 @@ def test_a_long_list_of_properties_does_not_recurse():
     names = [f"p{index}" for index in range(600)]
     grammar = json_schema(json.dumps(obj(dict.fromkeys(names, J), names)))
     assert not Networks(grammar, max_states=20_000).recursive
+
+
+def test_what_nests_deep_is_written_once_a_level() -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(12):
+        schema = {"type": "array", "items": schema}
+    assert len(written(json_schema(json.dumps(schema)))) < 20_000
+
+
+def test_a_long_list_of_values_is_not_searched_for_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError(args)
+
+    monkeypatch.setattr(Draft202012Validator, "is_valid", never)
+    grammar = json_schema(json.dumps({"enum": list(range(5000))}))
+    assert len(grammar.rules["#"].options) == 5000
