@@ -225,7 +225,11 @@ def test_the_file_of_model_optimizer(plain: Path, tmp_path: Path, engine_pool: E
     peer = load_file(quantise_checkpoint(plain, tmp_path / "peer", "nvfp4") / WEIGHTS)
     # vLLM lets no model in float32 have this form.
     llm = engine_pool.get(folder, **ENGINE, dtype="bfloat16")
-    for number, layer in enumerate(Inside(llm).runner.model.model.layers):
+    model = Inside(llm).runner.model
+    # Left alone, and tied: a CPU's linear layer would have packed it.
+    table = load_file(folder / WEIGHTS)["model.decoder.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight[: len(table)], table.bfloat16())
+    for number, layer in enumerate(model.model.layers):
         attention, experts = layer.self_attn, layer.experts.routed_experts
         values = "v_proj" if number != FULL else "k_proj"
         for where, module, names in (
@@ -244,7 +248,7 @@ def test_the_file_of_model_optimizer(plain: Path, tmp_path: Path, engine_pool: E
             found = torch.cat([dequantise(one, torch.float64).flatten() for one in packed])
             truth = torch.cat([one.flatten() for one in expected])
             torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
-    assert len(generate(llm, [make_prompt(9)], [1])[0]) == 3 * SPEC.canvas
+    assert len(set(generate(llm, [make_prompt(9)], [1])[0])) > SPEC.canvas / 2
 
 
 # ---- files that cannot be served; tests/contract/test_quantised_files.py has more of them ----

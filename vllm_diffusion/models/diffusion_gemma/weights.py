@@ -67,6 +67,7 @@ _PARTS = {
     "weight_scale_2",
     "input_scale",
 }
+_CODES = {"weight", "weight_packed"}
 _GROUP = 16
 _CACHE_SCALES = ".self_attn.attn."
 _INPUT_SCALE = "input_scale"
@@ -137,6 +138,13 @@ def whole(
         elif module.endswith(".experts"):
             found[name] = {}  # the tensor of all experts of a layer
         yield name, weight
+    if experts is None:
+        # Of the experts of other ranks vLLM leaves out the codes, and reads the scales.
+        others = [
+            one for one, parts in found.items() if _EXPERT.match(one) and not parts.keys() & _CODES
+        ]
+        for module in others:
+            del found[module]
     if missing := _missing_modules(modules, {_TREE.sub("", name) for name in found}, experts):
         raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
     parts = [problem for module, parts in found.items() for problem in _lacks(module, parts)]

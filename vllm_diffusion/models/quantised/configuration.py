@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from vllm_diffusion.errors import CheckpointError
@@ -97,6 +98,10 @@ class HostOptimizer(ModelOptNvFp4Config):
             if self.group_size != GROUP:
                 raise _refused(prefix, f"NVFP4 in groups of {self.group_size}", None)
             return _method(layer, OPTIMIZER_NVFP4)
+        if isinstance(layer, ParallelLMHead) and self.is_layer_excluded(prefix):
+            # The default. vLLM would make a linear layer of it, which packs its weights on a CPU,
+            # and they are the embedding's too.
+            return None
         try:
             return super().get_quant_method(layer, prefix)
         except _REFUSALS as error:
