@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
@@ -79,6 +80,13 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
 
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
+        if vllm_config.parallel_config.data_parallel_size > 1 and current_platform.is_cpu():
+            raise ConfigError(
+                "data_parallel_size is "
+                f"{vllm_config.parallel_config.data_parallel_size}, but vLLM's engines exchange "
+                "the rows of experts, which on a CPU host they cannot: the first step would end "
+                "them. Start as many servers instead."
+            )
         check_options(vllm_config.lora_config)
         rules, origins = rules_of(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
