@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from helpers.engines import engine_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -104,6 +105,18 @@ def test_a_step_limit_below_one_canvas_is_refused_too(tiny_checkpoint: Path):
     # The scheduler obeys it instead of max_num_batched_tokens: no canvas would ever run.
     with pytest.raises(ValueError, match="max_num_scheduled_tokens is 31"):
         engine_config(tiny_checkpoint, max_num_batched_tokens=64, max_num_scheduled_tokens=31)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU hosts")
+def test_data_parallel_engines_are_refused_on_a_cpu(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="Start as many servers instead"):
+        engine_config(tiny_checkpoint, data_parallel_size=2)
+
+
+def test_nothing_of_vllm_exchanges_the_rows_of_experts_on_a_cpu():
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    assert "all_gatherv" not in vars(CpuCommunicator), "the refusal can go"
 
 
 def test_long_prefill_token_threshold_is_switched_off_with_a_warning(

@@ -83,6 +83,13 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
 
         ledger.apply(SERVING_PATCHES)
         cls._nothing_inert(vllm_config)
+        if vllm_config.parallel_config.data_parallel_size > 1 and current_platform.is_cpu():
+            raise ConfigError(
+                "data_parallel_size is "
+                f"{vllm_config.parallel_config.data_parallel_size}, but vLLM's engines exchange "
+                "the rows of experts, which on a CPU host they cannot: the first step would end "
+                "them. Start as many servers instead."
+            )
         check_options(vllm_config.lora_config)
         check_host(vllm_config)
         rules, origins = rules_of(vllm_config)
