@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any
 
 import _report
 import torch
+from quality import judge
 
 from vllm_diffusion.denoise.accept import entropy_bound
 from vllm_diffusion.head.quantised import HEAD_FORMS, RESCORED, QuantisedOutput
-from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
-from vllm_diffusion.tune.compare import Outcome, paired, repeated_share, summarised
+from vllm_diffusion.testing.tasks import TASKS, held_out_items
+from vllm_diffusion.tune.compare import paired, summarised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.records import CanvasStats
     from vllm_diffusion.testing.tasks import Item
+    from vllm_diffusion.tune.compare import Outcome
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
 ASKED = ("json", "sudoku", "chain", "joint", "edit")
@@ -206,20 +208,8 @@ def answer(llm: Any, items: Sequence[Item], seed: int, preset: str) -> list[Answ
 
 
 def judged(items: Sequence[Item], answers: Sequence[Answer]) -> list[Outcome]:
-    """Scores of answers; one that was cut is wrong even if it starts right."""
-    return [
-        Outcome(
-            score=float(answer.finished and solved(item, answer.text)),
-            finished=answer.finished,
-            empty=not answer.text.strip(),
-            repeated=repeated_share(answer.tokens),
-            tokens=len(answer.tokens),
-            denoise=sum(answer.steps),
-            commits=answer.commits,
-            steps=answer.steps,
-        )
-        for item, answer in zip(items, answers, strict=True)
-    ]
+    """Scores of answers."""
+    return [judge(item, answer) for item, answer in zip(items, answers, strict=True)]
 
 
 if __name__ == "__main__":

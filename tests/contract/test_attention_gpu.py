@@ -10,14 +10,13 @@ Blocks that lie before every key a sequence's rows may see are NaN: no kernel sh
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from helpers.interpreter import interpreted
 
 TILE = 32  # keys the Triton kernel loads at a time
 MAX_MODEL_LEN = 4096
@@ -221,17 +220,7 @@ def run_triton_cases():
 @pytest.fixture(scope="module")
 def triton_errors():
     pytest.importorskip("vllm")
-    pytest.importorskip("triton.runtime.interpreter", reason="Triton has no interpreter")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(interpreted(__file__))
 
 
 @pytest.mark.vllm

@@ -9,16 +9,12 @@ for CPUs makes of the same numbers is the measure of an error.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.interpreter import interpreted
 
-TESTS = Path(__file__).parents[1]
 SLOTS = 4
 RANK = 8
 CPU = torch.device("cpu")
@@ -209,18 +205,7 @@ def in_the_interpreter():
 
 @pytest.fixture(scope="module")
 def errors():
-    pytest.importorskip("triton.runtime.interpreter", reason="Triton has no interpreter")
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(interpreted(__file__))
 
 
 @pytest.mark.vllm

@@ -5,12 +5,8 @@ The interpreter is chosen when Triton is imported, so one subprocess runs this v
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from helpers.interpreter import interpreted
 
 
 @pytest.mark.parametrize("capability", [90, 120])
@@ -36,23 +32,7 @@ def test_the_kernel_compiles_without_a_gpu(capability: int, dtype: str) -> None:
 
 
 def test_the_kernel_is_the_definition() -> None:
-    pytest.importorskip("triton.runtime.interpreter", reason="Triton has no interpreter")
-    tests = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ
-        | {
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "cases agree" in result.stdout
+    assert "cases agree" in interpreted(__file__)
 
 
 def in_the_interpreter() -> None:
