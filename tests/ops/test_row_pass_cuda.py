@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers.heads import Case, assert_no_worse, assert_same_shape, assert_same_tokens, make_case
 
-from vllm_diffusion.head import cuda, native, stream, tile
+from vllm_diffusion.head import cuda, kinds, native, tile
 from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.tile import RunningStats
 
@@ -142,7 +142,7 @@ def test_it_is_the_definition(vocab: int, softcap: float | None) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.usefixtures("streams")
 def test_masked_logits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LISTED_AT_MOST", 0)
+    monkeypatch.setattr(kinds, "LISTED_AT_MOST", 0)
     case = make_case(seed, rewrite=True)
     assert case.rewrite is not None
     check(replace(case, rewrite=replace(case.rewrite, truncation=None, pinned=None)))

@@ -182,6 +182,7 @@ class Sampling:
     logit_bias: None = None
     allowed_token_ids: None = None
     min_tokens: int = 0
+    repetition_penalty: float = 1.0
     max_tokens: int | None = 16
     ignore_eos: bool = False
 

@@ -4,15 +4,16 @@
     rows with a short list of ids    only those columns of the embedding
     rows whose distribution is cut   the best ids of the row where they are all that is left of it,
                                      else tiles without what is cut off, see ``cut``
-    all others                       tiles: product, softcap, rewrite, ``absorb``, product
+    rows of changed logits           tiles: product, softcap, rewrite, ``absorb``, product
+    all others                       tiles: product, ``absorb``, which caps, product
 
 Statistics by class come from the same tiles. Rows whose rewrite forbids ids have theirs from a
 distribution of its own, in which these only cost: their tiles are read once more.
 
-How tiles are read: ``reading``. Which rows are which must be known on the host; a batch in which
-nobody asks for any of this does not wait for the device. Under tensor parallelism every rank keeps
-its rows of the embedding and exchanges statistics, [R] or [R, C] each, and the [R, H] soft
-embedding.
+How tiles are read: ``reading``. Which row is which: ``kinds``. That must be known on the host; a
+batch in which nobody asks for any of this does not wait for the device. Under tensor parallelism
+every rank keeps its rows of the embedding and exchanges statistics, [R] or [R, C] each, and the
+[R, H] soft embedding.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ import torch
 from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.constrain.window import rewrite_listed
-from vllm_diffusion.head import cut, reading, sample
+from vllm_diffusion.head import cut, kinds, reading, sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
 from vllm_diffusion.head.reference import kept_token, row_statistics
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_listed
 from vllm_diffusion.head.scores import scores
-from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores, Truncation
+from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,19 +44,12 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.reference import ReferenceHead
     from vllm_diffusion.head.vocabulary import Vocabulary
 
-# A list longer than this is a mask: its columns of the embedding would have to be copied.
-LISTED_AT_MOST: Final = 4096
-
 # fp32 tiles that a row needs at its highest: its logits, its weights and what is between them in
 # the torch form; the others need fewer. Measured by tests/unit/head/test_memory.py.
 _TILE_COPIES: Final = 6
 
 # Beside them, the best ids of a row while it is read.
 _LIST_BYTES: Final = 128 * cut.LISTED
-
-# Kinds of rows; from 0 on: the canvas whose list counts. Only statistics by class take all masks
-# alike.
-_STREAMED, _CUT, _PINNED, _MASKED = -1, -2, -3, -4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,14 +80,17 @@ class StreamingHead:
         if rewrite is None:
             return self._streamed(rows)
         if not changes_logits(rewrite):
-            stats = self._streamed(replace(rows, rewrite=None))
-            return replace(stats, sample=kept_token(stats.argmax, stats.sample, rewrite))
-        if (kinds := self._kinds(rewrite)) is None:
-            return self._streamed(rows)
-        ways = {_STREAMED: self._streamed, _CUT: self._cut, _PINNED: self._pinned}
+            return self._plain(rows)
+        kind_of = kinds.of_rows(rewrite, self.vocabulary.size)
+        ways = {
+            kinds.PLAIN: self._plain,
+            kinds.REWRITTEN: self._streamed,
+            kinds.CUT: self._cut,
+            kinds.PINNED: self._pinned,
+        }
         places, parts = [], []
-        for kind in torch.unique(kinds).tolist():
-            index = (kinds == kind).nonzero()[:, 0]
+        for kind in torch.unique(kind_of).tolist():
+            index = (kind_of == kind).nonzero()[:, 0]
             way = ways.get(kind) or partial(self._listed, kind)
             places.append(index)
             parts.append(way(rows.take(index)))
@@ -120,12 +117,17 @@ class StreamingHead:
         )
         classes = TokenClasses(of=class_of, count=num_classes)
         if rewrite is None or (rewrite.greedy is None and not changes_logits(rewrite)):
-            return self._by_class(replace(rows, rewrite=None), classes)
-        kinds = self._class_kinds(rewrite)
-        ways = {_STREAMED: self._by_class, _MASKED: self._lenient, _PINNED: self._pinned_by_class}
+            return self._plain_by_class(rows, classes)
+        kind_of = kinds.of_classes(rewrite, self.vocabulary.size)
+        ways = {
+            kinds.PLAIN: self._plain_by_class,
+            kinds.REWRITTEN: self._by_class,
+            kinds.MASKED: self._lenient,
+            kinds.PINNED: self._pinned_by_class,
+        }
         places, stats, found = [], [], []
-        for kind in torch.unique(kinds).tolist():
-            index = (kinds == kind).nonzero()[:, 0]
+        for kind in torch.unique(kind_of).tolist():
+            index = (kind_of == kind).nonzero()[:, 0]
             one, other = ways[kind](rows.take(index), classes)
             places.append(index)
             stats.append(one)
@@ -178,26 +180,14 @@ class StreamingHead:
         ]
         return TokenScores.concatenate(parts)
 
-    # ---- which rows go which way ----
+    # ---- rows of which little is left, or nothing is changed ----
 
-    def _kinds(self, rewrite: Rewrite) -> Tensor | None:
-        """[R] int64 the kind of every row, None where all of them are streamed."""
-        if rewrite.allowed is None and rewrite.truncation is None and rewrite.pinned is None:
-            return None
-        kinds = torch.full_like(rewrite.canvas, _STREAMED)
-        if rewrite.truncation is not None:
-            kinds = torch.where(self._cuts(rewrite.truncation)[rewrite.canvas], _CUT, kinds)
-        if rewrite.allowed is not None:
-            listed = (rewrite.allowed >= 0).sum(dim=1)
-            short = (listed > 0) & (listed <= LISTED_AT_MOST)
-            kinds = torch.where(short[rewrite.canvas], rewrite.canvas, kinds)
-        if rewrite.pinned is not None:
-            kinds = torch.where(rewrite.pinned >= 0, _PINNED, kinds)
-        return kinds if bool((kinds != _STREAMED).any()) else None
-
-    def _cuts(self, asked: Truncation) -> Tensor:
-        """[B] bool, canvases whose distribution is cut."""
-        return (asked.min_p > 0) | (asked.top_k < self.vocabulary.size) | (asked.top_p < 1)
+    def _plain(self, rows: Rows) -> CanvasStats:
+        """Rows whose logits are what they are."""
+        stats = self._streamed(replace(rows, rewrite=None))
+        if rows.rewrite is None:
+            return stats
+        return replace(stats, sample=kept_token(stats.argmax, stats.sample, rows.rewrite))
 
     def _pinned(self, rows: Rows) -> CanvasStats:
         """Rows that have one id left."""
@@ -309,19 +299,8 @@ class StreamingHead:
 
     # ---- statistics by class ----
 
-    def _class_kinds(self, rewrite: Rewrite) -> Tensor:
-        """[R] int64 the kind of every row: streamed where no id is forbidden."""
-        masked = torch.zeros_like(rewrite.canvas, dtype=torch.bool)
-        if rewrite.truncation is not None:
-            masked |= self._cuts(rewrite.truncation)[rewrite.canvas]
-        if rewrite.allowed is not None:
-            masked |= (rewrite.allowed >= 0).any(dim=1)[rewrite.canvas]
-        if rewrite.forbidden is not None:
-            masked |= (rewrite.forbidden >= 0).any(dim=1)
-        kinds = torch.where(masked, _MASKED, _STREAMED)
-        if rewrite.pinned is not None:
-            kinds = torch.where(rewrite.pinned >= 0, _PINNED, kinds)
-        return kinds
+    def _plain_by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
+        return self._by_class(replace(rows, rewrite=None), classes)
 
     def _pinned_by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
         stats = self._pinned(rows)
@@ -360,7 +339,8 @@ class StreamingHead:
         limit = torch.full_like(rows.temperature, -torch.inf)
         if rows.rewrite.truncation is None:
             return limit
-        cuts = self._cuts(rows.rewrite.truncation)[rows.rewrite.canvas]
+        asked = kinds.cuts(rows.rewrite.truncation, self.vocabulary.size)
+        cuts = asked[rows.rewrite.canvas]
         if not bool(cuts.any()):
             return limit
         found = self._survivors(rows)

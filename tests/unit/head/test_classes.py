@@ -12,7 +12,7 @@ from helpers.frequencies import assert_frequencies
 from helpers.heads import assert_same_tokens, counted_readings, make_case, over_ranks
 
 from vllm_diffusion.constrain.rewrite import LENIENCE, rewrite_logits
-from vllm_diffusion.head import native, sample, stream
+from vllm_diffusion.head import kinds, native, sample, stream
 from vllm_diffusion.records import ClassStats, Rewrite
 
 
@@ -155,7 +155,7 @@ def test_every_rewrite_at_once(seed: int) -> None:
     "part", ["greedy", "allowed", "bias", "penalties", "forbidden", "pinned", "truncation"]
 )
 def test_every_rewrite_alone(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LISTED_AT_MOST", 20)
+    monkeypatch.setattr(kinds, "LISTED_AT_MOST", 20)
     case = make_case(20, rewrite=True)
     assert case.rewrite is not None
     only = Rewrite(canvas=case.rewrite.canvas, **{part: getattr(case.rewrite, part)})

@@ -17,7 +17,7 @@ from helpers.heads import (
     over_ranks,
 )
 
-from vllm_diffusion.head import reading, sample, stream
+from vllm_diffusion.head import kinds, reading, sample, stream
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.records import Rewrite
 
@@ -69,7 +69,7 @@ def test_every_rewrite_at_once(seed: int) -> None:
 @pytest.mark.parametrize("limit", [0, 4096])
 def test_every_rewrite_alone(part: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With no list short enough, the rows with lists are streamed under a mask.
-    monkeypatch.setattr(stream, "LISTED_AT_MOST", limit)
+    monkeypatch.setattr(kinds, "LISTED_AT_MOST", limit)
     case = make_case(20, rewrite=True)
     assert case.rewrite is not None
     only = Rewrite(canvas=case.rewrite.canvas, **{part: getattr(case.rewrite, part)})
@@ -101,10 +101,51 @@ def test_a_temperature_and_greedy_tokens_cost_no_row_a_rewrite(
     assert torch.equal(by_class.log_mass, same.log_mass)
 
 
+def test_what_neighbours_ask_changes_no_bit_of_a_row() -> None:
+    case = make_case(21, canvases=6, rewrite=True)
+    rewrite, rows = case.rewrite, len(case.hidden)
+    assert rewrite is not None
+    assert rewrite.bias is not None
+    assert rewrite.penalties is not None
+    assert rewrite.truncation is not None
+    # Every second canvas asks for nothing.
+    quiet, cost, limit = slice(0, None, 2), rewrite.penalties, rewrite.truncation
+    for tensor, nothing in (
+        (rewrite.allowed, -1),
+        (rewrite.bias[1], 0),
+        (cost.scale, 1),
+        (cost.offset, 0),
+        (limit.min_p, 0),
+        (limit.top_k, len(case.embedding)),
+        (limit.top_p, 1),
+    ):
+        tensor[quiet] = nothing
+    here = (rewrite.canvas % 2 == 0).nonzero()[:, 0]
+    rewrite.forbidden[here] = -1
+    rewrite.pinned[here] = -1
+    crowd = replace(case, rewrite=replace(rewrite, greedy=None))
+    alone = replace(
+        case,
+        hidden=case.hidden[here],
+        temperature=case.temperature[here],
+        noise=case.noise.rows(here),
+        rewrite=None,
+    )
+    assert 0 < len(here) < rows
+    found, expected = crowd.streaming()(*crowd.arguments()), alone.streaming()(*alone.arguments())
+    for name in ("argmax", "sample", "entropy", "margin", "soft_embedding"):
+        assert torch.equal(getattr(found, name)[here], getattr(expected, name)), name
+    classes = {"class_of": torch.arange(len(case.embedding)).int() % 7, "num_classes": 7}
+    _, found = crowd.streaming().by_class(*crowd.arguments(), **classes)
+    _, expected = alone.streaming().by_class(*alone.arguments(), **classes)
+    assert torch.equal(found.log_mass[here], expected.log_mass)
+    assert torch.equal(found.sample[here], expected.sample)
+
+
 @pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("seed", range(3))
 def test_masks_in_the_stream(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LISTED_AT_MOST", 0)
+    monkeypatch.setattr(kinds, "LISTED_AT_MOST", 0)
     case = make_case(seed, rewrite=True)
     assert case.rewrite is not None
     check(replace(case, rewrite=replace(case.rewrite, truncation=None, pinned=None)))

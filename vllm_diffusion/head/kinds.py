@@ -1,0 +1,77 @@
+"""Which way every row of a step goes, from what its own request asks and nothing else.
+
+So a row's arithmetic does not depend on what its neighbours ask. Ways that are equal but for the
+last bit would otherwise draw other tokens in a crowd than alone, once in a long while.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.records import Rewrite, Truncation
+
+LISTED_AT_MOST: Final = 4096
+"""A list longer than this is a mask: its columns of the embedding would have to be copied."""
+
+PLAIN: Final = -1
+"""Nothing of its logits is rewritten."""
+REWRITTEN: Final = -2
+CUT: Final = -3
+PINNED: Final = -4
+MASKED: Final = -5
+"""Of statistics by class alone, which take all masks alike. From 0 on: the canvas of a list."""
+
+
+def of_rows(rewrite: Rewrite, vocab: int) -> Tensor:
+    """[R] int64 the kind of every row."""
+    found = torch.where(_rewritten(rewrite), REWRITTEN, PLAIN)
+    if rewrite.truncation is not None:
+        found = torch.where(cuts(rewrite.truncation, vocab)[rewrite.canvas], CUT, found)
+    if rewrite.allowed is not None:
+        listed = (rewrite.allowed >= 0).sum(dim=1)[rewrite.canvas]
+        found = torch.where((listed > 0) & (found == PLAIN), REWRITTEN, found)
+        short = (listed > 0) & (listed <= LISTED_AT_MOST)
+        found = torch.where(short, rewrite.canvas, found)
+    if rewrite.pinned is not None:
+        found = torch.where(rewrite.pinned >= 0, PINNED, found)
+    return found
+
+
+def of_classes(rewrite: Rewrite, vocab: int) -> Tensor:
+    """[R] int64 the kind of every row where statistics by class are asked for."""
+    changed, masked = _rewritten(rewrite), torch.zeros_like(rewrite.canvas, dtype=torch.bool)
+    if rewrite.greedy is not None:
+        changed |= rewrite.greedy[rewrite.canvas]  # their samples are of another kind
+    if rewrite.truncation is not None:
+        masked |= cuts(rewrite.truncation, vocab)[rewrite.canvas]
+    if rewrite.allowed is not None:
+        masked |= (rewrite.allowed >= 0).any(dim=1)[rewrite.canvas]
+    if rewrite.forbidden is not None:
+        masked |= (rewrite.forbidden >= 0).any(dim=1)
+    found = torch.where(masked, MASKED, torch.where(changed, REWRITTEN, PLAIN))
+    if rewrite.pinned is not None:
+        found = torch.where(rewrite.pinned >= 0, PINNED, found)
+    return found
+
+
+def cuts(asked: Truncation, vocab: int) -> Tensor:
+    """[B] bool, canvases whose distribution is cut."""
+    return (asked.min_p > 0) | (asked.top_k < vocab) | (asked.top_p < 1)
+
+
+def _rewritten(rewrite: Rewrite) -> Tensor:
+    """[R] bool, rows with ids whose logits move or that are forbidden."""
+    changed = torch.zeros_like(rewrite.canvas, dtype=torch.bool)
+    if rewrite.bias is not None:
+        changed |= (rewrite.bias[1] != 0).any(dim=1)[rewrite.canvas]
+    if (cost := rewrite.penalties) is not None:
+        costs = ((cost.scale != 1) | (cost.offset != 0)).any(dim=1)
+        changed |= costs[rewrite.canvas]
+    if rewrite.forbidden is not None:
+        changed |= (rewrite.forbidden >= 0).any(dim=1)
+    return changed
