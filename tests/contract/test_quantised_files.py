@@ -28,7 +28,13 @@ EXPERTS = 4
 LAYER = "model.decoder.layers.1"
 EXPERT = f"{LAYER}.experts.2.up_proj"
 ATTENTION = "model.decoder.layers.2.self_attn.k_proj"
-QUANTISED = ("nvfp4", "fp8-dynamic", "modelopt-nvfp4")
+GROUPED = ("nvfp4", "modelopt-nvfp4")
+QUANTISED = (*GROUPED, "fp8-dynamic")
+
+
+def of_files(forms: tuple[str, ...]) -> pytest.MarkDecorator:
+    """A test of some of the files alone."""
+    return pytest.mark.parametrize("stored", forms, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=[*QUANTISED, "plain"])
@@ -40,13 +46,6 @@ def stored(
     if request.param in QUANTISED:
         return load_file(quantise_checkpoint(tiny_checkpoint, folder, request.param) / WEIGHTS)
     return load_file(tiny_checkpoint / WEIGHTS)
-
-
-@pytest.fixture
-def weights(stored: Weights) -> Weights:
-    if f"{EXPERT}.weight_scale" not in stored:
-        pytest.skip("about quantised files")
-    return stored
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,12 @@ BROKEN = {
 }
 
 
+@of_files(QUANTISED)
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_file(what: str, weights: Weights, checked: Check):
+def test_a_broken_file(what: str, stored: Weights, checked: Check):
     break_it, message = BROKEN[what]
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        checked(break_it(weights))
+        checked(break_it(stored))
 
 
 FUSED = [f"self_attn.{one}_proj" for one in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
@@ -114,8 +114,9 @@ def test_a_part_of_a_fused_matrix(module: str, stored: Weights, checked: Check):
         checked(drop_module(module)(stored))
 
 
-def test_a_part_of_every_expert(weights: Weights, checked: Check):
-    broken = weights
+@of_files(QUANTISED)
+def test_a_part_of_every_expert(stored: Weights, checked: Check):
+    broken = stored
     for number in range(EXPERTS):
         broken = drop_module(f"{LAYER}.experts.{number}.up_proj")(broken)
     for experts in (EXPERTS, None):
@@ -132,28 +133,28 @@ def test_all_experts_of_a_layer(stored: Weights, checked: Check):
         checked(broken)
 
 
-def test_the_scale_of_a_whole_tensor(weights: Weights, checked: Check):
-    names = {f"{EXPERT}.weight_global_scale", f"{EXPERT}.weight_scale_2"} & weights.keys()
-    if not names:
-        pytest.skip("FP8 has none")
-    (name,) = names
+@of_files(GROUPED)
+def test_the_scale_of_a_whole_tensor(stored: Weights, checked: Check):
+    (name,) = {f"{EXPERT}.weight_global_scale", f"{EXPERT}.weight_scale_2"} & stored.keys()
     with pytest.raises(CheckpointError, match=re.escape(f"lacks {name}:")):
-        checked(drop(name)(weights))
+        checked(drop(name)(stored))
 
 
-def test_every_problem_is_named(weights: Weights, checked: Check):
-    broken = drop(f"{ATTENTION}.weight_scale", f"{EXPERT}.weight_scale")(weights)
+@of_files(QUANTISED)
+def test_every_problem_is_named(stored: Weights, checked: Check):
+    broken = drop(f"{ATTENTION}.weight_scale", f"{EXPERT}.weight_scale")(stored)
     with pytest.raises(CheckpointError) as caught:
         checked(broken)
     assert ATTENTION in str(caught.value)
     assert EXPERT in str(caught.value)
 
 
-def test_a_rank_that_reads_its_experts_alone(weights: Weights, checked: Check):
+@of_files(QUANTISED)
+def test_a_rank_that_reads_its_experts_alone(stored: Weights, checked: Check):
     # Which tensors of other ranks' experts vLLM leaves out.
-    codes = [name for name in weights if should_skip_weight(name, {0, 1, 3})]
+    codes = [name for name in stored if should_skip_weight(name, {0, 1, 3})]
     assert any(EXPERT in name for name in codes)
-    shared = drop(*codes)(weights)
+    shared = drop(*codes)(stored)
     assert checked(shared, experts=None) == shared
     with pytest.raises(CheckpointError, match=re.escape(f"lacks the weights of {EXPERT}:")):
-        checked(drop_module(EXPERT)(weights), experts=None)
+        checked(drop_module(EXPERT)(stored), experts=None)

@@ -125,11 +125,10 @@ def test_every_number_is_that_of_the_dequantised_weights(quantised: Path, llm: L
         assert mine <= 2 * rounding
 
 
+@pytest.mark.parametrize("quantised", LORA, indirect=True, scope="module")
 def test_adapters_of_a_quantised_checkpoint(
     quantised: Path, llm: LLM, plain: Path, tmp_path: Path
 ) -> None:
-    if quantised.name not in LORA:
-        pytest.skip("another form's engine serves adapters")
     adapters = [
         LoRARequest(name, number, str(write_adapter(tmp_path / name, plain, **what)))
         for number, (name, what) in enumerate(
