@@ -282,6 +282,8 @@ def engine(checkpoint: Path) -> Any:
         dtype="float32",
         max_model_len=1024,
         max_num_seqs=16,
+        # Without it vLLM takes most of the memory of the host, and refuses to start beside another.
+        kv_cache_memory_bytes=256 << 20,
         seed=0,
     )
 
