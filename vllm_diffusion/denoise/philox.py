@@ -1,0 +1,49 @@
+"""The numbers of ``rng`` inside Triton kernels: the same counters, bit for bit.
+
+Imported where Triton's kernels are alone. Triton's own Philox is the generator; what is here is the
+layout of key and counter, and the two ways a word is read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A purpose is an argument of type constexpr: pass ``int(Purpose.X)``.
+
+
+@triton.jit
+def seed_of(low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """The key of a request's noise from its two words [...] int64, as ``words`` takes it."""
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def words(
+    seed: tl.tensor,
+    position: tl.tensor,
+    step: tl.tensor,
+    purpose: tl.constexpr,
+    tile: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Four uint32 words a counter, see ``rng.philox``; the arguments broadcast to ``position``."""
+    zero = (position * 0).to(tl.uint32)
+    return tl.philox(
+        seed,
+        position.to(tl.uint32),
+        zero + step.to(tl.uint32),
+        zero + purpose,
+        zero + tile.to(tl.uint32),
+    )
+
+
+@triton.jit
+def uniform(word: tl.tensor) -> tl.tensor:
+    """See ``rng.uniform``."""
+    return ((word >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+
+
+@triton.jit
+def token_below(word: tl.tensor, vocab_size: tl.tensor) -> tl.tensor:
+    """int64 token id, see ``rng.random_tokens``."""
+    return ((word.to(tl.uint64) * vocab_size) >> 32).to(tl.int64)
