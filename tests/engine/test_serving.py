@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from helpers.engines import engine_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.engine import serving
@@ -76,6 +78,40 @@ def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
         with_head(tiny_checkpoint, "int8")
     with pytest.raises(ConfigError, match="40 inputs, which are no groups of 16"):
         serving.DiffusionGemmaServing._head_can_be("nvfp4", 40)
+
+
+# ---- attention on GPUs ----
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "longest", "chosen"),
+    [
+        (90, 4, 512, None),
+        (100, 4, 512, AttentionBackendEnum.TRITON_ATTN),
+        (100, 4, 32, None),  # no longer than the window, which then hides nothing
+        (90, None, 512, AttentionBackendEnum.TRITON_ATTN),  # an FP8 cache: version 3 where it can
+    ],
+)
+def test_a_gpu_whose_own_choice_takes_no_ranges_gets_triton(
+    config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    family: int,
+    version: int | None,
+    longest: int,
+    chosen: AttentionBackendEnum | None,
+):
+    platform = type(serving.current_platform)
+    monkeypatch.setattr(serving.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(platform, "is_device_capability_family", lambda *of: of[-1] == family)
+    on_gpu = SimpleNamespace(
+        model_config=SimpleNamespace(
+            max_model_len=longest, hf_text_config=config.model_config.hf_text_config
+        ),
+        attention_config=SimpleNamespace(backend=None, flash_attn_version=version),
+    )
+    serving.DiffusionGemmaServing._attention_of_ranges(on_gpu)
+    assert on_gpu.attention_config.backend is chosen
 
 
 # ---- scheduling ----

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TRITON, _FLASH, _CPU = "TRITON_ATTN", "FLASH_ATTN", "CPU_ATTN"
-_FLASH_VERSION = 4
+FLASH_VERSION = 4
 _NO_RANGE = -1  # FlashAttention's mark for a row in no range
 
 
@@ -61,7 +61,7 @@ def supports_block_local(backend: str, fa_version: int | None = None) -> bool:
             neither a mask function nor causal flags. None if it is none of them, or version 4's
             separate kernel for heads of 256 on Blackwell, which vLLM never gives ranges.
     """
-    return backend in {_TRITON, _CPU} or (backend == _FLASH and fa_version == _FLASH_VERSION)
+    return backend in {_TRITON, _CPU} or (backend == _FLASH and fa_version == FLASH_VERSION)
 
 
 def require_block_local(

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
 from vllm_diffusion.config import HEAD_WEIGHTS, describe, head_memory, head_weights, served_rules
+from vllm_diffusion.engine.attention_gpu import FLASH_VERSION, needs_block_local
 from vllm_diffusion.engine.fusion import SCHEDULER
+from vllm_diffusion.engine.graphs import choose_capture_sizes
 from vllm_diffusion.engine.lora import check_host, check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import ServedRules
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+_BLACKWELL = 100  # sm_100 and its kin; sm_120 is none of them
 
 
 def rules_of(vllm_config: VllmConfig) -> tuple[ServedRules, dict[str, str]]:
@@ -69,9 +74,12 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
                 is not built, or one of its weights that this host has no products for.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
-        scheduler = vllm_config.scheduler_config
+        scheduler, attention = vllm_config.scheduler_config, vllm_config.attention_config
         asked_seqs = scheduler.max_num_seqs
+        asked_attention = attention.backend or attention.flash_attn_version
         super().verify_and_update_config(vllm_config)
+        if asked_attention is None:
+            cls._attention_of_ranges(vllm_config)
         diffusion = vllm_config.diffusion_config
         if diffusion.canvas_length is None:
             # vLLM takes the checkpoint's width only where there is no --diffusion-config at all.
@@ -111,6 +119,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             # more canvases than the token budget holds would only wait with their KV allocated.
             fitting = max(1, scheduler.max_num_batched_tokens // canvas)
             scheduler.max_num_seqs = min(asked_seqs, fitting)
+        choose_capture_sizes(vllm_config)
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = SCHEDULER
         elif scheduler.scheduler_cls != SCHEDULER:
@@ -135,6 +144,24 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             memory,
             ", ".join(ledger.active()),
         )
+
+    @staticmethod
+    def _attention_of_ranges(vllm_config: VllmConfig) -> None:
+        """TRITON_ATTN where the backend that vLLM would take cannot show a canvas its prefix.
+
+        On sm_100 FlashAttention 4 has a kernel of its own for heads of 256, and on sm_90 with an
+        FP8 cache version 3 reads the sliding layers: neither takes ranges. vLLM looks for a backend
+        that does only where images are served.
+        """
+        model, attention = vllm_config.model_config, vllm_config.attention_config
+        if current_platform.is_cpu() or not needs_block_local(
+            model.max_model_len, model.hf_text_config.sliding_window
+        ):
+            return
+        flash = attention.backend in {None, AttentionBackendEnum.FLASH_ATTN}
+        of_ranges = attention.flash_attn_version == FLASH_VERSION
+        if flash and (not of_ranges or current_platform.is_device_capability_family(_BLACKWELL)):
+            attention.backend = AttentionBackendEnum.TRITON_ATTN
 
     @staticmethod
     def _head_can_be(form: HeadForm | None, inputs: int) -> None:
