@@ -173,6 +173,8 @@ def triton_error(case, mode):
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 
+    from vllm_diffusion.engine import attention_kernels
+
     batch = Batch(case, tile=TILE if mode == "ours" else MAX_MODEL_LEN)
     heads, size = case.heads[0], case.head_size
     segments = 4
@@ -196,6 +198,7 @@ def triton_error(case, mode):
         unprepared = dict(vars(impl))
         span = max((b - a + 1 for seq in case.seqs for a, b in seq.spans), default=0)
         mask = mask_for({"sliding": attention}, canvas_length=case.canvas, max_span=span)
+        mask._form = attention_kernels
         mask.set_canvas_ranges(step)
         if mode == "ranges":
             vars(impl).update(unprepared)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,37 @@ def interpreted(program: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout.splitlines()[-1]
+
+
+def compiled_for(
+    capability: int,
+    kernel: Any,
+    kinds: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    other: str,
+    options: dict[str, Any] | None = None,
+) -> bytes:
+    """A kernel's machine code for a GPU that need not be there.
+
+    Args:
+        capability: 90 for sm_90.
+        kernel: a Triton function.
+        kinds: types of arguments by name, as Triton writes them.
+        constants: arguments that are known at compile time.
+        other: the type of all other arguments.
+        options: such as ``num_warps``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, other)
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options or {})
+    return compiled.asm["cubin"]

@@ -31,16 +31,21 @@ import torch
 from torch.nn import functional
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from vllm_diffusion.engine.attention_ranges import (
+    NO_RANGE,
+    first_seen,
+    form_for,
+    sequence_of_rows,
+)
 from vllm_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from torch import Tensor
 
 _TRITON, _FLASH, _CPU = "TRITON_ATTN", "FLASH_ATTN", "CPU_ATTN"
 FLASH_VERSION = 4
-_NO_RANGE = -1  # FlashAttention's mark for a row in no range
 
 
 def needs_block_local(max_model_len: int, window: int | None) -> bool:
@@ -99,12 +104,14 @@ class _Layer:
 
 
 @dataclass(slots=True)
-class _Rows:
-    """The sequences of one step, as seen from layers with one window. All tensors int32."""
+class _View:
+    """What FLASH_ATTN's layers with one window and one block size read in a step."""
 
-    canvas: Tensor  # [N] bool
-    first: Tensor  # [N] leftmost key that the window shows to any row, also of a causal sequence
-    last: Tensor  # [N] last key, that is last row
+    ranges: Tensor  # [T, 2] int32
+    lens: Tensor | None = None  # [N] int32, with the two below, or None: nothing is skipped
+    first_blocks: Tensor | None = None  # [N] int32
+    block: int = 0  # keys a block
+    width: int = 0  # blocks a sequence may need
 
 
 class BlockLocalMask:
@@ -149,13 +156,9 @@ class BlockLocalMask:
                 window = None
             self._layers[name] = _Layer(attention, backend, window)
 
-        self._max_rows, self._device = max_rows, device
-        windows = {layer.window for layer in self._layers.values()}
-        # One set of buffers a window, all layers of that window sharing it.
-        self._sequence_ranges = {window: self._zeros(max_rows, 1, 2) for window in windows}
-        self._row_ranges = {window: self._zeros(max_tokens, 2) for window in windows}
-        self._view_lens = {window: self._zeros(max_rows) for window in windows}
-        self._view_tables: dict[str, Tensor] = {}
+        self._max_rows, self._max_tokens, self._device = max_rows, max_tokens, device
+        self._form = form_for(device)
+        self._kept: dict[tuple[Hashable, ...], Tensor] = {}
 
     @staticmethod
     def cudagraph_support() -> tuple[AttentionCGSupport, str]:
@@ -181,7 +184,9 @@ class BlockLocalMask:
                 device and the same for all layers; padding sequences have length 0.
         """
         made: dict[tuple[int, int | None], Any] = {}
-        rows: dict[int | None, _Rows] = {}
+        # Masks are the same for all cache groups; written once for all layers that share them.
+        views: dict[tuple[int | None, int], _View] = {}
+        ranges: dict[int, Tensor] = {}
         for name, metadata in list(attn_metadata.items()):
             layer = self._layers.get(name)
             if layer is None or not isinstance(metadata.causal, torch.Tensor):
@@ -189,113 +194,119 @@ class BlockLocalMask:
             # Layers share metadata by KV cache group, and a group may mix windows.
             key = id(metadata), layer.window
             if key not in made:
-                if layer.window not in rows:
-                    rows[layer.window] = _read_rows(metadata, layer.window)
-                made[key] = self._with_ranges(metadata, name, layer, rows[layer.window])
+                made[key] = metadata
+                if layer.backend == _TRITON and layer.window is not None:
+                    if layer.window not in ranges:
+                        ranges[layer.window] = self._sequence_ranges(metadata, layer.window)
+                    made[key] = copy.copy(metadata)
+                    made[key].mm_prefix_range_tensor = ranges[layer.window]
+                # Without images a full layer is better off with its causal flags; with them it
+                # takes ranges too, since version 4 forgets the images of a batch that has flags.
+                elif layer.backend == _FLASH and (
+                    layer.window is not None or metadata.mm_prefix_query_range_tensor is not None
+                ):
+                    block = _block_of(layer)
+                    if (layer.window, block) not in views:
+                        views[layer.window, block] = self._view(metadata, layer.window, block)
+                    made[key] = self._seen_through(views[layer.window, block], metadata, name)
             attn_metadata[name] = made[key]
-
-    def _with_ranges(self, metadata: Any, name: str, layer: _Layer, rows: _Rows) -> Any:
-        if layer.backend == _TRITON and layer.window is not None:
-            return self._for_triton(metadata, layer.window, rows)
-        if layer.backend == _FLASH and (
-            layer.window is not None or metadata.mm_prefix_query_range_tensor is not None
-        ):
-            # Without images a full layer is better off with its causal flags; with them it must
-            # take ranges too, since version 4 forgets the images of a batch that has flags.
-            return self._for_flash(metadata, name, layer, rows)
-        return metadata
 
     # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is no range ----
 
-    def _for_triton(self, metadata: Any, window: int, rows: _Rows) -> Any:
-        count = rows.last.shape[0]
-        ranges = self._sequence_ranges[window][:count]
-        ranges[:, 0, 0] = torch.where(rows.canvas, rows.first, 0)
-        ranges[:, 0, 1] = torch.where(rows.canvas, rows.last, 0)
+    def _sequence_ranges(self, metadata: Any, window: int) -> Tensor:
+        causal, starts, lens = _sequences(metadata)
+        ranges = self._buffer("ranges", window, shape=(self._max_rows, 1, 2))[: lens.shape[0]]
         # The buffer is written first, so that a graph captured on it sees this step's canvases
         # even where running requests still bring the images of their prompts.
+        self._form.write_sequence_ranges(causal, starts, lens, window, ranges)
         images = metadata.mm_prefix_range_tensor
-        if images is not None:
-            # The kernel is compiled for a number of ranges: few different ones.
-            filler = _power_of_two(images.shape[1] + 1) - images.shape[1] - 1
-            ranges = functional.pad(torch.cat((ranges, images), dim=1), (0, 0, 0, filler))
-        out = copy.copy(metadata)
-        out.mm_prefix_range_tensor = ranges
-        return out
+        if images is None:
+            return ranges
+        # The kernel is compiled for a number of ranges: few different ones.
+        filler = _power_of_two(images.shape[1] + 1) - images.shape[1] - 1
+        return functional.pad(torch.cat((ranges, images), dim=1), (0, 0, 0, filler))
 
-    # ---- FLASH_ATTN: [tokens, 2], relative to the start of the view ----
+    # ---- FLASH_ATTN: [T, 2], relative to the start of the view ----
 
-    def _for_flash(self, metadata: Any, name: str, layer: _Layer, rows: _Rows) -> Any:
-        images = metadata.mm_prefix_query_range_tensor
-        tokens, count = metadata.num_actual_tokens, rows.last.shape[0]
-        positions = torch.arange(tokens, device=self._device, dtype=torch.int32)
-        starts = metadata.query_start_loc[: count + 1]
-        sequence = torch.searchsorted(starts[1:], positions, right=True)
-        padding = sequence >= count
-        sequence = sequence.clamp(max=count - 1)
-
-        bounds = torch.stack((rows.first, rows.last), dim=1)
-        canvas_row = rows.canvas[sequence] & ~padding
-        ranges = torch.where(canvas_row[:, None], bounds[sequence], _NO_RANGE)
-        if images is not None:
-            behind = tokens - images.shape[0]
-            ranges = torch.maximum(ranges, functional.pad(images, (0, 0, 0, behind), value=-1))
-
-        out = copy.copy(metadata)
-        out.causal = True  # the flags' work is done by the ranges
-        in_images = None if images is None else (sequence, ranges)
-        skipped = self._cut(out, name, layer, rows, in_images)
-        if skipped is not None:
-            ranges = torch.where(ranges < 0, _NO_RANGE, ranges - skipped[sequence][:, None])
-        buffer = self._row_ranges[layer.window][:tokens]
-        buffer.copy_(ranges)
-        out.mm_prefix_query_range_tensor = buffer
-        return out
-
-    def _cut(
-        self,
-        metadata: Any,
-        name: str,
-        layer: _Layer,
-        rows: _Rows,
-        in_images: tuple[Tensor, Tensor] | None,
-    ) -> Tensor | None:
-        """Let each sequence start at the first block any of its rows sees; [N] positions skipped.
+    def _view(self, metadata: Any, window: int | None, block: int) -> _View:
+        """Ranges of all rows, and where each sequence starts: at the first block a row of it sees.
 
         Masks compare positions within one sequence, and cached keys carry their rotary embedding,
         so a sequence may lose its head as long as its length, table and ranges all do.
         """
-        cache = layer.attention.kv_cache
-        if layer.window is None or cache.dim() != len(("block", "head", "slot", "key and value")):
-            return None  # a full layer, or a profiling run without a cache
-        block = cache.shape[2]
-        table, first = metadata.block_table, rows.first
-        width = table.shape[1]
-        if in_images is not None:
+        causal, starts, lens = _sequences(metadata)
+        kind, count = (window, block), lens.shape[0]
+        ranges = self._buffer("rows", *kind, shape=(self._max_tokens, 2))
+        view = _View(ranges[: metadata.num_actual_tokens], block=block)
+        if window is not None and block:
+            view.lens = self._buffer("lens", *kind, shape=(self._max_rows,))[:count]
+            view.first_blocks = self._buffer("first", *kind, shape=(self._max_rows,))[:count]
+        images = metadata.mm_prefix_query_range_tensor
+        if images is not None or view.lens is None or view.first_blocks is None:
+            self._write_with_images(view, metadata, window, block)
+            view.width = metadata.block_table.shape[1]  # an image may begin long before its row
+            return view
+        assert window is not None
+        longest = metadata.max_query_len
+        self._form.write_row_ranges(
+            causal,
+            starts,
+            lens,
+            window,
+            block,
+            longest,
+            view.ranges,
+            view.lens,
+            view.first_blocks,
+        )
+        seen = window - 1 + longest
+        view.width = (seen + block - 1 + block - 1) // block
+        return view
+
+    def _write_with_images(
+        self, view: _View, metadata: Any, window: int | None, block: int
+    ) -> None:
+        """The view of a step with images, or from the first key on."""
+        causal, starts, lens = _sequences(metadata)
+        first = first_seen(starts, lens, window)
+        sequence, padding = sequence_of_rows(starts, view.ranges.shape[0])
+        bounds = torch.stack((first, lens - 1), dim=1)
+        canvas_row = (causal == 0)[sequence] & ~padding
+        ranges = torch.where(canvas_row[:, None], bounds[sequence], NO_RANGE)
+        images = metadata.mm_prefix_query_range_tensor
+        if images is not None:
+            behind = ranges.shape[0] - images.shape[0]
+            ranges = torch.maximum(ranges, functional.pad(images, (0, 0, 0, behind), value=-1))
+        if view.lens is not None and view.first_blocks is not None:
             # An image may begin before the window of its first row in this step.
-            sequence, ranges = in_images
             begin = torch.where(ranges[:, 0] < 0, torch.iinfo(torch.int32).max, ranges[:, 0])
             first = first.scatter_reduce(0, sequence, begin, "amin")
-        else:
-            seen = layer.window - 1 + metadata.max_query_len
-            width = min(width, (seen + block - 1 + block - 1) // block)
-        count = first.shape[0]
-        blocks = first // block
-        lens = self._view_lens[layer.window][:count]
-        torch.sub(metadata.seq_lens[:count], blocks * block, out=lens)
+            torch.div(first, block, rounding_mode="floor", out=view.first_blocks)
+            skipped = view.first_blocks * block
+            torch.sub(lens, skipped, out=view.lens)
+            ranges = torch.where(ranges < 0, NO_RANGE, ranges - skipped[sequence][:, None])
+        view.ranges.copy_(ranges)
 
-        if name not in self._view_tables:
-            self._view_tables[name] = self._zeros(self._max_rows, table.shape[1])
-        view = self._view_tables[name][:count, :width]
-        column = torch.arange(width, device=self._device) + blocks[:, None]
-        view.copy_(table[:count].gather(1, column.clamp_(max=table.shape[1] - 1)))
+    def _seen_through(self, view: _View, metadata: Any, name: str) -> Any:
+        out = copy.copy(metadata)
+        out.causal = True  # the flags' work is done by the ranges
+        out.mm_prefix_query_range_tensor = view.ranges
+        if view.lens is None:
+            return out
+        table = metadata.block_table
+        width = min(view.width, table.shape[1])
+        shape = (self._max_rows, table.shape[1])
+        out.seq_lens = view.lens
+        out.block_table = self._buffer("table", name, shape=shape)[: view.lens.shape[0], :width]
+        self._form.gather_blocks(table, out.block_table, first=view.first_blocks)
+        out.max_seq_len = min(metadata.max_seq_len, width * view.block)
+        return out
 
-        metadata.seq_lens, metadata.block_table = lens, view
-        metadata.max_seq_len = min(metadata.max_seq_len, width * block)
-        return blocks * block
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+    def _buffer(self, *key: Hashable, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of zeros that stays where it is."""
+        if key not in self._kept:
+            self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        return self._kept[key]
 
 
 def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> None:
@@ -320,13 +331,16 @@ def _flash_version(impl: Any) -> int | None:
     return None if impl.fa4_hd256 else impl.vllm_flash_attn_version
 
 
-def _read_rows(metadata: Any, window: int | None) -> _Rows:
-    seq_lens = metadata.seq_lens
-    count = seq_lens.shape[0]
-    starts = metadata.query_start_loc[: count + 1]
-    prefix = seq_lens - (starts[1:] - starts[:-1])
-    first = torch.zeros_like(prefix) if window is None else (prefix - window + 1).clamp_(min=0)
-    return _Rows(canvas=metadata.causal[:count] == 0, first=first, last=seq_lens - 1)
+def _sequences(metadata: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Flags [N], first rows [N + 1] and lengths [N] of a step's sequences."""
+    count = metadata.seq_lens.shape[0]
+    return metadata.causal[:count], metadata.query_start_loc[: count + 1], metadata.seq_lens
+
+
+def _block_of(layer: _Layer) -> int:
+    """Keys a block of the layer's cache; 0 in a profiling run without a cache."""
+    cache = layer.attention.kv_cache
+    return cache.shape[2] if cache.dim() == len(("block", "head", "slot", "key and value")) else 0
 
 
 def _power_of_two(number: int) -> int:

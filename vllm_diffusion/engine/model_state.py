@@ -33,9 +33,11 @@ from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention import plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+from vllm_diffusion.engine.attention_sequences import Parts, parts_of, sequences_of
 from vllm_diffusion.engine.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.constraints import attached
 from vllm_diffusion.engine.fusion import Fusion
+from vllm_diffusion.engine.inputs import CanvasInputs
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.errors import ConfigError
@@ -97,17 +99,16 @@ class CanvasModelState(ModelState):
         self._slot_of: dict[str, int] = {}
         self._recorder = self._make_recorder()
         # What captured graphs read must stay at one address.
-        self._causal = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self._inputs_embeds = torch.zeros(
-            self.max_num_tokens, text_config.hidden_size, dtype=self.dtype, device=device
-        )
-        self._images: tuple[list[Tensor], Tensor] | None = None
+        # A request may be two sequences of attention.
+        max_sequences = 2 * self.max_num_reqs
+        self._causal = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self._inputs = CanvasInputs(model, self.pool, max_tokens=self.max_num_tokens)
         if device.type != "cpu":
             self._block_local_mask = BlockLocalMask(
                 get_layers_from_vllm_config(vllm_config, Attention),
                 canvas_length=self.pool.canvas_length,
                 max_model_len=self.max_model_len,
-                max_rows=self.max_num_reqs,
+                max_rows=max_sequences,
                 max_tokens=self.max_num_tokens,
                 device=device,
                 max_span=text_config.sliding_window if self.supports_mm_inputs else 0,
@@ -240,37 +241,57 @@ class CanvasModelState(ModelState):
         padded = cudagraph_mode == CUDAGraphMode.FULL
         num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
         num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
-        causal = self._causal[:num_reqs]
-        causal.zero_()
-        causal[: input_batch.num_reqs] = self.pool.causal[input_batch.idx_mapping].int()
-
         if self.device.type == "cpu":
+            causal = self._causal[:num_reqs]
+            causal.zero_()
+            causal[: input_batch.num_reqs] = self.pool.causal[input_batch.idx_mapping].int()
             return self._prepare_attn_cpu(
                 input_batch, causal, block_tables, slot_mappings, attn_groups
             )
+        sequences = sequences_of(
+            input_batch,
+            self._parts(input_batch),
+            count=num_reqs,
+            phase=self.pool.causal,
+            causal=self._causal,
+            block_tables=block_tables,
+            spans=self._image_spans(input_batch),
+        )
         metadata = build_attn_metadata(
             attn_groups=attn_groups,
-            num_reqs=num_reqs,
+            num_reqs=sequences.lens.shape[0],
             num_tokens=num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            seq_lens=input_batch.seq_lens,
+            query_start_loc_gpu=sequences.starts,
+            query_start_loc_cpu=sequences.starts_on_host,
+            max_query_len=sequences.longest,
+            seq_lens=sequences.lens,
             max_seq_len=self.max_model_len,
-            block_tables=block_tables,
+            block_tables=sequences.block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            seq_lens_cpu_upper_bound=sequences.lens_at_most,
             mm_req_doc_ranges={
                 index: [(first, behind - 1) for first, behind in spans]
-                for index, spans in enumerate(self._image_spans(input_batch))
+                for index, spans in enumerate(sequences.spans)
             },
             for_cudagraph_capture=for_capture,
-            # A batch of prompts alone takes the backends' cheaper causal path.
-            causal=causal if for_capture or input_batch.num_draft_tokens else True,
+            # A batch of prompts alone takes the backends' cheaper causal path; a graph has flags.
+            causal=sequences.causal if padded or input_batch.num_draft_tokens else True,
         )
         self._block_local_mask.set_canvas_ranges(metadata)
         return metadata
+
+    def _parts(self, input_batch: InputBatch) -> Parts | None:
+        """Text and canvas rows where a slot's phase does not say which a request's rows are.
+
+        Only fused commits run text in a slot whose canvas has begun, before it or alone.
+        """
+        drafts = input_batch.num_draft_tokens_per_req
+        if self._fusion.why_not is not None or drafts is None:
+            return None
+        rows = input_batch.num_scheduled_tokens
+        text = (rows > drafts) & ~input_batch.is_prefilling_np[: rows.shape[0]]
+        return parts_of(rows, drafts) if text.any() else None
 
     def _prepare_attn_cpu(
         self,
@@ -335,38 +356,22 @@ class CanvasModelState(ModelState):
         Nothing is returned: ``prepare_inputs`` writes the merged embeddings into the one buffer.
         """
         del req_states
-        self._images = None
+        self._inputs.images = None
         if self.supports_mm_inputs:
             self.execute_mm_encoder(scheduled_encoder_inputs)
             embeddings, is_image = self.gather_mm_embeddings(input_batch)
             if embeddings:
-                self._images = embeddings, is_image
+                self._inputs.images = embeddings, is_image
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, Tensor]:
         """Embeddings of all rows; canvas rows get their self-conditioning mixed in."""
-        num_tokens = input_batch.num_tokens
         if self._fusion.why_not is None:
             self._write_committed(input_batch, req_states)
-        embeds = self._inputs_embeds[: input_batch.num_tokens_after_padding]
-        embeds[:num_tokens] = self._embed(input_batch.input_ids[:num_tokens])
-        canvas_rows = self.model.canvas_rows
-        canvas_rows.zero_()
-        if input_batch.num_draft_tokens:
-            # The rows behind logits are the canvases' and those of finished ones being committed;
-            # which is which only the device knows, so both are computed and selected.
-            rows = input_batch.logits_indices
-            slots = input_batch.expanded_idx_mapping
-            is_canvas = ~self.pool.causal[slots][:, None]
-            soft = self.pool.soft_embedding[slots, input_batch.expanded_local_pos]
-            canvas_rows[rows] = is_canvas
-            if self.model.adapters is not None:
-                self.model.adapters.place(canvas_rows, rows)
-            plain = embeds[rows]
-            embeds[rows] = torch.where(is_canvas, self.model.self_conditioning(plain, soft), plain)
+        self._inputs.write(input_batch.input_ids[: input_batch.num_tokens], input_batch)
         self.model.sampler_takes_hidden = True
-        return {"inputs_embeds": embeds}
+        return {"inputs_embeds": self._inputs.buffer[: input_batch.num_tokens_after_padding]}
 
     def _write_committed(self, input_batch: InputBatch, req_states: RequestState) -> None:
         """Fill in the tokens of finished canvases that this forward commits, behind any prompt."""
@@ -380,16 +385,7 @@ class CanvasModelState(ModelState):
             tokens = text[input_batch.idx_mapping_np[request], position : position + count]
             input_batch.input_ids[first : first + count] = tokens
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if self._images is None:
-            return self.model.embed_input_ids(input_ids)
-        embeddings, is_image = self._images
-        self._images = None
-        return self.model.embed_input_ids(
-            input_ids, multimodal_embeddings=embeddings, is_multimodal=is_image
-        )
-
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Tensor]:
         """Inputs for graph capture: the buffer that ``prepare_inputs`` writes."""
         del num_reqs
-        return {"inputs_embeds": self._inputs_embeds[:num_tokens]}
+        return {"inputs_embeds": self._inputs.buffer[:num_tokens]}

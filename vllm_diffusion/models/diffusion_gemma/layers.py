@@ -54,8 +54,11 @@ class SelfConditioning(nn.Module):
 
     def forward(self, embedding: Tensor, soft_embedding: Tensor) -> Tensor:
         """Both arguments and the result: [R, H] model dtype."""
-        hidden = self.activation(self.gate_up_proj(self.pre_norm(soft_embedding)))
-        return self.post_norm(embedding + self.down_proj(hidden))
+        return self.post_norm(embedding + self.inner(self.pre_norm(soft_embedding)))
+
+    def inner(self, normed: Tensor) -> Tensor:
+        """The MLP between the norms: [R, H] model dtype, as its result."""
+        return self.down_proj(self.activation(self.gate_up_proj(normed)))
 
 
 class CanvasDecoderLayer(Gemma4DecoderLayer):
