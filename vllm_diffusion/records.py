@@ -198,6 +198,8 @@ class CanvasStats:
     @staticmethod
     def concatenate(parts: Sequence[CanvasStats]) -> CanvasStats:
         """Join statistics along their first dimension."""
+        if len(parts) == 1:
+            return parts[0]
         return CanvasStats(
             argmax=torch.cat([p.argmax for p in parts]),
             sample=torch.cat([p.sample for p in parts]),

@@ -1,10 +1,12 @@
-"""Programs whose Triton kernels run in Triton's interpreter, which must be chosen before import."""
+"""Triton without a GPU: its interpreter, which is chosen before import, and its assembler."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,24 @@ def compiled_for(
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options or {})
     return compiled.asm["cubin"]
+
+
+def spilled(ptx: str) -> int:
+    """Bytes a thread that a compiled kernel keeps in memory for want of registers."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target sm_((\d+)\w*)", ptx)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        assembler = get_ptxas(int(target[2])).path
+        told = subprocess.run(
+            [assembler, "-v", f"-arch=sm_{target[1]}", "-o", os.devnull, file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    found = re.search(r"(\d+) bytes spill stores", told)
+    assert found is not None, told
+    return int(found[1])

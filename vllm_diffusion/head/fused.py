@@ -66,7 +66,7 @@ def absorb(
 
 
 @triton.jit
-def _hyperbolic(x: tl.tensor) -> tl.tensor:
+def hyperbolic(x: tl.tensor) -> tl.tensor:
     """The tanh of Cephes (Moshier), the same on every device and in the interpreter."""
     z = x * x
     near = z * -5.70498872745e-3 + 2.06390887954e-2
@@ -106,7 +106,7 @@ def _absorb_row(  # noqa: PLR0917 - a kernel is launched with positions
     there = column < width
     x = tl.load(logits + row * stride + column, mask=there, other=0.0).to(tl.float32)
     if CAPPED:
-        x = _hyperbolic(x / softcap) * softcap
+        x = hyperbolic(x / softcap) * softcap
     x = tl.where(there, x, _MASKED)
 
     top = tl.max(x, axis=0)

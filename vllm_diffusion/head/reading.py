@@ -19,17 +19,17 @@ from vllm_diffusion.head.rescoring import Rescoring
 from vllm_diffusion.head.sample import tile_uniforms
 from vllm_diffusion.head.soft import SoftEmbedding
 from vllm_diffusion.head.tile import RunningStats
-from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
     from torch import Tensor
 
     from vllm_diffusion.head.classes import ClassPass
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
-    from vllm_diffusion.records import Rewrite
+    from vllm_diffusion.records import CanvasStats, Rewrite
 
 
 def tiles(
@@ -163,19 +163,25 @@ def read(
         )
         soft.add(weight, shrink, first)
     together, shrink = running.over_ranks(temperature, vocabulary)
-    drawn = together.sample
+    whole = soft.over_ranks(together, shrink, temperature, capped=rewrite is not None)
+    stats = together.statistics(temperature, whole)
     if rewrite is not None and rewrite.greedy is not None:
-        drawn = torch.where(rewrite.greedy[rewrite.canvas], together.argmax, drawn)
-    beside = ((together.second - together.top) / temperature).exp()
-    stats = CanvasStats(
-        argmax=together.argmax,
-        sample=drawn,
-        entropy=together.mass.log() - together.moment / together.mass,
-        top_prob=1 / together.mass,
-        margin=(1 - beside) / together.mass,
-        soft_embedding=soft.over_ranks(together, shrink, temperature, capped=rewrite is not None),
-    )
+        kept = torch.where(rewrite.greedy[rewrite.canvas], stats.argmax, stats.sample)
+        stats = replace(stats, sample=kept)
     return stats, together
+
+
+def in_chunks(vocabulary: Vocabulary, rows: Rows) -> ModuleType | None:
+    """``chunks`` where it reads these rows, many tiles at a time; None where they go one by one."""
+    if not rows.hidden.is_cuda or rows.rewrite is not None or rows.soft_top_k is not None:
+        return None
+    from vllm_diffusion.head import cuda
+
+    if vocabulary.copy is not None or cuda.chosen():
+        return None
+    from vllm_diffusion.head import chunks
+
+    return chunks
 
 
 def absorb_of(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

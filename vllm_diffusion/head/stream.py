@@ -363,10 +363,16 @@ class StreamingHead:
 
     def _streamed(self, rows: Rows) -> CanvasStats:
         """Rows over the whole vocabulary."""
-        parts = [
-            reading.read(self.vocabulary, part, reading.tiles_of(self.vocabulary, part))[0]
-            for part in rows.chunks(self._at_once(_tile_bytes()))
-        ]
+        if (chunks := reading.in_chunks(self.vocabulary, rows)) is not None:
+            at_once = chunks.rows_at_once(self.vocabulary, self.budget)
+            parts = [
+                chunks.read(self.vocabulary, part, self.budget) for part in rows.chunks(at_once)
+            ]
+        else:
+            parts = [
+                reading.read(self.vocabulary, part, reading.tiles_of(self.vocabulary, part))[0]
+                for part in rows.chunks(self._at_once(_tile_bytes()))
+            ]
         return CanvasStats.concatenate(parts)
 
 

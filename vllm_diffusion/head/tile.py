@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from vllm_diffusion.head.sample import bin_size, invert, padded_width, tile_scores
+from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +91,23 @@ class RunningStats:
             sample=sample.gather(0, drawn)[0].long(),
         )
         return together, ((self.top - best) / temperature).exp()
+
+    def statistics(self, temperature: Tensor, soft_embedding: Tensor) -> CanvasStats:
+        """What is known after the last tile, of all ranks.
+
+        Args:
+            temperature: [R] fp32.
+            soft_embedding: [R, H].
+        """
+        beside = ((self.second - self.top) / temperature).exp()
+        return CanvasStats(
+            argmax=self.argmax,
+            sample=self.sample,
+            entropy=self.mass.log() - self.moment / self.mass,
+            top_prob=1 / self.mass,
+            margin=(1 - beside) / self.mass,
+            soft_embedding=soft_embedding,
+        )
 
 
 def absorb(

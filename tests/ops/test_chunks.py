@@ -1,0 +1,129 @@
+"""The head's chunks of many tiles, run by Triton's interpreter, against the definition.
+
+The interpreter is chosen when Triton is imported, so one subprocess runs this very file.
+"""
+
+from __future__ import annotations
+
+import pytest
+from helpers.interpreter import interpreted, spilled
+
+INTEGERS = ("width", "first", "rows", "hidden")
+LONG = ("seeds", "positions", "steps", "tokens")
+
+
+@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_compile_without_a_gpu_and_without_spills(capability: int, dtype: str) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vllm_diffusion.head import chunks
+
+    def without_spills(kernel, kinds: dict[str, str], constants: dict, warps: int) -> None:
+        kinds |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(LONG, "*i64")
+        signature = {
+            name: "constexpr" if name in constants else kinds.get(name, "*fp32")
+            for name in kernel.arg_names
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        assert spilled(compiled.asm["ptx"]) == 0
+
+    for whole in (True, False):
+        without_spills(
+            chunks._absorb_chunk,
+            {"logits": f"*{dtype}", "softcap": "fp32"},
+            {"CAPPED": True, "FIRST": False, "WHOLE": whole, "TILE": 4096, "BLOCK": 4096},
+            warps=8,
+        )
+    without_spills(
+        chunks._finish_row,
+        {"embeddings": f"*{dtype}", "scale": f"*{dtype}"},
+        {"SCALE_IN_MEMORY": True, "BLOCK": 1024},
+        warps=4,
+    )
+
+
+def test_the_chunks_are_the_definition() -> None:
+    assert "cases agree" in interpreted(__file__)
+
+
+def in_the_interpreter() -> None:
+    """Chunks of one tile and of several; other widths, dtypes, softcaps, temperatures, ranks."""
+    from dataclasses import replace
+    from threading import Lock
+
+    import torch
+    from helpers.heads import assert_no_worse, assert_same_tokens, make_case, over_ranks
+
+    from vllm_diffusion.head import chunks, reading, sample
+
+    used = []
+
+    def in_chunks(vocabulary, _):
+        used.append(vocabulary)
+        return chunks
+
+    reading.in_chunks = in_chunks
+    absorb, lock = chunks._absorb, Lock()  # ranks are threads, and the interpreter is one
+
+    def in_turn(*arguments):
+        with lock:
+            absorb(*arguments)
+
+    chunks._absorb = in_turn
+    count, rows = 0, {"canvases": 4, "length": 5}
+    for tile, tiles, vocab, softcap, dtype, temperature in (
+        (64, 3, 700, 30.0, torch.float32, None),
+        (64, 1, 700, None, torch.float32, None),
+        (64, 100, 704, 30.0, torch.float32, None),
+        (4096, 2, 700, 30.0, torch.float32, None),
+        (4096, 1, 4096 + 33, 30.0, torch.float32, None),
+        (64, 1, 1, 30.0, torch.float32, None),
+        (64, 4, 512, 30.0, torch.bfloat16, None),
+        (64, 2, 700, 30.0, torch.float32, 4e-3),
+        (64, 2, 700, None, torch.float32, 1e3),
+    ):
+        sample.TILE = tile
+        case = make_case(3, vocab=vocab, softcap=softcap, dtype=dtype, hidden=16, **rows)
+        if temperature is not None:
+            case = replace(case, temperature=torch.full_like(case.temperature, temperature))
+        truth, plain = case.truth(), case.reference()(*case.arguments())
+        if dtype == torch.bfloat16:
+            exact, logits = case.reference(), case.reference().logits(case.hidden)
+            embedding = case.embedding.double()
+            truth = replace(
+                exact,
+                logits=lambda _, logits=logits: logits.double(),
+                soft_embedding=lambda prob, embedding=embedding: prob @ embedding * 5.65,
+            )(*case.arguments())
+        ours = case.streaming(budget=tiles * tile * len(case.hidden) * dtype.itemsize)
+        stats = ours(*case.arguments())
+        assert_same_tokens(stats, truth)
+        assert_no_worse(stats, plain, truth)
+        count += 1
+    sample.TILE = 64
+    case = make_case(1, vocab=512, **rows)
+    for stats in over_ranks(case, 4, lambda head: head(*case.arguments())):
+        assert_same_tokens(stats, case.truth())
+        assert_no_worse(stats, case.reference()(*case.arguments()), case.truth())
+    count += 1
+    for softcap in (30.0, None):
+        case = make_case(0, vocab=200, softcap=softcap, **rows)
+        case.hidden[3] = torch.nan
+        ours = case.streaming(budget=64 * len(case.hidden) * 4)(*case.arguments())
+        assert ours.entropy[3].isnan()
+        assert 0 <= int(ours.sample[3]) < 200
+        assert 0 <= int(ours.argmax[3]) < 200
+        others = [row for row in range(len(case.hidden)) if row != 3]
+        assert ours.soft_embedding[others].isfinite().all()
+        count += 1
+    assert len(used) >= count
+    print(count, "cases agree")
+
+
+if __name__ == "__main__":
+    in_the_interpreter()
