@@ -1,6 +1,7 @@
 """The head of one denoising step: time, peak memory and error, of ours, of native vLLM, in one run.
 
     python benchmarks/head.py [--quick] [--json FILE] [--vocab N] [--hidden N ...] [--rows N ...]
+    python benchmarks/head.py --roofline [--json FILE]
 
     gemms      the two products of the step alone, tile by tile: no head can be faster
     ours       the streaming head, its row pass in C++
@@ -23,6 +24,9 @@ of three runs, and beside them the wall clock's, which other processes disturb. 
 the process held at its highest during a run, less what it held before. Error is the worst of eight
 rows against fp64: of the entropy in nats, of the soft embedding relative to its norm; in bf16,
 against fp64 from the logits on, which all of them round alike.
+
+--roofline runs nothing: it says what a step of the released head launches on a GPU, and what that
+takes there at the least, beside the two products alone; see ``_roofline``.
 """
 
 from __future__ import annotations
@@ -61,7 +65,14 @@ def main() -> None:
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments.add_argument("--heads", nargs="+", choices=HEADS + OTHER, default=list(HEADS))
     arguments.add_argument("--cell", help="internal: run one here")
+    arguments.add_argument("--roofline", action="store_true", help="of GPUs, without one")
     options = arguments.parse_args()
+    if options.roofline:
+        import _roofline
+
+        _report.print_table(table := _roofline.table())
+        _report.finish(_roofline.flat(table), _roofline.headline(table), options.json)
+        return
     if options.cell:
         head, dtype, rows, vocab, hidden = options.cell.split(",")
         print(json.dumps(run_cell(head, dtype, int(rows), int(vocab), int(hidden))))

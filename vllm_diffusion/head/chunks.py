@@ -123,7 +123,7 @@ def _absorb(vocabulary: Vocabulary, rows: Rows, logits: Tensor, start: int, sums
 
 def _accumulate(soft: Tensor, weight: Tensor, embedding: Tensor, *, fresh: bool) -> None:
     """Add weight [R, n] @ embedding [n, H], summed in fp32, to [R, H] fp32."""
-    if embedding.dtype == torch.float32 or not soft.is_cuda:
+    if embedding.dtype == torch.float32 or soft.device.type == "cpu":
         soft.addmm_(weight.float(), embedding.float(), beta=0 if fresh else 1)
     elif fresh:
         torch.mm(weight, embedding, out_dtype=torch.float32, out=soft)

@@ -172,8 +172,13 @@ def read(
 
 
 def in_chunks(vocabulary: Vocabulary, rows: Rows) -> ModuleType | None:
-    """``chunks`` where it reads these rows, many tiles at a time; None where they go one by one."""
-    if not rows.hidden.is_cuda or rows.rewrite is not None or rows.soft_top_k is not None:
+    """``chunks`` where it reads these rows, many tiles at a time; None where they go one by one.
+
+    Rows without numbers go as on a GPU: benchmarks count what is launched.
+    """
+    if not (rows.hidden.is_cuda or rows.hidden.is_meta):
+        return None
+    if rows.rewrite is not None or rows.soft_top_k is not None:
         return None
     from vllm_diffusion.head import cuda
 

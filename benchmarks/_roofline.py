@@ -1,0 +1,214 @@
+"""What the head of a step must take on a GPU, from the launches of a step that runs without one.
+
+The real head runs on tensors that have a device, a shape and a type but no numbers, and every
+product and kernel it launches is written down with its operands. A product takes the longer of its
+bytes and its operations at 70 % of the GPU's peak. A kernel takes its bytes at 70 % of the
+bandwidth, each of them from memory: what a level-2 cache spares is not counted. A launch takes 4 us
+of the host, as if the GPU waited for every one of them. No time here was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CANVASES = (1, 4, 16)
+CANVAS, VOCAB, HIDDEN, SOFTCAP, BUDGET = 256, 262144, 2816, 30.0, 256 * 2**20
+REACHED = 0.7
+LAUNCH = 4e-6
+BAR = 1.25
+"""How much longer than the products alone a step's head may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Peaks a second, dense, sums in fp32; from the makers' data sheets."""
+
+    bandwidth: float
+    bf16: float
+    fp8: float
+
+    def product(self, work: Work) -> float:
+        """Seconds."""
+        peak = self.fp8 if work.fp8 else self.bf16
+        return max(work.bytes / self.bandwidth, work.operations / peak) / REACHED
+
+
+GPUS = {
+    "H100": Gpu(bandwidth=3.35e12, bf16=990e12, fp8=1980e12),
+    "H200": Gpu(bandwidth=4.8e12, bf16=990e12, fp8=1980e12),
+    "RTX 5090": Gpu(bandwidth=1.79e12, bf16=210e12, fp8=420e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one launch reads, writes and multiplies."""
+
+    bytes: int
+    operations: int = 0
+    fp8: bool = False
+
+
+@dataclass
+class Launches:
+    """Of one step."""
+
+    products: list[Work] = field(default_factory=list)
+    kernels: list[Work] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """All of them."""
+        return len(self.products) + len(self.kernels)
+
+
+def size(*tensors: Tensor) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def product_of(one: Tensor, other: Tensor, *more: Tensor) -> Work:
+    """[m, k] @ [k, n]; ``more`` is read or written beside."""
+    operations = 2 * one.shape[0] * one.shape[1] * other.shape[1]
+    fp8 = one.element_size() == 1
+    return Work(bytes=size(one, other, *more), operations=operations, fp8=fp8)
+
+
+class Recorded(TorchDispatchMode):
+    """Writes down what torch launches."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self._launches = launches
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Run it."""
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if func.is_view or "empty" in name:
+            return out
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if name == "mm":
+            self._launches.products.append(product_of(*tensors[:2], out))
+        elif name == "addmm":
+            self._launches.products.append(product_of(*tensors[1:3], tensors[0], out))
+        else:
+            made = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+            self._launches.kernels.append(Work(bytes=size(*tensors, *made)))
+        return out
+
+
+def kernel_work(name: str, operands: dict[str, Any]) -> Work:
+    """What a Triton kernel of the head reads and writes, [R] numbers left out."""
+    if name == "_absorb_chunk":  # reads its logits twice, writes them once; shrinks at every chunk
+        shrunk = 0 if operands["FIRST"] else 2 * size(operands["soft"])
+        return Work(bytes=3 * size(operands["logits"]) + shrunk)
+    assert name == "_finish_row", name
+    return Work(bytes=size(operands["soft"], operands["embeddings"]))
+
+
+def launched(rows: int) -> Launches:
+    """What one step launches."""
+    from triton.runtime.jit import JITFunction
+
+    from vllm_diffusion.head.stream import StreamingHead
+    from vllm_diffusion.head.vocabulary import Vocabulary
+    from vllm_diffusion.records import Noise
+
+    launches = Launches()
+
+    def run(self: JITFunction, *args: object, **options: object) -> None:
+        operands = dict(zip(self.arg_names, args, strict=False)) | options
+        launches.kernels.append(kernel_work(self.fn.__name__, operands))
+
+    matrix = torch.empty(VOCAB, HIDDEN, dtype=torch.bfloat16, device="meta")
+    counters = torch.empty(rows, dtype=torch.int64, device="meta")
+    vocabulary = Vocabulary(
+        output=matrix,
+        embedding=matrix,
+        size=VOCAB,
+        softcap=SOFTCAP,
+        scale=matrix.new_empty(()),
+    )
+    # Its materialising head is never asked.
+    head = StreamingHead(vocabulary=vocabulary, whole=None, budget=BUDGET)  # type: ignore[arg-type]
+    noise = Noise(seed=counters.new_empty(rows, 2), position=counters, step=counters)
+    temperature = torch.empty(rows, device="meta")
+    kept, JITFunction.run = JITFunction.run, run
+    try:
+        with Recorded(launches):
+            head(matrix.new_empty(rows, HIDDEN), temperature, noise)
+    finally:
+        JITFunction.run = kept
+    return launches
+
+
+def alone(rows: int) -> list[Work]:
+    """The two products of a step, each as one."""
+    matrix = torch.empty(VOCAB, HIDDEN, dtype=torch.bfloat16, device="meta")
+    hidden, logits = matrix.new_empty(rows, HIDDEN), matrix.new_empty(rows, VOCAB)
+    return [product_of(hidden, matrix.T, logits), product_of(logits, matrix, hidden)]
+
+
+def table() -> list[dict[str, Any]]:
+    """A row for every GPU and number of canvases."""
+    found = []
+    for canvases in CANVASES:
+        rows = canvases * CANVAS
+        step, products = launched(rows), alone(rows)
+        work = [*step.products, *step.kernels]
+        for name, gpu in GPUS.items():
+            least = sum(map(gpu.product, products))
+            parts = {
+                "products ms": sum(map(gpu.product, step.products)),
+                "kernels ms": sum(each.bytes for each in step.kernels) / gpu.bandwidth / REACHED,
+                "launches ms": LAUNCH * len(step),
+            }
+            whole = sum(parts.values())
+            found.append(
+                {
+                    "GPU": name,
+                    "canvases": canvases,
+                    "GB": sum(each.bytes for each in work) / 1e9,
+                    "TFLOP": sum(each.operations for each in work) / 1e12,
+                    "launches": len(step),
+                    **{part: 1e3 * seconds for part, seconds in parts.items()},
+                    "head ms": 1e3 * whole,
+                    "alone ms": 1e3 * least,
+                    "ratio": whole / least,
+                }
+            )
+    return found
+
+
+def flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table under flat keys."""
+    return {
+        f"{row['GPU']}.{row['canvases']}.{name}": value
+        for row in rows
+        for name, value in row.items()
+        if name not in {"GPU", "canvases"}
+    }
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """The worst of it."""
+    worst = max(rows, key=lambda row: row["ratio"])
+    return (
+        f"the head takes at most {worst['ratio']:.2f} times its two products alone "
+        f"({worst['GPU']}, {worst['canvases']} canvases; the bar is {BAR}), and "
+        f"{max(row['launches'] for row in rows)} launches"
+    )
