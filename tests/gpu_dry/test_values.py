@@ -1,0 +1,61 @@
+"""Tokens of the pretended GPU are those of the CPU engine, which tests/engine holds to a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gpu_dry.cases import ADAPTED, FIRST, PLAIN, SECOND
+
+RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
+EVERY = [*FIRST, *SECOND]
+EACH = [pytest.param(f"values-{run}", name, id=f"{run}-{name}") for run in RUNS for name in EVERY]
+
+
+@pytest.mark.jobs("values-reference")
+@pytest.mark.parametrize(("job", "name"), EACH)
+def test_tokens_are_those_of_the_cpu_engine(report, job, name):
+    expected = report("values-reference")["answers"][name]
+    found = report(job)["answers"][name]
+    assert found["tokens"] == expected["tokens"]
+    assert len(found["logprobs"]) == len(expected["logprobs"])
+    for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("job", [f"values-{run}" for run in RUNS])
+def test_the_runs_are_what_they_are_called(report, job):
+    found = report(job)
+    assert found["attention"] == ["FLASH_ATTN 4" if "flash" in job else "TRITON_ATTN"]
+    assert (found["replays"] > 0) == ("eager" not in job)
+    assert found["asynchronous"] == (job != "values-triton-full")
+    assert found["answers"]["prefix hit"]["cached"] >= 32
+    assert found["preemptions"] > 0
+
+
+@pytest.mark.jobs("values-adapters-reference", "values-adapters")
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters(report, name):
+    expected = report("values-adapters-reference")["answers"]
+    assert report("values-adapters")["answers"][name]["tokens"] == expected[name]["tokens"]
+
+
+@pytest.mark.jobs("values-adapters-reference", "values-reference")
+def test_the_adapter_changes_something(report):
+    adapted = report("values-adapters-reference")["answers"]["adapter"]["tokens"]
+    assert adapted != report("values-reference")["answers"]["plain"]["tokens"][: len(adapted)]
+
+
+@pytest.mark.jobs("values-reference")
+@pytest.mark.parametrize("job", ["values-buffer", "values-range"])
+def test_a_mistake_shows(report, job):
+    """A buffer made anew behind a graph; canvases without their range of keys."""
+    expected, found = report("values-reference")["answers"], report(job)["answers"]
+    assert [n for n in PLAIN if found[n]["tokens"] != expected[n]["tokens"]] != []
+
+
+@pytest.mark.jobs("shapes-wait")
+def test_a_wait_on_the_hot_path_shows(report):
+    waits = report("shapes-wait")["runs"]["bf16-text"]["canvases"]["1"]["waits"]
+    assert any("_local_scalar_dense" in what for what in waits)
