@@ -10,6 +10,7 @@ kernels elsewhere) must agree on it bit for bit.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from hashlib import blake2b
 from typing import Final
 
@@ -75,8 +76,7 @@ def philox(
     even = torch.stack([zero + position, zero + int(purpose)])
     odd = torch.stack([zero + step, zero + tile])
     column = (2, *[1] * zero.dim())
-    multiplier = torch.tensor(_MULTIPLIERS, device=zero.device).view(column)
-    weyl = torch.tensor(_WEYL, device=zero.device).view(column)
+    multiplier, weyl = (each.view(column) for each in _constants(zero.device))
     key = torch.stack([zero + seed[..., 0], zero + seed[..., 1]])
     for _ in range(_ROUNDS):
         # int64 multiplication wraps modulo 2**64, so bits 32..63 of the product survive the
@@ -86,6 +86,12 @@ def philox(
         odd = product & _MASK32
         key = (key + weyl) & _MASK32
     return even[0], odd[0], even[1], odd[1]
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers and key increments, [2] int64 each: to make them anew would wait for a GPU."""
+    return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_WEYL, device=device)
 
 
 def uniform(word: Tensor) -> Tensor:
