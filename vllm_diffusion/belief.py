@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
     from vllm_diffusion.head import Head
     from vllm_diffusion.head.rows import Rows
+    from vllm_diffusion.records import CanvasBatch
 
 # What the statistics of constrained rows by class may take at once; a class of a row takes 24
 # numbers at its highest. Canvases of one automaton that need more are taken in turn.
@@ -40,25 +41,32 @@ _BYTES_A_CLASS: Final = 96
 
 
 def beliefs(
-    head: Head, rows: Rows, *, read: Tensor, automata: Sequence[ConstrainedCanvases] = ()
+    head: Head,
+    rows: Rows,
+    *,
+    num: int,
+    read: Tensor | None = None,
+    automata: Sequence[ConstrainedCanvases] = (),
 ) -> CanvasStats:
     """Statistics of all canvases of a step, [B, L].
 
     Args:
         head: turns rows into statistics.
         rows: all of them, canvas by canvas.
-        read: [B, L] bool, where somebody looks.
+        num: B.
+        read: [B, L] bool, where somebody looks, see ``read_rows``.
         automata: which canvases obey one, each canvas at most once.
     """
-    num, length = read.shape
+    length = len(rows) // num
     if not automata:
         return _read(head, rows, read).reshape(num, length)
     obeying = {canvas for each in automata for canvas in each.places}
     stats = CanvasStats.of_nothing(rows.hidden)
     if others := [canvas for canvas in range(num) if canvas not in obeying]:
-        free = torch.tensor(others, device=read.device)
+        free = torch.tensor(others).to(rows.hidden.device, non_blocking=True)
         index = rows_of(free, length)
-        stats = stats.replaced(index, _read(head, rows.take(index), read[free]))
+        free_read = None if read is None else read[free]
+        stats = stats.replaced(index, _read(head, rows.take(index), free_read))
     for each in automata:
         for part in _in_turn(each, length):
             index = rows_of(part.canvas, length)
@@ -70,6 +78,17 @@ def rows_of(canvases: Tensor, length: int) -> Tensor:
     """[K * length] int64, the rows of canvases [K] int64 among those of a batch."""
     offset = torch.arange(length, device=canvases.device)
     return (canvases[:, None] * length + offset).flatten()
+
+
+def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
+    """[B, L] bool, where somebody reads what the head says; None where looking is not free.
+
+    Which rows those are is data of the device. Only where it is the host's memory is it free to
+    look, so elsewhere all rows are computed.
+    """
+    if pool.device.type != "cpu":
+        return None
+    return batch.valid & ~pool.causal[batch.slots][:, None]
 
 
 def soft_embeddings(
@@ -94,13 +113,9 @@ def soft_embeddings(
     return None if top_k is None else top_k.repeat_interleave(length)
 
 
-def _read(head: Head, rows: Rows, read: Tensor) -> CanvasStats:
-    """Run the head where somebody reads what it says; zeros elsewhere, or anything.
-
-    Which rows those are is data of the device. Only where it is the host's memory is it free to
-    look, so elsewhere all rows are computed.
-    """
-    if read.device.type != "cpu" or read.all():
+def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
+    """Run the head where somebody reads what it says; zeros elsewhere, or anything."""
+    if read is None or read.all():
         return said_of(head, rows)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():

@@ -21,17 +21,20 @@
 The rule is the published one of DiffusionGemma (entropy-bounded sampling, arXiv 2505.24857) and two
 additions that save forwards, off unless a request's constants switch them on (docs/decoding.md).
 Takes tensors, gives tensors, never waits for the device, knows nothing of requests or of vLLM.
+What is here in torch is the definition, and what a CPU runs. A GPU runs what every step has beside
+the head (``keyed``, ``decide``, the pool) as kernels that are held to it, see ``Forms``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from vllm_diffusion.belief import beliefs, said_of, soft_embeddings
+from vllm_diffusion.belief import beliefs, read_rows, said_of, soft_embeddings
+from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.constrain.guard import Guard, look_ahead, obedient, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
@@ -53,7 +56,6 @@ from vllm_diffusion.records import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
     from vllm_diffusion.head import Head
 
@@ -62,6 +64,31 @@ Rule: TypeAlias = Callable[["CanvasPool", CanvasBatch, CanvasStats], Decision]
 
 Observer: TypeAlias = Callable[["CanvasPool", CanvasBatch, CanvasStats, Decision], None]
 """Sees a step decided and not yet applied; changes nothing. Rows of slots that commit are noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """What every step runs, whatever its requests ask for, in the form that suits the device."""
+
+    keyed: Callable[[CanvasPool, CanvasBatch, Tensor | None], tuple[Tensor, Noise]]
+    decide: Rule
+    apply: Callable[[CanvasPool, CanvasBatch, CanvasStats, Decision], Emission]
+    begin: Callable[[CanvasPool, Tensor, Tensor], None]
+
+    @staticmethod
+    def on(device_type: str) -> Forms:
+        """Kernels on a GPU, the definitions elsewhere."""
+        if device_type != "cuda":
+            return Forms(keyed=keyed, decide=decide, apply=CanvasPool.apply, begin=CanvasPool.begin)
+        # Elsewhere there may be no Triton.
+        from vllm_diffusion import canvas_kernels, step_kernels
+
+        return Forms(
+            keyed=step_kernels.keyed,
+            decide=step_kernels.decide,
+            apply=canvas_kernels.apply,
+            begin=canvas_kernels.begin,
+        )
 
 
 def advance(
@@ -91,25 +118,17 @@ def advance(
         observe: called between the decision and its effect on the pool.
     """
     slots, (num, length) = batch.slots, batch.position.shape
-    temperature = linear_temperature(
-        pool.step[slots], pool.max_steps[slots], pool.t_min[slots], pool.t_max[slots]
-    )
-    if rewrite is not None and rewrite.temperature is not None:
-        temperature = temperature * rewrite.temperature
-    noise = Noise(
-        seed=pool.seed[slots].repeat_interleave(length, dim=0),
-        position=batch.position.flatten(),
-        step=pool.step[slots].repeat_interleave(length),
-    )
+    forms = Forms.on(pool.device.type)
+    temperature, noise = forms.keyed(pool, batch, None if rewrite is None else rewrite.temperature)
     rows = Rows(
         hidden=hidden.reshape(num * length, -1),
-        temperature=temperature.repeat_interleave(length),
+        temperature=temperature,
         noise=noise,
         rewrite=rewrite,
         soft_top_k=soft_embeddings(pool, slots, published=rule is None, length=length),
     )
-    read = batch.valid & ~pool.causal[slots][:, None]
-    stats = beliefs(head, rows, read=read, automata=automata)
+    read = read_rows(pool, batch)
+    stats = beliefs(head, rows, num=num, read=read, automata=automata)
     guards = _denoising(pool, slots, guards or {})
     corrected: dict[int, int] = {}
     if guards:
@@ -119,7 +138,7 @@ def advance(
             return said_of(head, asked)
 
         stats, corrected = look_ahead(guards, batch, stats, ask)
-    decision = (rule or decide)(pool, batch, stats)
+    decision = (rule or forms.decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
         decision = replace(decision, commit=commit)
@@ -140,7 +159,31 @@ def advance(
         )
     if observe is not None:
         observe(pool, batch, stats, decision)
-    return pool.apply(batch, stats, decision)
+    return forms.apply(pool, batch, stats, decision)
+
+
+def keyed(
+    pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None = None
+) -> tuple[Tensor, Noise]:
+    """Temperature [R] fp32 and noise key of all R = B * L rows of a batch.
+
+    Args:
+        pool: the canvases' state.
+        batch: of B canvases.
+        factor: [B] fp32, of the schedule's temperature; None for 1.
+    """
+    slots, length = batch.slots, batch.position.shape[1]
+    temperature = linear_temperature(
+        pool.step[slots], pool.max_steps[slots], pool.t_min[slots], pool.t_max[slots]
+    )
+    if factor is not None:
+        temperature = temperature * factor
+    noise = Noise(
+        seed=pool.seed[slots].repeat_interleave(length, dim=0),
+        position=batch.position.flatten(),
+        step=pool.step[slots].repeat_interleave(length),
+    )
+    return temperature.repeat_interleave(length), noise
 
 
 def _denoising(pool: CanvasPool, slots: Tensor, guards: Mapping[int, Guard]) -> dict[int, Guard]:

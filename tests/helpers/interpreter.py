@@ -15,12 +15,12 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-def interpreted(program: str) -> str:
+def interpreted(program: str, *arguments: str) -> str:
     """The last line that a file prints; skips where Triton has no interpreter."""
     pytest.importorskip("triton.runtime.interpreter", reason="Triton has no interpreter")
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
-        [sys.executable, program],
+        [sys.executable, program, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -39,8 +39,8 @@ def compiled_for(
     *,
     other: str,
     options: dict[str, Any] | None = None,
-) -> bytes:
-    """A kernel's machine code for a GPU that need not be there.
+) -> dict[str, Any]:
+    """What a kernel becomes for a GPU that need not be there, "ptx" and "cubin" among it.
 
     Args:
         capability: 90 for sm_90.
@@ -62,7 +62,7 @@ def compiled_for(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options or {})
-    return compiled.asm["cubin"]
+    return dict(compiled.asm)
 
 
 def spilled(ptx: str) -> int:

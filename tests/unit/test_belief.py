@@ -56,8 +56,8 @@ def test_statistics_of_a_constrained_canvas_are_those_of_its_marginals(seed: int
     )
     rows = rows_of_logits(logits)
     read_rows = torch.ones(2, length, dtype=torch.bool)
-    stats = beliefs(HEAD, rows, read=read_rows, automata=(obeying,))
-    alone = beliefs(HEAD, rows, read=read_rows)
+    stats = beliefs(HEAD, rows, num=2, read=read_rows, automata=(obeying,))
+    alone = beliefs(HEAD, rows, num=2, read=read_rows)
 
     # The canvas beside it, and the rows behind what obeys, are as without any automaton.
     for field in ("argmax", "sample", "entropy", "top_prob", "margin", "soft_embedding"):

@@ -59,6 +59,10 @@ class ConstraintTable:
         if constraints != _NOTHING:
             self._owners[slot] = constraints, prompt_length
 
+    def concern(self, slots: Sequence[int]) -> bool:
+        """Whether a request in some of the slots asks for anything."""
+        return not self._owners.keys().isdisjoint(slots)
+
     def rewrite(
         self,
         slots: Sequence[int],
@@ -77,7 +81,7 @@ class ConstraintTable:
             argmax: [S, L] int64, of every slot's last step.
             step: [S] int64, steps taken on every slot's canvas.
         """
-        if self._owners.keys().isdisjoint(slots):
+        if not self.concern(slots):
             return None
         stacked = self._stack(tuple(slots))
         num, length = batch.position.shape

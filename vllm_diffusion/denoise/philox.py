@@ -47,3 +47,17 @@ def uniform(word: tl.tensor) -> tl.tensor:
 def token_below(word: tl.tensor, vocab_size: tl.tensor) -> tl.tensor:
     """int64 token id, see ``rng.random_tokens``."""
     return ((word.to(tl.uint64) * vocab_size) >> 32).to(tl.int64)
+
+
+@triton.jit
+def random_tokens(
+    seed: tl.tensor,
+    position: tl.tensor,
+    step: tl.tensor,
+    purpose: tl.constexpr,
+    vocab_size: tl.constexpr,
+) -> tl.tensor:
+    """int64 ids, see ``rng.random_tokens``; ``seed`` points at two words, [2] int64."""
+    key = seed_of(tl.load(seed), tl.load(seed + 1))
+    word, _, _, _ = words(key, position, step, purpose, step * 0)
+    return token_below(word, vocab_size)

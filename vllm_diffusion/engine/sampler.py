@@ -23,15 +23,16 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_diffusion.engine.telemetry import CommittedCanvases
-from vllm_diffusion.records import CanvasBatch, Noise
-from vllm_diffusion.step import advance
+from vllm_diffusion.engine.canvases import StepRows, canvases_of, tell
+from vllm_diffusion.records import Noise
+from vllm_diffusion.step import Forms, advance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
-    from vllm_diffusion.records import Emission
+    from vllm_diffusion.records import CanvasBatch, Emission
     from vllm_diffusion.step import Observer, Rule
 
 
@@ -101,20 +102,52 @@ class CanvasSampler:
         del draft_logits
         self.model.sampler_takes_hidden = False
         num_reqs = input_batch.num_reqs
-        length = self.pool.canvas_length
-        tokens = torch.zeros(num_reqs, length, dtype=torch.int32, device=hidden.device)
-        gained = torch.zeros(num_reqs, dtype=torch.int32, device=hidden.device)
-        rejected = torch.zeros_like(gained)
-
+        rows = StepRows(
+            slots=input_batch.idx_mapping,
+            seq_lens=input_batch.seq_lens,
+            first=input_batch.cu_num_logits,
+        )
         if hidden.shape[0] and not input_batch.num_draft_tokens:
             self._run_widest_head(hidden)
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
-        decoding = np.flatnonzero(widths) if input_batch.num_draft_tokens else widths[:0]
-        scored = committed = None
-        if decoding.size:
-            index = self._to_device(decoding)
-            batch, rows = self._canvas_batch(input_batch, index, widths[decoding])
-            slots = input_batch.idx_mapping_np[decoding].tolist()
+        if not input_batch.num_draft_tokens:
+            widths = np.zeros_like(widths)
+        emission = scored = None
+        if widths.any():
+            emission, scored = self._advance(hidden, input_batch, rows, widths)
+        self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
+        told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
+        return SamplerOutput(
+            sampled_token_ids=told.tokens,
+            logprobs_tensors=scored,
+            num_nans=None,
+            num_sampled=told.gained,
+            num_rejected=told.rejected,
+            # vLLM's one optional output that is read back as it comes, see CommittedCanvases.
+            sampling_mask_tensors=told.committed,
+        )
+
+    def _advance(
+        self, hidden: Tensor, input_batch: InputBatch, rows: StepRows, widths: np.ndarray
+    ) -> tuple[Emission, LogprobsTensors | None]:
+        """Move the canvases of the step on; what they give, and what is said of it.
+
+        Args:
+            hidden: [R, H].
+            input_batch: the step's batch.
+            rows: the same on the device.
+            widths: [N], rows of every request's canvas, 0 for none.
+        """
+        decoding = np.flatnonzero(widths)
+        length = self.pool.canvas_length
+        batch, places = canvases_of(rows, count=decoding.size, length=length)
+        running = input_batch.idx_mapping_np[: widths.size]
+        slots = running[decoding].tolist()
+        # Rows come canvas by canvas: where all are full there is nothing to gather.
+        full = bool((widths[decoding] == length).all())
+        canvases = hidden.view(*places.shape, -1) if full else hidden[places]
+        rewrite = None
+        if self.constraints.concern(slots):
             rewrite = self.constraints.rewrite(
                 slots,
                 batch,
@@ -126,71 +159,29 @@ class CanvasSampler:
                 argmax=self.pool.argmax,
                 step=self.pool.step - self.pool.first_step,
             )
-            canvases = hidden[rows]
-            emission = advance(
-                self.pool,
-                batch,
-                canvases,
-                self.head,
-                rewrite=rewrite,
-                automata=self.automata.canvases(slots, batch),
-                guards=self.guards.of(slots),
-                rule=self.rule,
-                observe=self.observe,
-            )
-            self.automata.advance(slots, batch, emission)
-            running = input_batch.idx_mapping_np[:num_reqs]
-            scored = self.logprobs.leaving(
-                np.where(widths, running, -1).tolist(),
-                slots,
-                batch,
-                canvases,
-                emission,
-                pool=self.pool,
-                head=self.head,
-            )
-            self._begin_behind_commit(slots, batch, emission)
-            tokens[index] = emission.tokens.int()
-            gained[index] = emission.count.int()
-            counts = torch.where(self.pool.fused[batch.slots], 0, emission.count)
-            rejected[index] = (batch.width - counts).int()
-            committed = CommittedCanvases.of(emission, index, num_reqs)
-        self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
-        all_slots = input_batch.idx_mapping
-        self.req_states.draft_tokens[all_slots, :length] = self.pool.tokens[all_slots]
-        return SamplerOutput(
-            sampled_token_ids=tokens,
-            logprobs_tensors=scored,
-            num_nans=None,
-            num_sampled=gained,
-            num_rejected=rejected,
-            # vLLM's one optional output that is read back as it comes, see CommittedCanvases.
-            sampling_mask_tensors=committed,
+        emission = advance(
+            self.pool,
+            batch,
+            canvases,
+            self.head,
+            rewrite=rewrite,
+            automata=self.automata.canvases(slots, batch),
+            guards=self.guards.of(slots),
+            rule=self.rule,
+            observe=self.observe,
         )
-
-    def _canvas_batch(
-        self, input_batch: InputBatch, index: Tensor, widths: np.ndarray
-    ) -> tuple[CanvasBatch, Tensor]:
-        """The canvases of the step, and for each of their positions the hidden row it comes from.
-
-        Rows are [B, L]; beyond a canvas's width they repeat some row and are not valid.
-        """
-        length = self.pool.canvas_length
-        width = self._to_device(widths)
-        offset = torch.arange(length, device=width.device)
-        first_row = torch.cumsum(width, dim=0) - width
-        valid = offset < width[:, None]
-        rows = torch.where(valid, first_row[:, None] + offset, first_row[:, None])
-        start = input_batch.seq_lens[index].long() - width
-        return (
-            CanvasBatch(
-                slots=input_batch.idx_mapping[index],
-                width=width,
-                position=start[:, None] + offset,
-                valid=valid,
-            ),
-            rows,
+        self.automata.advance(slots, batch, emission)
+        scored = self.logprobs.leaving(
+            np.where(widths, running, -1).tolist(),
+            slots,
+            batch,
+            canvases,
+            emission,
+            pool=self.pool,
+            head=self.head,
         )
+        self._begin_behind_commit(slots, batch, emission)
+        return emission, scored
 
     def _begin_after_prompt(self, input_batch: InputBatch, prompt: np.ndarray) -> None:
         """Start the first canvas of the requests whose last prompt chunk has just run."""
@@ -200,11 +191,10 @@ class CanvasSampler:
         )
         done = np.flatnonzero(prompt & (computed >= input_batch.prefill_len_np[: prompt.size]))
         if done.size:
-            index = self._to_device(done)
-            start = self._to_device(input_batch.prefill_len_np[done])
+            index, start = self._to_device(np.stack([done, input_batch.prefill_len_np[done]]))
             offset = torch.arange(self.pool.canvas_length, device=start.device)
             slots, position = input_batch.idx_mapping[index], start[:, None] + offset
-            self.pool.begin(slots, position)
+            Forms.on(self.pool.device.type).begin(self.pool, slots, position)
             owners = input_batch.idx_mapping_np[done].tolist()
             self._begin_from(owners, slots, position, torch.ones_like(slots, dtype=torch.bool))
 

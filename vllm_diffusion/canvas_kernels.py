@@ -1,0 +1,279 @@
+"""The life of a canvas as ``CanvasPool`` defines it, as Triton kernels: a program a canvas.
+
+Imported on a GPU alone. Beside the two methods that it stands for it has nothing of its own; the
+mean entropy of a canvas is summed in another order and may differ in the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_diffusion.denoise import philox
+from vllm_diffusion.denoise.rng import Purpose
+from vllm_diffusion.records import Emission
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
+
+_INITIAL = tl.constexpr(int(Purpose.INITIAL_CANVAS))
+_COPIED: Final = 4096  # numbers of a belief that a program moves
+
+
+def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
+    """See ``CanvasPool.apply``."""
+    num, length = batch.position.shape
+    commit = decision.commit
+    entropy = stats.entropy.contiguous()
+    emission = Emission(
+        tokens=torch.empty_like(batch.position),
+        count=torch.empty_like(batch.width),
+        steps=torch.empty_like(batch.width),
+        reason=torch.empty_like(batch.width),
+        entropy=entropy.new_empty(num),
+    )
+    goes_on = torch.empty_like(decision.finished)
+    _apply_canvas[(num,)](
+        batch.slots,
+        batch.width,
+        batch.position,
+        stats.argmax.contiguous(),
+        stats.top_prob.contiguous(),
+        entropy,
+        decision.next_tokens.contiguous(),
+        decision.finished.contiguous(),
+        decision.reason.contiguous(),
+        stats.argmax if commit is None else commit.tokens.contiguous(),
+        stats.argmax if commit is None else commit.rows.contiguous(),
+        batch.width if commit is None else commit.count.contiguous(),
+        pool.seed,
+        pool.fused,
+        pool.tokens,
+        pool.argmax,
+        pool.top_prob,
+        pool.history,
+        pool.step,
+        pool.first_step,
+        pool.count,
+        pool.rows,
+        pool.reason,
+        pool.entropy,
+        pool.causal,
+        emission.tokens,
+        emission.count,
+        emission.steps,
+        emission.reason,
+        emission.entropy,
+        goes_on,
+        COMMIT=commit is not None,
+        VOCAB=pool.vocab_size,
+        REMEMBERED=pool.history.shape[1],
+        LENGTH=length,
+        BLOCK=triton.next_power_of_2(length),
+    )
+    canvas = pool.soft_embedding[0].numel()
+    _take_beliefs[(num, triton.cdiv(canvas, _COPIED))](
+        batch.slots,
+        goes_on,
+        stats.soft_embedding.contiguous(),
+        pool.soft_embedding,
+        canvas,
+        BLOCK=_COPIED,
+    )
+    return emission
+
+
+def begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
+    """See ``CanvasPool.begin``."""
+    length = position.shape[1]
+    pool.soft_embedding[slots] = 0
+    _begin_canvas[(len(slots),)](
+        slots,
+        position.contiguous(),
+        pool.seed,
+        pool.tokens,
+        pool.top_prob,
+        pool.history,
+        pool.step,
+        pool.first_step,
+        pool.causal,
+        VOCAB=pool.vocab_size,
+        REMEMBERED=pool.history.shape[1],
+        LENGTH=length,
+        BLOCK=triton.next_power_of_2(length),
+    )
+
+
+@triton.jit
+def _remember(  # noqa: PLR0917 - a kernel is launched with positions
+    past: tl.tensor,
+    argmax: tl.tensor,
+    there: tl.tensor,
+    emits: tl.tensor,
+    remembered: tl.constexpr,
+    length: tl.constexpr,
+) -> None:
+    """Shift the history of a slot, whose oldest step ``past`` points at, or forget it."""
+    for age in range(remembered):
+        is_last = age == remembered - 1
+        newer = tl.load(past + length, mask=there & ~is_last, other=0)
+        newer = tl.where(emits, -1, tl.where(is_last, argmax, newer))
+        tl.debug_barrier()
+        tl.store(past, newer, mask=there)
+        past += length
+
+
+@triton.jit
+def _apply_canvas(  # noqa: PLR0917
+    slots: tl.tensor,
+    widths: tl.tensor,
+    positions: tl.tensor,
+    argmaxes: tl.tensor,
+    top_probs: tl.tensor,
+    entropies: tl.tensor,
+    next_tokens: tl.tensor,
+    finisheds: tl.tensor,
+    decided_reasons: tl.tensor,
+    commit_tokens: tl.tensor,
+    commit_rows: tl.tensor,
+    commit_counts: tl.tensor,
+    seeds: tl.tensor,
+    fuseds: tl.tensor,
+    pool_tokens: tl.tensor,
+    pool_argmaxes: tl.tensor,
+    pool_top_probs: tl.tensor,
+    histories: tl.tensor,
+    steps: tl.tensor,
+    first_steps: tl.tensor,
+    pool_counts: tl.tensor,
+    pool_rows: tl.tensor,
+    pool_reasons: tl.tensor,
+    pool_entropies: tl.tensor,
+    causals: tl.tensor,
+    emitted_tokens: tl.tensor,
+    emitted_counts: tl.tensor,
+    emitted_steps: tl.tensor,
+    emitted_reasons: tl.tensor,
+    emitted_entropies: tl.tensor,
+    go_on: tl.tensor,
+    COMMIT: tl.constexpr,  # noqa: N803
+    VOCAB: tl.constexpr,  # noqa: N803
+    REMEMBERED: tl.constexpr,  # noqa: N803
+    LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    canvas = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    there = offset < LENGTH
+    slot, width = tl.load(slots + canvas), tl.load(widths + canvas)
+    row, mine = canvas * LENGTH + offset, slot * LENGTH + offset
+    committing = tl.load(causals + slot) != 0
+    finished = (tl.load(finisheds + canvas) != 0) & ~committing
+    fused = finished & (tl.load(fuseds + slot) != 0)
+    emits = committing | fused
+    waits = finished & ~fused
+
+    argmax = tl.load(argmaxes + row, mask=there, other=0)
+    argmax = tl.where(committing, tl.load(pool_argmaxes + mine, mask=there, other=0), argmax)
+    if COMMIT:
+        tokens = tl.load(commit_tokens + row, mask=there, other=0)
+        rows = tl.load(commit_rows + row, mask=there, other=0)
+        count = tl.load(commit_counts + canvas)
+    else:
+        tokens, rows, count = argmax, offset.to(tl.int64), width
+    entropy = tl.load(entropies + row, mask=offset < width, other=0.0)
+    mean = tl.div_rn(tl.sum(entropy, axis=0), width.to(tl.float32))
+    step, first_step = tl.load(steps + slot), tl.load(first_steps + slot)
+    gone = tl.where(emits, tl.where(committing, tl.load(pool_counts + slot), count), 0)
+    taken = tl.where(emits, step - first_step + fused.to(tl.int64), 0)
+    reason = tl.load(decided_reasons + canvas)
+    told_reason = tl.where(committing, tl.load(pool_reasons + slot), reason)
+    told_entropy = tl.where(committing, tl.load(pool_entropies + slot), mean)
+
+    behind = tl.load(positions + row, mask=there, other=0) + gone
+    fresh = philox.random_tokens(seeds + 2 * slot, behind, step * 0, _INITIAL, VOCAB)
+    going = tl.load(next_tokens + row, mask=there, other=0)
+    going = tl.where(waits, tokens, tl.where(emits, fresh, going))
+    top_prob = tl.load(top_probs + row, mask=there, other=0.0)
+    said = tl.where(committing, tl.load(pool_tokens + mine, mask=there, other=0), tokens)
+
+    # Whichever thread writes a place, all have read it.
+    tl.debug_barrier()
+    tl.store(emitted_tokens + row, said, mask=there)
+    tl.store(emitted_counts + canvas, gone)
+    tl.store(emitted_steps + canvas, taken)
+    tl.store(emitted_reasons + canvas, told_reason)
+    tl.store(emitted_entropies + canvas, told_entropy)
+    tl.store(go_on + canvas, ~committing & ~finished)
+    tl.store(pool_tokens + mine, going, mask=there)
+    tl.store(pool_argmaxes + mine, argmax, mask=there)
+    tl.store(pool_top_probs + mine, tl.where(emits, 0.0, top_prob), mask=there)
+    tl.store(pool_rows + mine, rows, mask=there)
+    tl.store(pool_counts + slot, count)
+    tl.store(pool_reasons + slot, reason)
+    tl.store(pool_entropies + slot, mean)
+    tl.store(steps + slot, tl.where(emits, 0, step + 1))
+    tl.store(first_steps + slot, tl.where(emits, 0, first_step))
+    tl.store(causals + slot, waits)
+    _remember(
+        histories + slot * REMEMBERED * LENGTH + offset, argmax, there, emits, REMEMBERED, LENGTH
+    )
+
+
+@triton.jit
+def _take_beliefs(  # noqa: PLR0917
+    slots: tl.tensor,
+    go_on: tl.tensor,
+    beliefs: tl.tensor,
+    pool_beliefs: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    canvas = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    slot = tl.load(slots + canvas)
+    carried = at < tl.where(tl.load(go_on + canvas) != 0, size, 0)
+    belief = tl.load(beliefs + canvas * size + at, mask=carried, other=0.0)
+    belief = tl.where(tl.abs(belief.to(tl.float32)) < float("inf"), belief, 0.0)
+    out = pool_beliefs + slot * size + at
+    tl.store(out, belief.to(pool_beliefs.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _begin_canvas(  # noqa: PLR0917
+    slots: tl.tensor,
+    positions: tl.tensor,
+    seeds: tl.tensor,
+    pool_tokens: tl.tensor,
+    pool_top_probs: tl.tensor,
+    histories: tl.tensor,
+    steps: tl.tensor,
+    first_steps: tl.tensor,
+    causals: tl.tensor,
+    VOCAB: tl.constexpr,  # noqa: N803
+    REMEMBERED: tl.constexpr,  # noqa: N803
+    LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    canvas = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    there = offset < LENGTH
+    slot = tl.load(slots + canvas)
+    mine = slot * LENGTH + offset
+    position = tl.load(positions + canvas * LENGTH + offset, mask=there, other=0)
+    tokens = philox.random_tokens(seeds + 2 * slot, position, slot * 0, _INITIAL, VOCAB)
+    tl.store(pool_tokens + mine, tokens, mask=there)
+    tl.store(pool_top_probs + mine, tl.zeros_like(offset).to(tl.float32), mask=there)
+    for age in range(REMEMBERED):
+        past = histories + (slot * REMEMBERED + age) * LENGTH + offset
+        tl.store(past, tl.zeros_like(mine) - 1, mask=there)
+    tl.store(steps + slot, 0)
+    tl.store(first_steps + slot, 0)
+    tl.store(causals + slot, False)

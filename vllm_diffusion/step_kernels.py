@@ -1,0 +1,231 @@
+"""What ``step`` does beside the head in every step, as Triton kernels: a program a canvas.
+
+Imported on a GPU alone, where in torch the same is hundreds of launches. The definitions stay and
+say what is computed here. Integers, masks, temperatures and noise are theirs bit for bit. Sums over
+a canvas (entropy before a position, mean entropy, doubt) are fp32 in an order of their own, which
+depends on the canvas alone: they differ from the definition's in the last bits, and never between
+batches. What comes before a position in ascending entropy is summed for each position by itself,
+and adding what is not negative makes no sum smaller: here too, what is accepted is a prefix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_diffusion.denoise import philox
+from vllm_diffusion.denoise.accept import DRIFT
+from vllm_diffusion.denoise.rng import Purpose
+from vllm_diffusion.denoise.stop import BELIEVED
+from vllm_diffusion.records import Decision, Noise, StopReason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.records import CanvasBatch, CanvasStats
+
+_DRIFT = tl.constexpr(DRIFT)
+_BELIEVED = tl.constexpr(BELIEVED)
+_SETTLED = tl.constexpr(int(StopReason.SETTLED))
+_STEPS = tl.constexpr(int(StopReason.STEPS))
+_RENOISE = tl.constexpr(int(Purpose.RENOISE))
+
+_COMPARED = tl.constexpr(32)  # positions that all others are compared with at once
+
+
+def keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple[Tensor, Noise]:
+    """See ``step.keyed``."""
+    num, length = batch.position.shape
+    temperature = torch.empty(num * length, device=pool.device)
+    step = torch.empty(num * length, dtype=torch.int64, device=pool.device)
+    seed = step.new_empty(num * length, 2)
+    _key_rows[(num,)](
+        batch.slots,
+        temperature if factor is None else factor,
+        pool.step,
+        pool.max_steps,
+        pool.t_min,
+        pool.t_max,
+        pool.seed,
+        temperature,
+        seed,
+        step,
+        FACTOR=factor is not None,
+        LENGTH=length,
+        BLOCK=triton.next_power_of_2(length),
+        # A multiplication and an addition in one would round once, the definition rounds twice.
+        enable_fp_fusion=False,
+    )
+    return temperature, Noise(seed=seed, position=batch.position.flatten(), step=step)
+
+
+def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+    """See ``step.decide``."""
+    num, length = batch.position.shape
+    accept = torch.empty_like(batch.valid)
+    finished = accept.new_empty(num)
+    next_tokens, reason = torch.empty_like(batch.position), torch.empty_like(batch.slots)
+    _decide_canvas[(num,)](
+        batch.slots,
+        batch.width,
+        batch.position,
+        stats.argmax.contiguous(),
+        stats.sample.contiguous(),
+        stats.entropy.contiguous(),
+        stats.top_prob.contiguous(),
+        pool.argmax,
+        pool.top_prob,
+        pool.history,
+        pool.seed,
+        pool.step,
+        pool.max_steps,
+        pool.stability,
+        pool.entropy_bound,
+        pool.confidence_threshold,
+        pool.hold_threshold,
+        pool.doubt_threshold,
+        accept,
+        next_tokens,
+        finished,
+        reason,
+        VOCAB=pool.vocab_size,
+        REMEMBERED=pool.history.shape[1],
+        LENGTH=length,
+        BLOCK=triton.next_power_of_2(length),
+        num_warps=8,
+    )
+    return Decision(accept=accept, next_tokens=next_tokens, finished=finished, reason=reason)
+
+
+@triton.jit
+def _key_rows(  # noqa: PLR0917 - a kernel is launched with positions
+    slots: tl.tensor,
+    factors: tl.tensor,
+    steps: tl.tensor,
+    limits: tl.tensor,
+    t_mins: tl.tensor,
+    t_maxs: tl.tensor,
+    seeds: tl.tensor,
+    temperatures: tl.tensor,
+    row_seeds: tl.tensor,
+    row_steps: tl.tensor,
+    FACTOR: tl.constexpr,  # noqa: N803 - Triton's way of writing constants
+    LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    canvas = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    there = offset < LENGTH
+    slot = tl.load(slots + canvas)
+    step = tl.load(steps + slot)
+    limit = tl.load(limits + slot)
+    remaining = tl.maximum(limit - step, 1).to(tl.float32)
+    t_min = tl.load(t_mins + slot)
+    span = (tl.load(t_maxs + slot) - t_min).to(tl.float32)
+    temperature = t_min.to(tl.float32) + span * tl.div_rn(remaining, limit.to(tl.float32))
+    if FACTOR:
+        temperature = temperature * tl.load(factors + canvas)
+    row = canvas * LENGTH + offset
+    tl.store(temperatures + row, tl.zeros_like(offset).to(tl.float32) + temperature, mask=there)
+    zero = tl.zeros_like(row)
+    tl.store(row_steps + row, zero + step, mask=there)
+    tl.store(row_seeds + 2 * row, zero + tl.load(seeds + 2 * slot), mask=there)
+    tl.store(row_seeds + 2 * row + 1, zero + tl.load(seeds + 2 * slot + 1), mask=there)
+
+
+@triton.jit
+def _spent_before(
+    entropies: tl.tensor,
+    entropy: tl.tensor,
+    offset: tl.tensor,
+    width: tl.tensor,
+    block: tl.constexpr,
+) -> tl.tensor:
+    """[block] fp32 nats, the sum of what comes before each position in ascending entropy."""
+    spent = tl.zeros_like(entropy)
+    for first in range(0, block, _COMPARED):
+        other = first + tl.arange(0, _COMPARED)
+        theirs = tl.load(entropies + other, mask=other < width, other=float("inf"))[None, :]
+        before = theirs < entropy[:, None]
+        before |= (theirs == entropy[:, None]) & (other[None, :] < offset[:, None])
+        spent += tl.sum(tl.where(before, theirs, 0.0), axis=1)
+    return spent
+
+
+@triton.jit
+def _decide_canvas(  # noqa: PLR0917
+    slots: tl.tensor,
+    widths: tl.tensor,
+    positions: tl.tensor,
+    argmaxes: tl.tensor,
+    samples: tl.tensor,
+    entropies: tl.tensor,
+    top_probs: tl.tensor,
+    last_argmaxes: tl.tensor,
+    last_top_probs: tl.tensor,
+    histories: tl.tensor,
+    seeds: tl.tensor,
+    steps: tl.tensor,
+    limits: tl.tensor,
+    stabilities: tl.tensor,
+    bounds: tl.tensor,
+    confidences: tl.tensor,
+    holds: tl.tensor,
+    doubts: tl.tensor,
+    accepts: tl.tensor,
+    next_tokens: tl.tensor,
+    finisheds: tl.tensor,
+    reasons: tl.tensor,
+    VOCAB: tl.constexpr,  # noqa: N803
+    REMEMBERED: tl.constexpr,  # noqa: N803
+    LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    canvas = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    there = offset < LENGTH
+    slot, width = tl.load(slots + canvas), tl.load(widths + canvas)
+    valid = offset < width
+    row = canvas * LENGTH + offset
+    argmax = tl.load(argmaxes + row, mask=there, other=0)
+    entropy = tl.load(entropies + row, mask=there, other=0.0)
+    top_prob = tl.load(top_probs + row, mask=there, other=0.0)
+    last_argmax = tl.load(last_argmaxes + slot * LENGTH + offset, mask=there, other=0)
+    last_top_prob = tl.load(last_top_probs + slot * LENGTH + offset, mask=there, other=0.0)
+    step = tl.load(steps + slot)
+
+    # Entropy that is no number, or infinite, comes last and stops what is behind it.
+    spent = _spent_before(entropies + canvas * LENGTH, entropy, offset, width, BLOCK)
+    sure = valid & (entropy < float("inf")) & (spent <= tl.load(bounds + slot))
+
+    hold = tl.load(holds + slot)
+    at_rest = (argmax == last_argmax) & (tl.abs(top_prob - last_top_prob) <= _DRIFT)
+    at_rest &= last_top_prob > 0
+    kept = at_rest & (top_prob >= tl.where(hold > 0, hold, float("inf"))) & valid
+
+    position = tl.load(positions + row, mask=there, other=0)
+    noise = philox.random_tokens(seeds + 2 * slot, position, step, _RENOISE, VOCAB)
+    sample = tl.load(samples + row, mask=there, other=0)
+    tl.store(accepts + row, sure | kept, mask=there)
+    chosen = tl.where(sure, sample, tl.where(kept, argmax, noise))
+    tl.store(next_tokens + row, chosen, mask=there)
+
+    moved = tl.zeros_like(offset)
+    stability = tl.load(stabilities + slot)
+    for age in range(1, REMEMBERED + 1):
+        past = histories + (slot * REMEMBERED + REMEMBERED - age) * LENGTH + offset
+        differs = tl.load(past, mask=there, other=0) != argmax
+        moved |= (differs & valid & (age <= stability)).to(tl.int32)
+    mean = tl.div_rn(tl.sum(tl.where(valid, entropy, 0.0), axis=0), width.to(tl.float32))
+    settled = (tl.max(moved, axis=0) == 0) & (mean < tl.load(confidences + slot))
+
+    overturned = (argmax != last_argmax) & (last_top_prob > _BELIEVED) & valid
+    doubt = tl.sum(tl.where(valid, 1 - top_prob, 0.0), axis=0)
+    at_once = (doubt < tl.load(doubts + slot)) & (tl.max(overturned.to(tl.int32), axis=0) == 0)
+    settled |= at_once
+    tl.store(finisheds + canvas, settled | (step + 1 >= tl.load(limits + slot)))
+    tl.store(reasons + canvas, tl.where(settled, _SETTLED, _STEPS).to(tl.int64))
