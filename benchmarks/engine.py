@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py [--quick] [--json FILE]
     python benchmarks/engine.py --trained [--n N] [--quick] [--json FILE]
+    python benchmarks/engine.py --size released --steps --engines ours native
 
 Every engine runs in a process of its own, one after the other, with the same threads, the same
 prompts and the same number of new tokens, end-of-sequence ignored. The checkpoint has random
@@ -9,13 +10,18 @@ weights (`vllm_diffusion.testing.tiny_checkpoint`) and a threshold that no canva
 every canvas takes all its steps in every engine: this measures the engine, not the decoding rule.
 
     ours           stock vLLM with this plugin
-    native         stock vLLM, plugin off, its Triton kernels in Triton's interpreter: on a CPU host
-                   without a Triton CPU backend it does not start at all, so Triton is given one
+    native         stock vLLM, plugin off. On a CPU host its Triton kernels run in Triton's
+                   interpreter: without a Triton CPU backend it does not start at all, so Triton is
+                   given one
     native-standin the same with our kernel stand-ins instead of the interpreter: what native would
                    be if vLLM brought CPU versions of those kernels itself
     transformers   DiffusionGemmaForBlockDiffusion.generate on one batch of all requests
 
 Steps per canvas and tokens per forward count every forward after the prompt's, commits included.
+
+`--size released` has the released model's widths; vLLM draws its weights on the device, so that
+nothing of gigabytes is written. `--steps` counts, after the clock has been read, what a denoising
+step asks of the device: waits, launches, kernels, see `_step_costs`.
 
 `--trained` measures the decoding rules: on examples/tiny-diffusiongemma, with questions that it was
 trained on and canvases that end when their rule says so, under presets of ours, see `_trained`.
@@ -29,15 +35,20 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import _report
+import _step_costs
 import _trained
 from _cell import measure
-from _native_host import pretend_triton_has_a_cpu_backend, use_stand_ins
+from _native_host import has_gpu, pretend_triton_has_a_cpu_backend, use_stand_ins
 
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+from vllm_diffusion.testing.tiny_checkpoint import (
+    TinySpec,
+    make_tiny_checkpoint,
+    make_weightless_checkpoint,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,8 +70,29 @@ SIZES = {
         sliding_window=64,
         max_steps=16,
     ),
+    "released": TinySpec(
+        canvas=256,
+        hidden=2816,
+        layers=6,
+        vocab=262144,
+        heads=16,
+        kv_heads=8,
+        head_dim=256,
+        full_kv_heads=2,
+        full_head_dim=512,
+        intermediate=2112,
+        experts=128,
+        experts_per_token=8,
+        expert_intermediate=704,
+        sliding_window=1024,
+        max_positions=262144,
+        dtype="bfloat16",
+        max_steps=16,
+    ),
 }
-"""0.4 million weights, where a step is all overhead, and 15 million, where it computes."""
+"""0.4 million weights, where a step is all overhead; 15 million, where it computes; and the
+released model's widths, its 30 layers cut to 6, one of which is full as every sixth is there."""
+COSTS = ("waits", "launches", "kernels", "forward_launches", "step_ms", "busy_ms")
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
@@ -74,11 +106,25 @@ class Plan:
     concurrency: tuple[int, ...]
     repeats: int
     eager: bool
+    dtype: str
+    load_format: str
+    """As vLLM has it; "dummy" draws the weights where they will be."""
+    prompt_tokens: int
+    """Of a prompt of random ids; 0 for a sentence."""
+    steps: bool
+    """Count what a denoising step costs, too."""
 
     @property
     def new_tokens(self) -> int:
         """New tokens of a request."""
         return self.canvases * self.canvas
+
+    def prompt(self, number: int) -> str | dict[str, list[int]]:
+        """What the request of this number is asked; no two share a prefix of random ids."""
+        if not self.prompt_tokens:
+            return PROMPT
+        ids = range(self.prompt_tokens)
+        return {"prompt_token_ids": [20 + (7919 * at + 104729 * number) % 480 for at in ids]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +141,9 @@ def main() -> None:
     """Run every engine and print them side by side."""
     arguments = _report.parser(__doc__)
     arguments.add_argument("--size", choices=SIZES, default="small", help="of the checkpoint")
+    arguments.add_argument("--layers", type=int, help="of the checkpoint, instead of its size's")
+    arguments.add_argument("--weights", choices=("file", "drawn"), help="drawn: by vLLM")
+    arguments.add_argument("--steps", action="store_true", help="count what a step costs")
     arguments.add_argument("--engines", nargs="+", choices=ENGINES)
     arguments.add_argument("--trained", action="store_true", help="presets on a trained model")
     arguments.add_argument("--n", type=int, default=20, help="items of each task of --trained")
@@ -117,14 +166,22 @@ def main() -> None:
         )
         return
 
+    spec, released = SIZES[options.size], options.size == "released"
+    spec = replace(spec, layers=options.layers or spec.layers)
+    drawn = options.weights == "drawn" or (released and options.weights is None)
     with tempfile.TemporaryDirectory() as folder:
+        make = make_weightless_checkpoint if drawn else make_tiny_checkpoint
         plan = Plan(
-            checkpoint=str(never_settling(make_tiny_checkpoint(folder, SIZES[options.size]))),
+            checkpoint=str(never_settling(make(folder, spec))),
             canvases=1 if options.quick else 3,
-            canvas=SIZES[options.size].canvas,
+            canvas=spec.canvas,
             concurrency=(1, 16) if options.quick else (1, 4, 16),
             repeats=1 if options.quick else 3,
             eager=options.quick,
+            dtype=spec.dtype,
+            load_format="dummy" if drawn else "auto",
+            prompt_tokens=1024 if released else 0,
+            steps=options.steps,
         )
         # Quick leaves out the engine that is nobody's: native on our stand-ins.
         engines = options.engines or [
@@ -143,10 +200,9 @@ def never_settling(checkpoint: Path) -> Path:
 
 def measure_engine(engine: str, plan: Plan) -> dict[str, Any]:
     """Run one engine in a process of its own."""
-    fields = {name: getattr(plan, name) for name in Plan.__slots__}
     measured: dict[str, Any] = measure(
         __file__,
-        *("--worker", engine, "--plan", json.dumps(fields)),
+        *("--worker", engine, "--plan", json.dumps(asdict(plan))),
         environment=environment_of(engine),
         name=engine,
     )
@@ -163,7 +219,7 @@ def environment_of(engine: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_DIFFUSION": "1" if engine == "ours" else "0",
     }
-    if engine == "native":
+    if engine == "native" and not has_gpu():
         environment["TRITON_INTERPRET"] = "1"
     if engine.startswith("native"):
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -173,9 +229,9 @@ def environment_of(engine: str) -> dict[str, str]:
 def run_engine(engine: str, plan: Plan) -> None:
     """Run the plan on one engine and print the result as one line of JSON."""
     started = time.perf_counter()
-    if engine == "native":
+    if engine == "native" and not has_gpu():
         pretend_triton_has_a_cpu_backend()
-    run = transformers_engine(plan) if engine == "transformers" else vllm_engine(engine, plan)
+    run = transformers_engine(plan) if engine == "transformers" else VllmEngine(engine, plan)
     start_s = time.perf_counter() - started
     result: dict[str, Any] = {"start_s": start_s}
     for concurrency in plan.concurrency:
@@ -189,42 +245,61 @@ def run_engine(engine: str, plan: Plan) -> None:
             "steps_per_canvas": median.forwards / plan.canvases,
             "tokens_per_forward": median.tokens / concurrency / median.forwards,
         }
+        if isinstance(run, VllmEngine) and plan.steps:
+            result[str(concurrency)] |= asdict(run.step_costs(concurrency))
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(result))
 
 
-def vllm_engine(engine: str, plan: Plan) -> Callable[[int], Run]:
+class VllmEngine:
     """Ours or native, through LLM.generate."""
-    if engine == "native-standin":
-        use_stand_ins()
-    from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        plan.checkpoint,
-        dtype="float32",
-        max_model_len=1024,
-        enforce_eager=plan.eager,
-        enable_prefix_caching=False,
-        limit_mm_per_prompt={"image": 0, "video": 0},
-        disable_log_stats=False,
-    )
-    sampling = SamplingParams(max_tokens=plan.new_tokens, ignore_eos=True)
+    def __init__(self, engine: str, plan: Plan) -> None:
+        if engine == "native-standin":
+            use_stand_ins()
+        from vllm import LLM
 
-    # Native counts a request's commit forward as a denoising step; ours has both kinds by name.
-    counter = "vllm:diffusion_" + ("forwards" if engine == "ours" else "num_denoising_steps")
+        self._plan = plan
+        self._most = max(plan.concurrency)
+        # Every canvas in one step, and beside each the commit of the one before.
+        rows = {"max_num_batched_tokens": 2 * self._most * plan.canvas} if has_gpu() else {}
+        self._llm = LLM(
+            plan.checkpoint,
+            dtype=plan.dtype,
+            load_format=plan.load_format,
+            max_model_len=max(1024, plan.prompt_tokens + plan.new_tokens),
+            max_num_seqs=self._most,
+            enforce_eager=plan.eager,
+            enable_prefix_caching=False,
+            limit_mm_per_prompt={"image": 0, "video": 0},
+            disable_log_stats=False,
+            **rows,
+        )
+        # Native counts a request's commit as a denoising step; ours has both kinds by name.
+        kind = "forwards" if engine == "ours" else "num_denoising_steps"
+        self._counter = "vllm:diffusion_" + kind
 
-    def forwards() -> float:
-        return sum(metric.value for metric in llm.get_metrics() if metric.name == counter)
+    def __call__(self, concurrency: int) -> Run:
+        """So many requests at once."""
+        from vllm import SamplingParams
 
-    def run(concurrency: int) -> Run:
-        before = forwards()
+        sampling = SamplingParams(max_tokens=self._plan.new_tokens, ignore_eos=True)
+        prompts = [self._plan.prompt(number) for number in range(concurrency)]
+        before = self._forwards()
         start = time.perf_counter()
-        outputs = llm.generate([PROMPT] * concurrency, sampling, use_tqdm=False)
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        return Run(seconds, tokens, (forwards() - before) / concurrency)
+        return Run(seconds, tokens, (self._forwards() - before) / concurrency)
 
-    return run
+    def step_costs(self, canvases: int) -> _step_costs.StepCosts:
+        """What a step of so many canvases, none of which ends, asks of the device."""
+        prompts = [self._plan.prompt(number) for number in range(canvases)]
+        return _step_costs.count(self._llm, prompts, new_tokens=self._plan.new_tokens)
+
+    def _forwards(self) -> float:
+        found = (metric for metric in self._llm.get_metrics() if metric.name == self._counter)
+        return sum(metric.value for metric in found)
 
 
 def transformers_engine(plan: Plan) -> Callable[[int], Run]:
@@ -279,6 +354,7 @@ def report(results: dict[str, dict[str, Any]], plan: Plan, file: Path | None) ->
                     "tokens/forward": cell["tokens_per_forward"],
                     "peak MB": result["peak_mb"],
                     "ours is": f"{ratio(results, engine, concurrency):.2f}x",
+                    **{name: cell.get(name) for name in COSTS if plan.steps},
                 }
             )
             flat.update({f"{engine}.{concurrency}.{key}": value for key, value in cell.items()})

@@ -17,7 +17,12 @@ from transformers import (
     DiffusionGemmaForBlockDiffusion,
 )
 
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, main, make_tiny_checkpoint
+from vllm_diffusion.testing.tiny_checkpoint import (
+    TinySpec,
+    main,
+    make_tiny_checkpoint,
+    make_weightless_checkpoint,
+)
 from vllm_diffusion.testing.tiny_tokenizer import MIN_VOCAB, SPECIAL_TOKENS, build_tokenizer
 
 
@@ -270,3 +275,10 @@ def test_impossible_spec_names_every_problem():
         TinySpec(canvas=0)
     with pytest.raises(ValueError, match="must be a multiple of kv_heads"):
         TinySpec(kv_heads=3)
+
+
+def test_a_checkpoint_without_weights_differs_in_nothing_else(checkpoint, tmp_path):
+    without = make_weightless_checkpoint(tmp_path / "without")
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    del files["model.safetensors"]
+    assert {file.name: file.read_bytes() for file in without.iterdir()} == files

@@ -83,8 +83,15 @@ class Oracle:
     else was asked.
     """
 
-    def __init__(self, checkpoint: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=dtype).eval()
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=dtype)
+        self.model = model.eval().to(device)
         if dtype == torch.float64:
             # The fast path multiplies grouped matrices, which torch has for fp32 and below only.
             self.model.set_experts_implementation("eager")
@@ -125,7 +132,7 @@ class Oracle:
         try:
             with recorder.watching():
                 self.model.generate(
-                    torch.tensor([list(prompt)]),
+                    torch.tensor([list(prompt)], device=self.model.device),
                     past_key_values=cache,
                     max_new_tokens=canvases * self.canvas_length,
                     **(overrides or {}),
@@ -182,7 +189,7 @@ class _RecordingCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        part = (key_states[0].transpose(0, 1).clone(), value_states[0].transpose(0, 1).clone())
+        part = (_kept(key_states[0].transpose(0, 1)), _kept(value_states[0].transpose(0, 1)))
         self._written.setdefault(layer_idx, []).append(part)
         both: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
@@ -241,14 +248,14 @@ class _Recorder:
         assert num_samples == 1, num_samples
         rows = weight.shape[0]
         self._sample = sample_rows(
-            weight,
+            weight.cpu(),
             Noise(
                 seed=self.key.expand(rows, 2),
                 position=self._start + torch.arange(rows),
                 step=torch.full((rows,), self._step),
             ),
         )
-        return self._sample[:, None]
+        return self._sample[:, None].to(weight.device)
 
     def _randint(self, *, low: int, high: int, size: tuple[int, int], device: Any) -> Tensor:
         assert (low, size[0]) == (0, 1), (low, size)
@@ -260,7 +267,7 @@ class _Recorder:
     # ---- what passes the published loop's methods ----
 
     def _after_encoder(self, _: Any, __: Any, output: Any) -> None:
-        self.hidden.append(output.last_hidden_state[0].clone())
+        self.hidden.append(_kept(output.last_hidden_state[0]))
 
     def _prepare_denoiser_inputs(self, **kwargs: Any) -> Any:
         self._start = kwargs["past_key_values"].get_seq_length()
@@ -286,13 +293,13 @@ class _Recorder:
             OracleStep(
                 start=self._start,
                 step=self._step,
-                canvas=canvas[0].clone(),
+                canvas=_kept(canvas[0]),
                 logits=self._logits,
-                temperature=float(self._logits.flatten()[at] / scaled[0].flatten()[at]),
-                argmax=argmax[0].clone(),
+                temperature=float(self._logits.flatten()[at] / scaled[0].flatten()[at].cpu()),
+                argmax=_kept(argmax[0]),
                 sample=self._sample,
-                accept=sampler.accepted_token_mask[0].clone(),
-                next_canvas=next_canvas[0].clone(),
+                accept=_kept(sampler.accepted_token_mask[0]),
+                next_canvas=_kept(next_canvas[0]),
                 finished=bool(finished),
             )
         )
@@ -300,19 +307,24 @@ class _Recorder:
 
     def _forward(self, decoder_forward: Any, inputs: dict[str, Any]) -> Any:
         output = decoder_forward(**inputs)
-        self._logits = output.logits[0].clone()
+        self._logits = _kept(output.logits[0])
         return output
 
     def _finalize_canvas(self, **kwargs: Any) -> Any:
         length = kwargs["canvas_length"]
-        tokens = kwargs["input_ids"][0, -length:].clone()
+        tokens = _kept(kwargs["input_ids"][0, -length:])
         result = type(self.model)._finalize_canvas(**kwargs)
         self.canvases.append(
             OracleCanvas(
                 start=self._start,
                 steps=tuple(self._steps),
                 tokens=tokens,
-                padded=result[0][0, -length:].clone(),
+                padded=_kept(result[0][0, -length:]),
             )
         )
         return result
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy on the host."""
+    return tensor.detach().to("cpu", copy=True)

@@ -112,6 +112,22 @@ def make_tiny_checkpoint(path: str | Path, spec: TinySpec | None = None) -> Path
     return save_checkpoint(path, spec, model, tiny_tokenizer.build_tokenizer(spec.vocab))
 
 
+def make_weightless_checkpoint(path: str | Path, spec: TinySpec | None = None) -> Path:
+    """Write what `make_tiny_checkpoint` writes but for the weights, and return `path`.
+
+    For `load_format="dummy"`, under which vLLM draws the weights where they will be: a model of the
+    released widths is then a few small files.
+    """
+    spec, directory = spec or TinySpec(), Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = _config(spec)
+    config.architectures = ["DiffusionGemmaForBlockDiffusion"]
+    config.dtype = spec.dtype
+    config.save_pretrained(directory)
+    _write_beside_weights(directory, spec, tiny_tokenizer.build_tokenizer(spec.vocab))
+    return directory
+
+
 def build_model(spec: TinySpec) -> Any:  # noqa: ANN401 -- Transformers' classes are not followed
     """Return a `DiffusionGemmaForBlockDiffusion` in fp32 with Transformers' initial values."""
     import torch
@@ -136,7 +152,12 @@ def save_checkpoint(
     dtype: torch.dtype = getattr(torch, spec.dtype)
     with _quiet():
         model.to(dtype).save_pretrained(directory)
-    # Overwrites the one above, which holds nulls: a released checkpoint states its constants.
+    _write_beside_weights(directory, spec, tokenizer)
+    return directory
+
+
+def _write_beside_weights(directory: Path, spec: TinySpec, tokenizer: Tokenizer) -> None:
+    # Overwrites the one saved with a model, which holds nulls: a released one states its constants.
     write_json(directory / "generation_config.json", _generation_config(spec))
     write_processor_files(
         directory,
@@ -144,7 +165,6 @@ def save_checkpoint(
         soft_tokens=spec.soft_tokens,
         patch=VISION_PATCH,
     )
-    return directory
 
 
 @contextlib.contextmanager
