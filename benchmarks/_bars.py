@@ -123,9 +123,11 @@ class Bounded:
             )
             try:
                 output, _ = process.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
+            except BaseException as error:  # an interrupt does not reach that group by itself
                 os.killpg(process.pid, signal.SIGKILL)
                 output, _ = process.communicate()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
                 log.write(output)
                 raise StageError(
                     f"{name} was not done when the stage's {self._seconds:.0f} s were over"

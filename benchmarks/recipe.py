@@ -146,14 +146,32 @@ def in_turn(
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         return Worker(engine, ["--worker", json.dumps(asdict(plan))], environment, __file__)
 
+    standing: dict[str, Worker] = {}
+    lost: set[str] = set()
     with ExitStack() as running:
-        standing = {} if apart else {each: running.enter_context(start(each)) for each in engines}
-        for number in range(rounds):
-            for engine in engines[:: 1 if number % 2 == 0 else -1]:
+        for number, engine in turns(engines, rounds):
+            if engine in lost:
+                continue
+            try:
                 with ExitStack() as alone:
-                    worker = standing.get(engine) or alone.enter_context(start(engine))
-                    for arm, measured in worker.ask(number).items():
-                        yield arm, Measured(**measured)
+                    if (worker := standing.get(engine)) is None:
+                        worker = (alone if apart else running).enter_context(start(engine))
+                        standing |= {} if apart else {engine: worker}
+                    measured = worker.ask(number)
+            except SystemExit as failure:
+                # The other one's numbers are worth having, beside the published ones at least.
+                print(failure, file=sys.stderr)
+                lost.add(engine)
+                continue
+            for arm, fields in measured.items():
+                yield arm, Measured(**fields)
+
+
+def turns(engines: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Who works when: every engine once a round, and the other one first in the next."""
+    for number in range(rounds):
+        for engine in engines[:: 1 if number % 2 == 0 else -1]:
+            yield number, engine
 
 
 def run_engine(engine: str, plan: Plan) -> None:
@@ -264,7 +282,7 @@ def report(
             "fastest": max(own),
             "rounds": len(own),
             "tokens_per_forward": sum(m.tokens for m in runs) / sum(m.forwards for m in runs),
-            "of_native": median(own) / native[phase],
+            "of_native": median(own) / native[phase] if phase in native else None,
         }
         rows.append(
             {
@@ -273,13 +291,13 @@ def report(
                 "tokens/s": figures["tokens_per_s"],
                 "spread": f"{min(own):.4g}..{max(own):.4g}",
                 "tokens/forward": figures["tokens_per_forward"],
-                "of native": f"{figures['of_native']:.2f}x",
+                "of native": figures["of_native"],
                 "published": published if phase == "recipe" else None,
             }
         )
         flat.update({f"{phase}.{arm}.{name}": value for name, value in figures.items()})
     _report.print_table(rows)
-    ours = flat["recipe.ours.tokens_per_s"]
+    ours = flat.get("recipe.ours.tokens_per_s") or float("nan")
     beside = (
         f"published {published:.0f}" if published else "nothing published for this GPU and form"
     )

@@ -62,13 +62,13 @@ def missed(bars):
 
 
 def test_results_that_are_good_enough_hold_every_bar():
-    import gpu_check
+    import _gpu_stages
 
     bars = [
-        *gpu_check.step_bars(STEPS),
-        *gpu_check.head_bars(HEAD),
-        *gpu_check.parity_bars(PARITY),
-        *gpu_check.recipe_bars(RECIPE),
+        *_gpu_stages.step_bars(STEPS),
+        *_gpu_stages.head_bars(HEAD),
+        *_gpu_stages.parity_bars(PARITY),
+        *_gpu_stages.recipe_bars(RECIPE),
     ]
     assert missed(bars) == []
     assert len(bars) == 15 + 2 + 3 + 3
@@ -126,26 +126,52 @@ def test_results_that_are_good_enough_hold_every_bar():
     ],
 )
 def test_every_bar_can_be_missed_alone(kind, key, value, name):
-    import gpu_check
+    import _gpu_stages
 
     good = {"step_bars": STEPS, "head_bars": HEAD, "parity_bars": PARITY, "recipe_bars": RECIPE}
-    assert missed(getattr(gpu_check, kind)({**good[kind], key: value})) == [name]
+    assert missed(getattr(_gpu_stages, kind)({**good[kind], key: value})) == [name]
+
+
+def test_a_recipe_that_ours_did_not_run_is_a_missed_bar():
+    import _gpu_stages
+
+    bars = _gpu_stages.recipe_bars({"form": "bf16", "published": None})
+    assert missed(bars) == ["recipe, ours: tokens/s over native's"]
 
 
 def test_a_bar_that_cannot_be_judged_here_is_neither_held_nor_missed():
-    import gpu_check
+    import _gpu_stages
 
-    bars = gpu_check.step_bars({}, why_not="needs a GPU")
+    bars = _gpu_stages.step_bars({}, why_not="needs a GPU")
     assert {bar.held for bar in bars} == {None}
-    assert missed(gpu_check.step_bars({})) == [bar.name for bar in bars]
+    assert missed(_gpu_stages.step_bars({})) == [bar.name for bar in bars]
 
 
 def test_tests_that_ran_are_counted_and_none_is_none():
-    import gpu_check
+    import _gpu_stages
 
-    assert gpu_check.tests_passed("...\n12 passed, 3 skipped, 99 deselected in 4s", dry=False) == 12
-    assert gpu_check.tests_passed("3 skipped, 99 deselected in 4s", dry=False) == 0
-    assert gpu_check.tests_passed("24/3000 tests collected (2976 deselected)", dry=True) == 24
+    assert (
+        _gpu_stages.tests_passed("...\n12 passed, 3 skipped, 99 deselected in 4s", dry=False) == 12
+    )
+    assert _gpu_stages.tests_passed("3 skipped, 99 deselected in 4s", dry=False) == 0
+    assert _gpu_stages.tests_passed("24/3000 tests collected (2976 deselected)", dry=True) == 24
+
+
+def test_the_estimate_beside_a_measured_head_is_that_of_its_gpu_and_rows():
+    import _gpu_stages
+    import _roofline
+
+    flat = _roofline.flat(
+        [
+            {"GPU": name, "canvases": canvases, "head ms": 1.5 * canvases, "ratio": 1.1}
+            for name in _roofline.GPUS
+            for canvases in _roofline.CANVASES
+        ]
+    )
+    found = _gpu_stages.estimate_of("NVIDIA H200", flat)
+    assert {rows: row["head ms"] for rows, row in found.items()} == {256: 1.5, 1024: 6, 4096: 24}
+    assert len(_gpu_stages.estimate_of("NVIDIA GeForce RTX 5090", flat)) == 3
+    assert _gpu_stages.estimate_of("NVIDIA B200", flat) == {}
 
 
 # ---- stages ----
@@ -386,7 +412,55 @@ def test_engines_take_turns_in_turn(monkeypatch):
         new_tokens=1,
     )
     assert len(list(recipe.in_turn(("a", "b"), plan, 2, apart=False))) == 4
-    assert asked == ["start a", "start b", "a 0", "b 0", "b 1", "a 1", "end b", "end a"]
+    assert asked == ["start a", "a 0", "start b", "b 0", "b 1", "a 1", "end b", "end a"]
     asked.clear()
     list(recipe.in_turn(("a", "b"), replace(plan, memory=0.92), 1, apart=True))
     assert asked == ["start a", "a 0", "end a", "start b", "b 0", "end b"]
+
+
+def test_an_engine_that_does_not_start_costs_its_own_numbers_alone(monkeypatch, tmp_path, capsys):
+    import _report
+    import recipe
+
+    class Worker:
+        def __init__(self, engine, *_):
+            self.engine = engine
+
+        def __enter__(self):
+            if self.engine == "native":
+                sys.exit("native failed with status 1")
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, _):
+            return {self.engine: {"seconds": 1.0, "tokens": 1200, "forwards": 68.0}}
+
+    monkeypatch.setattr(recipe, "Worker", Worker)
+    monkeypatch.setattr(_report, "gpu", lambda: {"gpu.name": "NVIDIA H100 80GB HBM3"})
+    packed = {"quantization_config": {"format": "float-quantized"}}
+    (tmp_path / "config.json").write_text(json.dumps(packed))
+    plan = recipe.Plan(
+        checkpoint="c",
+        phase="recipe",
+        generation_config="auto",
+        memory=0.46,
+        prompt_tokens=1,
+        new_tokens=1,
+    )
+    found = {}
+    for arm, measured in recipe.in_turn(("ours", "native"), plan, 3, apart=False):
+        found.setdefault(("recipe", arm), []).append(measured)
+    assert list(found) == [("recipe", "ours")]
+    recipe.report(found, tmp_path, tmp_path / "out.json")
+    assert "published 1008" in capsys.readouterr().out
+
+    import _gpu_stages
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    bars = _gpu_stages.recipe_bars(result)
+    assert {bar.name: bar.held for bar in bars} == {
+        "tokens/s of the recipe": True,
+        "recipe, ours: tokens/s over native's": False,
+    }
