@@ -24,7 +24,7 @@ def test_the_dry_form_runs_every_stage(tmp_path):
         [sys.executable, str(PROGRAM), "--dry", "--json", str(file)],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,  # two minutes of work, on hosts that may be very busy
         check=False,
     )
     said = run.stdout + run.stderr
