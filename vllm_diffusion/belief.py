@@ -20,6 +20,7 @@ import torch
 
 from vllm_diffusion.constrain.automaton.posterior import condition
 from vllm_diffusion.constrain.automaton.rows import constrained
+from vllm_diffusion.constrain.crossing import on_device
 from vllm_diffusion.denoise.rng import Purpose, philox, uniform
 from vllm_diffusion.records import CanvasStats
 
@@ -63,7 +64,7 @@ def beliefs(
     obeying = {canvas for each in automata for canvas in each.places}
     stats = CanvasStats.of_nothing(rows.hidden)
     if others := [canvas for canvas in range(num) if canvas not in obeying]:
-        free = torch.tensor(others).to(rows.hidden.device, non_blocking=True)
+        free = on_device(others, rows.hidden.device)
         index = rows_of(free, length)
         free_read = None if read is None else read[free]
         stats = stats.replaced(index, _read(head, rows.take(index), free_read))

@@ -129,7 +129,6 @@ def advance(
     )
     read = read_rows(pool, batch)
     stats = beliefs(head, rows, num=num, read=read, automata=automata)
-    guards = _denoising(pool, slots, guards or {})
     corrected: dict[int, int] = {}
     if guards:
 
@@ -137,7 +136,7 @@ def advance(
             asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, masks))
             return said_of(head, asked)
 
-        stats, corrected = look_ahead(guards, batch, stats, ask)
+        guards, stats, corrected = look_ahead(guards, batch, stats, ask, pool.causal[slots])
     decision = (rule or forms.decide)(pool, batch, stats)
     if rewrite is not None and rewrite.slack is not None:
         commit = without_slack(rewrite.slack, stats.argmax, batch.valid)
@@ -184,14 +183,6 @@ def keyed(
         step=pool.step[slots].repeat_interleave(length),
     )
     return temperature.repeat_interleave(length), noise
-
-
-def _denoising(pool: CanvasPool, slots: Tensor, guards: Mapping[int, Guard]) -> dict[int, Guard]:
-    """Those whose canvas is not being committed: what is has been written."""
-    if not guards:
-        return {}
-    causal = pool.causal[slots].tolist()
-    return {canvas: guard for canvas, guard in guards.items() if not causal[canvas]}
 
 
 def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
@@ -256,7 +247,8 @@ def without_bad_words(
         # A bad word keeps a canvas from settling: only the step limit ends it.
         reason=torch.where(found, StopReason.STEPS, decision.reason),
     )
-    broken = (found & out_of_steps & ~pool.causal[batch.slots]).nonzero()[:, 0].tolist()
+    must_end = (found & out_of_steps & ~pool.causal[batch.slots]).tolist()
+    broken = [canvas for canvas, ends in enumerate(must_end) if ends]
     if not broken:
         return stats, decision
     length = batch.position.shape[1]

@@ -20,7 +20,8 @@ not reach. A budget may run out before the text is complete: then it is a beginn
 constraint wins over every other wish, so bad words and pins hold only where the grammar leaves a
 choice.
 
-The parser is on the host: a batch with guarded canvases waits for the device in every step.
+The parser is on the host: a batch with guarded canvases waits for the device twice in every step,
+before the corrections and behind the decision.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device, sent
 from vllm_diffusion.records import Commit, Penalties, Rewrite, StopReason
 
 if TYPE_CHECKING:
@@ -149,38 +151,41 @@ def look_ahead(
     batch: CanvasBatch,
     stats: CanvasStats,
     ask: Callable[[Tensor, Sequence[Tensor]], CanvasStats],
-) -> tuple[CanvasStats, dict[int, int]]:
-    """Read every guarded canvas and correct its first illegal row.
+    causal: Tensor,
+) -> tuple[dict[int, Guard], CanvasStats, dict[int, int]]:
+    """Read every guarded canvas that denoises and correct its first illegal row.
 
     Args:
-        guards: of the canvases that denoise, by their place in the batch.
+        guards: by their place in the batch.
         batch: of B canvases.
         stats: theirs, [B, L].
         ask: the head once more, given [N] int64 rows of the batch and a mask [V] bool for each.
+        causal: [B] bool, canvases that are being committed: what these hold has been written.
 
     Returns:
-        The statistics with those of the corrected rows in them; the row by canvas.
+        The guards of the canvases that denoise; the statistics with those of the corrected rows in
+        them; the row by canvas.
     """
     length, device = stats.argmax.shape[1], stats.argmax.device
-    argmax, width = stats.argmax.tolist(), batch.width.tolist()
+    told = torch.cat([stats.argmax, batch.width[:, None], causal[:, None]], dim=1).tolist()
+    denoising = {canvas: guard for canvas, guard in guards.items() if not told[canvas][-1]}
     corrected, masks = {}, []
-    for canvas, guard in guards.items():
+    for canvas, guard in denoising.items():
+        *argmax, width, _ = told[canvas]
         guard.rewind()
-        row = guard.walk(argmax[canvas][: width[canvas]])
-        if row < width[canvas]:
+        row = guard.walk(argmax[:width])
+        if row < width:
             corrected[canvas] = row
             masks.append(guard.legal())
     if not corrected:
-        return stats, corrected
-    rows = torch.tensor([canvas * length + row for canvas, row in corrected.items()], device=device)
+        return denoising, stats, corrected
+    rows = on_device([canvas * length + row for canvas, row in corrected.items()], device)
     again = ask(rows, masks)
-    tokens = [
-        # Logits that are no numbers have no best token, and end no canvas: any legal one does.
-        token if mask[token] else int(mask.int().argmax())
-        for token, mask in zip(again.argmax.tolist(), masks, strict=True)
-    ]
-    again = replace(again, argmax=rows.new_tensor(tokens))
-    return stats.replaced(rows, again), corrected
+    # Logits that are no numbers have no best token, and end no canvas: any legal one does.
+    legal = sent(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
+    any_legal = on_device([int(mask.int().argmax()) for mask in masks], device)
+    again = replace(again, argmax=torch.where(legal, again.argmax, any_legal))
+    return denoising, stats.replaced(rows, again), corrected
 
 
 def obedient(
@@ -216,24 +221,25 @@ def obedient(
         reason=torch.where(may_end, decision.reason, StopReason.STEPS),
     )
     commit = decision.commit or _whole(batch, stats.argmax)
-    said, counts = commit.tokens.tolist(), commit.count.tolist()
+    read = torch.cat([commit.tokens, commit.count[:, None], finished[:, None]], dim=1).tolist()
     tokens, count = commit.tokens.clone(), commit.count.clone()
     changed = False
     for canvas, guard in guards.items():
-        if not bool(finished[canvas]):
+        *said, asked, finishes = read[canvas]
+        if not finishes:
             continue
         guard.rewind()
-        end = min(counts[canvas], corrected.get(canvas, counts[canvas]) + 1)
-        legal = guard.walk(said[canvas][:end])
+        end = min(asked, corrected.get(canvas, asked) + 1)
+        legal = guard.walk(said[:end])
         if not legal:
             # A bad word was taken out of the first row, and the grammar leaves nothing else there.
             best = int(guard.legal().int().argmax())
-            said[canvas][0] = tokens[canvas, 0] = best
+            said[0] = tokens[canvas, 0] = best
             legal = 1
             changed = True
-        changed |= legal < counts[canvas]
+        changed |= legal < asked
         count[canvas] = legal
-        guard.write(said[canvas][:legal])
+        guard.write(said[:legal])
     if changed:
         decision = replace(decision, commit=replace(commit, tokens=tokens, count=count))
     return decision
@@ -312,7 +318,7 @@ def _padded(lists: Sequence[Tensor], device: torch.device) -> Tensor | None:
     if not any(len(each) for each in lists):
         return None
     padded = torch.nn.utils.rnn.pad_sequence([*lists], batch_first=True, padding_value=-1)
-    return padded.to(device)
+    return sent(padded, device)
 
 
 def _whole(batch: CanvasBatch, argmax: Tensor) -> Commit:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device, sent
 from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
@@ -214,9 +215,12 @@ class ConstraintTable:
             rewrite = replace(rewrite, allowed=self._lists([mine.allowed for mine in asked]))
         if any(mine.bias for mine in asked):
             ids = self._lists([[token for token, _ in mine.bias] for mine in asked], 0)
-            bias = [torch.tensor([value for _, value in mine.bias]) for mine in asked]
-            added = torch.nn.utils.rnn.pad_sequence(bias, batch_first=True).to(self.device)
-            rewrite = replace(rewrite, bias=(ids, added.to(torch.float32)))
+            bias = [
+                torch.tensor([value for _, value in mine.bias], dtype=torch.float32)
+                for mine in asked
+            ]
+            added = torch.nn.utils.rnn.pad_sequence(bias, batch_first=True)
+            rewrite = replace(rewrite, bias=(ids, sent(added, self.device)))
         cuts = [(mine.min_p, mine.top_k or self.vocab_size, mine.top_p) for mine in asked]
         if any(each != (0, self.vocab_size, 1) for each in cuts):
             min_p, top_k, top_p = (list(each) for each in zip(*cuts, strict=True))
@@ -230,13 +234,13 @@ class ConstraintTable:
         return rewrite
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return on_device(values, self.device, dtype)
 
     def _lists(self, lists: Sequence[Sequence[int]], pad: int = -1) -> Tensor:
         """[B, N] int64, padded on the right to the longest, at least one wide."""
         width = max(1, *(len(each) for each in lists))
         padded = [[*each, *[pad] * (width - len(each))] for each in lists]
-        return torch.tensor(padded, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device(padded, self.device)
 
 
 def _pinned_tokens(asked: Constraints) -> list[int]:

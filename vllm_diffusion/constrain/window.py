@@ -16,6 +16,8 @@ from vllm_diffusion.constrain.rewrite import rewrite_logits
 from vllm_diffusion.records import Penalties, Rewrite
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -43,6 +45,8 @@ class TiledRewrite:
             self._bias = _InTiles(rewrite.bias[0], edges)
         if rewrite.penalties is not None:
             self._penalties = _InTiles(rewrite.penalties.ids, edges)
+        lists = (self._forbidden, self._allowed, self._bias, self._penalties)
+        _InTiles.measure([each for each in lists if each is not None])
 
     def apply(self, logits: Tensor, tile: int, start: int) -> Tensor:
         """Rewrite the logits [R, n] fp32 of a tile, which begins at id ``start``."""
@@ -87,12 +91,20 @@ class _InTiles:
 
     def __init__(self, ids: Tensor, edges: Tensor) -> None:
         self._ids, self._order = ids.sort(dim=1)
-        self._first = torch.searchsorted(self._ids, edges.expand(len(ids), -1).contiguous())
-        self._widths: list[int] = self._first.diff(dim=1).amax(dim=0).tolist()
+        self.first = torch.searchsorted(self._ids, edges.expand(len(ids), -1).contiguous())
+        self.widths: list[int] = []
+
+    @staticmethod
+    def measure(lists: Sequence[_InTiles]) -> None:
+        """Read how much of each falls into a tile, of all of them at once."""
+        if lists:
+            widths = torch.stack([each.first.diff(dim=1).amax(dim=0) for each in lists])
+            for each, mine in zip(lists, widths.tolist(), strict=True):
+                each.widths = mine
 
     def any(self, tile: int) -> bool:
         """Whether any list has an id in the tile."""
-        return self._widths[tile] > 0
+        return self.widths[tile] > 0
 
     def ids(self, tile: int, start: int, padding: int) -> Tensor:
         """[lists, K] ids of the tile, counted from its start."""
@@ -106,9 +118,9 @@ class _InTiles:
 
     def _window(self, tile: int) -> tuple[Tensor, Tensor]:
         # One more than any list has, so that every list ends with padding.
-        offset = torch.arange(self._widths[tile] + 1, device=self._ids.device)
-        place = self._first[:, tile, None] + offset
-        inside = place < self._first[:, tile + 1, None]
+        offset = torch.arange(self.widths[tile] + 1, device=self._ids.device)
+        place = self.first[:, tile, None] + offset
+        inside = place < self.first[:, tile + 1, None]
         return place.clamp(max=self._ids.shape[1] - 1), inside
 
 

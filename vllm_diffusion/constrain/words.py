@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.crossing import sent
 from vllm_diffusion.records import BadWords
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def word_table(
             last[canvas, index] = word[-1]
             if len(word) > 1:
                 rest[canvas, index, reach - len(word) + 1 :] = torch.tensor(word[:-1])
-    return rest.to(device), last.to(device)
+    return sent(rest, device), sent(last, device)
 
 
 def output_before(text: Tensor, length: Tensor, prompt_length: Tensor, reach: int) -> Tensor:

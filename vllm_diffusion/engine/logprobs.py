@@ -96,19 +96,19 @@ class CanvasLogprobs:
         waits = pool.causal[batch.slots]
         fused = pool.fused[batch.slots] & (emission.count > 0)
         said = torch.where(fused[:, None], emission.tokens, pool.tokens[batch.slots])
-        done, at_once = (waits | fused).tolist(), fused.tolist()
-        counts = pool.count[batch.slots].tolist()
-        for row, slot in enumerate(slots):
-            if done[row] and (asked := self._asked.get(slot)) is not None:
+        # The one thing that is read back.
+        ends = torch.stack([waits, fused, pool.count[batch.slots]]).tolist()
+        for row, (slot, stays, at_once, count) in enumerate(zip(slots, *ends, strict=True)):
+            if (stays or at_once) and (asked := self._asked.get(slot)) is not None:
                 scores = head.scores(
-                    hidden[row, pool.rows[slot, : counts[row]]],
-                    said[row, : counts[row]],
+                    hidden[row, pool.rows[slot, :count]],
+                    said[row, :count],
                     count=asked.count,
                     ids=asked.ids,
                     among=asked.among,
                     raw_logits=self.raw_logits,
                 )
-                (leaves if at_once[row] else self._waiting)[slot] = scores
+                (leaves if at_once else self._waiting)[slot] = scores
         return _in_order([leaves.get(slot) for slot in requests])
 
 

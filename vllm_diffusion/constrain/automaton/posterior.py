@@ -14,13 +14,14 @@ its constraint, weights are hundreds of nats apart within a row, thousands over 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_diffusion.constrain.automaton import native
+from vllm_diffusion.constrain.crossing import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,14 +62,8 @@ class Posterior:
 
     def to(self, device: torch.device) -> Posterior:
         """The same on ``device``."""
-        return Posterior(
-            marginal=self.marginal.to(device),
-            ended=self.ended.to(device),
-            sample_class=self.sample_class.to(device),
-            map_class=self.map_class.to(device),
-            map_state=self.map_state.to(device),
-            log_z=self.log_z.to(device),
-        )
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Posterior(**together(values, device))
 
 
 def condition(
@@ -112,7 +107,7 @@ def condition(
         return chain(edges=edges, **asked)
     # On a GPU the chain is tens of small launches a row: the host is done sooner, and waits for the
     # device once.
-    host = {name: values.cpu() for name, values in asked.items()}
+    host = together(asked, torch.device("cpu"))
     posterior = Posterior.empty(host["log_mass"])
     native.condition(posterior, merged=edges.merged, **host)
     return posterior.to(log_mass.device)

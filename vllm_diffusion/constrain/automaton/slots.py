@@ -17,6 +17,7 @@ import torch
 
 from vllm_diffusion.constrain.automaton.edges import Edges, next_state
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
+from vllm_diffusion.constrain.crossing import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,4 +196,4 @@ class AutomatonSlots:
         return self._seen[1]
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device(values, self.device)
