@@ -120,13 +120,13 @@ def _remember(  # noqa: PLR0917 - a kernel is launched with positions
     length: tl.constexpr,
 ) -> None:
     """Shift the history of a slot, whose oldest step ``past`` points at, or forget it."""
-    for age in range(remembered):
-        is_last = age == remembered - 1
-        newer = tl.load(past + length, mask=there & ~is_last, other=0)
-        newer = tl.where(emits, -1, tl.where(is_last, argmax, newer))
+    for _ in range(1, remembered):
+        newer = tl.load(past + length, mask=there, other=0)
         tl.debug_barrier()
-        tl.store(past, newer, mask=there)
+        tl.store(past, tl.where(emits, -1, newer), mask=there)
         past += length
+    if remembered > 0:
+        tl.store(past, tl.where(emits, -1, argmax), mask=there)
 
 
 @triton.jit
