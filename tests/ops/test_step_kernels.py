@@ -203,7 +203,7 @@ def random_pool(rng: Generator, length: int, remembered: int, slots: int = 6) ->
             max_steps=1 + slot,
             entropy_bound=(0.0, 0.1, 1.0, 50.0, 0.4, 2.0)[slot % 6],
             stability_threshold=slot % (remembered + 1),
-            hold_threshold=0.4 * (slot % 2),
+            hold_threshold=(0.0, 0.4, 0.01)[slot % 3],
             doubt_threshold=0.7 * (slot % 3),
         )
         seed = int(torch.randint(2**62, (), generator=rng)) * 4 + slot
@@ -251,6 +251,8 @@ def random_stats(rng: Generator, pool: CanvasPool, batch: CanvasBatch) -> Canvas
     argmax = torch.where(holds, pool.argmax[batch.slots], argmax)
     near = torch.rand(shape, generator=rng) < 0.5
     top_prob = torch.where(near, pool.top_prob[batch.slots], top_prob)
+    top_prob[torch.rand(shape, generator=rng) < 0.2] = 0.03
+    entropy[torch.rand(shape, generator=rng) < 0.01] = torch.inf
     broken = torch.rand(shape, generator=rng) < 0.02
     soft = torch.randn(*shape, 3, generator=rng)
     soft[broken] = torch.nan
