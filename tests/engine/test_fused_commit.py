@@ -350,7 +350,6 @@ def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
     for part, name, value, reason in (
         ("scheduler_config", "async_scheduling", True, "asynchronous"),
         ("scheduler_config", "scheduler_cls", "somebody.Elses", "somebody.Elses"),
-        ("device_config", "device_type", "cuda", "one sequence"),
     ):
         changed = copy.copy(config)
         setattr(changed, part, copy.copy(getattr(config, part)))
@@ -358,6 +357,10 @@ def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
         found = Fusion.of(changed)
         assert reason in str(found.why_not)
         assert not found.holds_for({"diffusion_fused_commit": True})
+    on_gpu = copy.copy(config)
+    on_gpu.device_config = copy.copy(config.device_config)
+    on_gpu.device_config.device_type = "cuda"
+    assert Fusion.of(on_gpu).why_not is None
 
 
 @pytest.mark.parametrize("served", [True, False])

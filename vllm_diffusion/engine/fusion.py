@@ -48,8 +48,6 @@ class Fusion:
             why_not = "scheduling is asynchronous (--no-async-scheduling)"
         elif scheduler.scheduler_cls != SCHEDULER:
             why_not = f"scheduler_cls is {scheduler.scheduler_cls}"
-        elif vllm_config.device_config.device_type != "cpu":
-            why_not = "the attention of this device takes a request as one sequence"
         options = additional.get("diffusion") if isinstance(additional, dict) else None
         return Fusion(why_not=why_not, served=fused_commit(options))
 
