@@ -10,6 +10,7 @@ of the host, as if the GPU waited for every one of them. No time here was measur
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ CANVASES = (1, 4, 16)
 CANVAS, VOCAB, HIDDEN, SOFTCAP, BUDGET = 256, 262144, 2816, 30.0, 256 * 2**20
 REACHED = 0.7
 LAUNCH = 4e-6
+FORMS = ("bf16", "soft-64")
+"""The head itself; with the soft embedding of few ids asked for by every request."""
 BAR = 1.25
 """How much longer than the products alone a step's head may take."""
 
@@ -35,8 +38,8 @@ class Gpu:
     bf16: float
     fp8: float
 
-    def product(self, work: Work) -> float:
-        """Seconds."""
+    def seconds(self, work: Work) -> float:
+        """Of a product."""
         peak = self.fp8 if work.fp8 else self.bf16
         return max(work.bytes / self.bandwidth, work.operations / peak) / REACHED
 
@@ -105,6 +108,9 @@ class Recorded(TorchDispatchMode):
             self._launches.products.append(product_of(*tensors[:2], out))
         elif name == "addmm":
             self._launches.products.append(product_of(*tensors[1:3], tensors[0], out))
+        elif "embedding_bag" in name:  # of the matrix, the rows that are asked for
+            row = tensors[0].shape[1] * tensors[0].element_size()
+            self._launches.kernels.append(Work(bytes=tensors[1].numel() * row))
         else:
             made = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
             self._launches.kernels.append(Work(bytes=size(*tensors, *made)))
@@ -113,15 +119,19 @@ class Recorded(TorchDispatchMode):
 
 def kernel_work(name: str, operands: dict[str, Any]) -> Work:
     """What a Triton kernel of the head reads and writes, [R] numbers left out."""
-    if name == "_absorb_chunk":  # reads its logits twice, writes them once; shrinks at every chunk
-        shrunk = 0 if operands["FIRST"] else 2 * size(operands["soft"])
-        return Work(bytes=3 * size(operands["logits"]) + shrunk)
-    assert name == "_finish_row", name
-    return Work(bytes=size(operands["soft"], operands["embeddings"]))
+    if name == "absorb_chunk":  # reads its logits twice, writes weights; shrinks at every chunk
+        written = size(operands["logits"]) if operands["WEIGHTS"] else 0
+        if operands["WEIGHTS"] and not operands["FIRST"]:
+            written += 2 * size(operands["soft"])
+        if operands["LANES"]:
+            written += size(operands["lanes"], operands["listed"])
+        return Work(bytes=2 * size(operands["logits"]) + written)
+    assert name == "finish_row", name
+    return Work(bytes=size(operands["soft"], operands["embeddings"]) if operands["hidden"] else 0)
 
 
-def launched(rows: int) -> Launches:
-    """What one step launches."""
+def launched(rows: int, form: str) -> Launches:
+    """What one step launches; its form is one of ``FORMS``."""
     from triton.runtime.jit import JITFunction
 
     from vllm_diffusion.head.stream import StreamingHead
@@ -150,7 +160,11 @@ def launched(rows: int) -> Launches:
     kept, JITFunction.run = JITFunction.run, run
     try:
         with Recorded(launches):
-            head(matrix.new_empty(rows, HIDDEN), temperature, noise)
+            hidden = matrix.new_empty(rows, HIDDEN)
+            if form == "soft-64":
+                head(hidden, temperature, noise, None, counters, all_near=True)
+            else:
+                head(hidden, temperature, noise)
     finally:
         JITFunction.run = kept
     return launches
@@ -164,22 +178,23 @@ def alone(rows: int) -> list[Work]:
 
 
 def table() -> list[dict[str, Any]]:
-    """A row for every GPU and number of canvases."""
+    """A row for every form, GPU and number of canvases."""
     found = []
-    for canvases in CANVASES:
+    for form, canvases in product(FORMS, CANVASES):
         rows = canvases * CANVAS
-        step, products = launched(rows), alone(rows)
+        step, products = launched(rows, form), alone(rows)
         work = [*step.products, *step.kernels]
         for name, gpu in GPUS.items():
-            least = sum(map(gpu.product, products))
+            least = sum(map(gpu.seconds, products))
             parts = {
-                "products ms": sum(map(gpu.product, step.products)),
+                "products ms": sum(map(gpu.seconds, step.products)),
                 "kernels ms": sum(each.bytes for each in step.kernels) / gpu.bandwidth / REACHED,
                 "launches ms": LAUNCH * len(step),
             }
             whole = sum(parts.values())
             found.append(
                 {
+                    "form": form,
                     "GPU": name,
                     "canvases": canvases,
                     "GB": sum(each.bytes for each in work) / 1e9,
@@ -197,18 +212,24 @@ def table() -> list[dict[str, Any]]:
 def flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The table under flat keys."""
     return {
-        f"{row['GPU']}.{row['canvases']}.{name}": value
+        f"{row['form']}.{row['GPU']}.{row['canvases']}.{name}": value
         for row in rows
         for name, value in row.items()
-        if name not in {"GPU", "canvases"}
+        if name not in {"form", "GPU", "canvases"}
     }
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """The worst of it."""
-    worst = max(rows, key=lambda row: row["ratio"])
+    """The worst of it, and what the forms make of it."""
+    plain = [row for row in rows if row["form"] == FORMS[0]]
+    worst = max(plain, key=lambda row: row["ratio"])
+    forms = ", ".join(
+        f"{form} {min(ratios):.2f} to {max(ratios):.2f}"
+        for form in FORMS[1:]
+        if (ratios := [row["ratio"] for row in rows if row["form"] == form])
+    )
     return (
         f"the head takes at most {worst['ratio']:.2f} times its two products alone "
         f"({worst['GPU']}, {worst['canvases']} canvases; the bar is {BAR}), and "
-        f"{max(row['launches'] for row in rows)} launches"
+        f"{max(row['launches'] for row in plain)} launches; {forms}"
     )

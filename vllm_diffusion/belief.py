@@ -126,7 +126,14 @@ def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
 
 def said_of(head: Head, rows: Rows) -> CanvasStats:
     """What the head says of some rows."""
-    return head(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
+    return head(
+        rows.hidden,
+        rows.temperature,
+        rows.noise,
+        rows.rewrite,
+        rows.soft_top_k,
+        all_near=rows.all_near,
+    )
 
 
 def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[ConstrainedCanvases]:

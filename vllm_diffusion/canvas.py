@@ -107,11 +107,17 @@ class CanvasPool:
         self.doubt_threshold = floats(constants.doubt_threshold)
         self._soft_top_k = integers()
         self._approximate: set[int] = set()
+        self._owned: set[int] = set()
 
     @property
     def soft_top_k(self) -> Tensor | None:
         """See the class; known without asking the device."""
         return self._soft_top_k if self._approximate else None
+
+    @property
+    def all_near(self) -> bool:
+        """Every slot that has an owner asks for more than 0 in ``soft_top_k``; known as that is."""
+        return bool(self._owned) and self._owned <= self._approximate
 
     def admit(
         self,
@@ -146,6 +152,7 @@ class CanvasPool:
         self.hold_threshold[slot].fill_(rule.hold_threshold)
         self.doubt_threshold[slot].fill_(rule.doubt_threshold)
         self._soft_top_k[slot].fill_(rule.soft_embedding_top_k)
+        self._owned.add(slot)
         self._approximate.discard(slot)
         if rule.soft_embedding_top_k:
             self._approximate.add(slot)
@@ -158,6 +165,7 @@ class CanvasPool:
         """Its owner is gone: its next rows, if any, are a prompt's, and it asks for nothing."""
         self.causal[slot].fill_(True)
         self._approximate.discard(slot)
+        self._owned.discard(slot)
 
     def begin(self, slots: Tensor, position: Tensor) -> None:
         """Start a canvas whose first row stands at an absolute position.

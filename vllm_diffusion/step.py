@@ -126,6 +126,7 @@ def advance(
         noise=noise,
         rewrite=rewrite,
         soft_top_k=soft_embeddings(pool, slots, published=rule is None, length=length),
+        all_near=pool.all_near,
     )
     read = read_rows(pool, batch)
     stats = beliefs(head, rows, num=num, read=read, automata=automata)

@@ -249,9 +249,11 @@ class Engine:
             noise: Noise,
             rewrite: Rewrite | None,
             soft_top_k: Tensor | None,
+            *,
+            all_near: bool,
         ) -> CanvasStats:
             seen.append((temperature, noise, rewrite))
-            return inner(hidden, temperature, noise, rewrite, soft_top_k)
+            return inner(hidden, temperature, noise, rewrite, soft_top_k, all_near=all_near)
 
         self.head = head  # type: ignore[assignment]
         return seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from helpers.interpreter import interpreted, spilled
 
-INTEGERS = ("width", "first", "rows", "hidden")
+INTEGERS = ("width", "first", "rows", "hidden", "lane_stride", "listed_stride")
 LONG = ("seeds", "positions", "steps", "tokens")
 
 
@@ -19,7 +19,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(capability: int, d
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vllm_diffusion.head import chunks
+    from vllm_diffusion.head import chunk_kernels
 
     def without_spills(kernel, kinds: dict[str, str], constants: dict, warps: int) -> None:
         kinds |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(LONG, "*i64")
@@ -32,15 +32,17 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(capability: int, d
         compiled = triton.compile(source, target=target, options={"num_warps": warps})
         assert spilled(compiled.asm["ptx"]) == 0
 
-    for whole in (True, False):
+    known = {"CAPPED": True, "FIRST": False, "TILE": 4096, "BLOCK": 4096}
+    known["BITS"] = 16 if dtype == "bf16" else 32
+    for whole, weights, lanes in ((True, True, 0), (False, True, 65), (True, False, 65)):
         without_spills(
-            chunks._absorb_chunk,
-            {"logits": f"*{dtype}", "softcap": "fp32"},
-            {"CAPPED": True, "FIRST": False, "WHOLE": whole, "TILE": 4096, "BLOCK": 4096},
+            chunk_kernels.absorb_chunk,
+            {"logits": f"*{dtype}", "listed": f"*{dtype}", "softcap": "fp32", "lanes": "*i32"},
+            known | {"WHOLE": whole, "WEIGHTS": weights, "LANES": lanes},
             warps=8,
         )
     without_spills(
-        chunks._finish_row,
+        chunk_kernels.finish_row,
         {"embeddings": f"*{dtype}", "scale": f"*{dtype}"},
         {"SCALE_IN_MEMORY": True, "BLOCK": 1024},
         warps=4,
@@ -70,12 +72,12 @@ def in_the_interpreter() -> None:
     reading.in_chunks = in_chunks
     absorb, lock = chunks._absorb, Lock()  # ranks are threads, and the interpreter is one
 
-    def in_turn(*arguments):
+    def in_turn(*arguments, **how):
         with lock:
-            absorb(*arguments)
+            absorb(*arguments, **how)
 
     chunks._absorb = in_turn
-    count, rows = 0, {"canvases": 4, "length": 5}
+    cases, rows = 0, {"canvases": 4, "length": 5}
     for tile, tiles, vocab, softcap, dtype, temperature in (
         (64, 3, 700, 30.0, torch.float32, None),
         (64, 1, 700, None, torch.float32, None),
@@ -104,13 +106,13 @@ def in_the_interpreter() -> None:
         stats = ours(*case.arguments())
         assert_same_tokens(stats, truth)
         assert_no_worse(stats, plain, truth)
-        count += 1
+        cases += 1
     sample.TILE = 64
     case = make_case(1, vocab=512, **rows)
     for stats in over_ranks(case, 4, lambda head: head(*case.arguments())):
         assert_same_tokens(stats, case.truth())
         assert_no_worse(stats, case.reference()(*case.arguments()), case.truth())
-    count += 1
+    cases += 1
     for softcap in (30.0, None):
         case = make_case(0, vocab=200, softcap=softcap, **rows)
         case.hidden[3] = torch.nan
@@ -120,9 +122,42 @@ def in_the_interpreter() -> None:
         assert 0 <= int(ours.argmax[3]) < 200
         others = [row for row in range(len(case.hidden)) if row != 3]
         assert ours.soft_embedding[others].isfinite().all()
-        count += 1
-    assert len(used) >= count
-    print(count, "cases agree")
+        cases += 1
+    assert len(used) >= cases
+    in_the_interpreter_near()
+    print(cases, "cases agree")
+
+
+def in_the_interpreter_near() -> None:
+    """The mean of the best ids, in one batch with rows that take all or none, and alone."""
+    import torch
+    from helpers.heads import assert_same_tokens, make_case
+
+    from vllm_diffusion.head import chunks, reading, sample
+
+    reading.in_chunks = lambda *_: chunks
+    for tile, tiles, vocab, dtype in (
+        (64, 3, 700, torch.float32),
+        (256, 1, 700, torch.bfloat16),
+        (4096, 1, 40, torch.float32),
+    ):
+        sample.TILE = tile
+        case = make_case(2, vocab=vocab, dtype=dtype, hidden=16, canvases=1, length=5)
+        case.embedding[5:9] = case.embedding[4]  # equal logits, at a border too
+        count = torch.tensor([8, 64, 16, 0, -1])
+        ours = case.streaming(budget=tiles * tile * len(case.hidden) * dtype.itemsize)
+        plain = case.reference()(*case.arguments(), count)
+        stats = ours(*case.arguments(), count)
+        close = (
+            {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.3}
+        )
+        torch.testing.assert_close(stats.soft_embedding, plain.soft_embedding, **close)
+        assert_same_tokens(stats, ours(*case.arguments()))
+        near = torch.where(count > 0, count, 8)
+        stats = ours(*case.arguments(), near)
+        alone = ours(*case.arguments(), near, all_near=True)
+        assert torch.equal(stats.soft_embedding, alone.soft_embedding)
+        assert torch.equal(stats.entropy, alone.entropy)
 
 
 if __name__ == "__main__":

@@ -369,14 +369,22 @@ def test_a_belief_that_is_no_number_is_dropped() -> None:
 
 def test_a_slot_asks_for_nothing_once_its_owner_is_gone() -> None:
     pool = make_pool()
+    assert not pool.all_near
     for slot in (1, 2):
         pool.admit(slot, seed=1, constants=replace(CONSTANTS, soft_embedding_top_k=8))
         pool.begin(torch.tensor([slot]), positions(0))
     pool.release(1)
     assert bool(pool.causal[1])
     assert pool.soft_top_k is not None
+    assert pool.all_near
+    pool.admit(1, seed=1)
+    assert pool.soft_top_k is not None
+    assert not pool.all_near
+    pool.release(1)
+    assert pool.all_near
     pool.release(2)
     assert pool.soft_top_k is None
+    assert not pool.all_near
 
 
 def finish_and_commit(pool: CanvasPool, commit: Commit) -> tuple[CanvasBatch, Emission]:

@@ -139,10 +139,12 @@ class Live:
         noise: Noise,
         rewrite: None = None,
         soft_top_k: Tensor | None = None,
+        *,
+        all_near: bool = False,
     ) -> CanvasStats:
         """Surer with every step, with ties, zeros, and an argmax that settles."""
         assert rewrite is None
-        del temperature, soft_top_k
+        del temperature, soft_top_k, all_near
         rows = len(hidden)
         sure = 0.3 ** noise.step.numpy()
         entropy = self.rng.exponential(sure) * (self.rng.random(rows) < 0.9)

@@ -20,6 +20,8 @@ class Head(Protocol):
         noise: Noise,
         rewrite: Rewrite | None = None,
         soft_top_k: Tensor | None = None,
+        *,
+        all_near: bool = False,
     ) -> CanvasStats:
         """Statistics of softmax(rewritten(softcap(hidden @ E^T)) / temperature).
 
@@ -32,6 +34,8 @@ class Head(Protocol):
             soft_top_k: [R] int64, how many of the most likely ids the soft embedding is the mean
                 of, their probabilities renormalised: an approximation. 0, or None for all rows, is
                 all of them, exactly; -1 says that nobody reads it, and it is 0.
+            all_near: the host knows that none of these numbers is 0. A GPU then spares the product;
+                it does not look at them.
         """
         ...
 

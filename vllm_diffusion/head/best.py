@@ -22,6 +22,13 @@ class Best:
         self._values: Tensor | None = None
         self._ids: Tensor | None = None
 
+    @classmethod
+    def found(cls, values: Tensor, ids: Tensor) -> Best:
+        """Of this rank, [R, count] each, best first, found in another way."""
+        best = cls(values.shape[1])
+        best._values, best._ids = values, ids
+        return best
+
     def add(self, logits: Tensor, first: int) -> None:
         """Take [R, n] logits of the ids from ``first`` on in."""
         count, places = self._count, None

@@ -176,9 +176,7 @@ def in_chunks(vocabulary: Vocabulary, rows: Rows) -> ModuleType | None:
 
     Rows without numbers go as on a GPU: benchmarks count what is launched.
     """
-    if not (rows.hidden.is_cuda or rows.hidden.is_meta):
-        return None
-    if rows.rewrite is not None or rows.soft_top_k is not None:
+    if rows.rewrite is not None or not (rows.hidden.is_cuda or rows.hidden.is_meta):
         return None
     from vllm_diffusion.head import cuda
 

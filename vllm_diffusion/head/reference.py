@@ -47,8 +47,11 @@ class ReferenceHead:
         noise: Noise,
         rewrite: Rewrite | None = None,
         soft_top_k: Tensor | None = None,
+        *,
+        all_near: bool = False,
     ) -> CanvasStats:
         """See ``Head``."""
+        del all_near
         rows = Rows(
             hidden=hidden,
             temperature=temperature,

@@ -22,6 +22,7 @@ class Rows:
     noise: Noise
     rewrite: Rewrite | None = None
     soft_top_k: Tensor | None = None
+    all_near: bool = False
 
     def __len__(self) -> int:
         """Rows there are."""
@@ -35,6 +36,7 @@ class Rows:
             noise=self.noise.rows(index),
             rewrite=None if self.rewrite is None else self.rewrite.rows(index),
             soft_top_k=None if self.soft_top_k is None else self.soft_top_k[index],
+            all_near=self.all_near,
         )
 
     def chunks(self, at_once: int) -> Iterator[Rows]:

@@ -7,7 +7,7 @@ of none          nobody will read it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.vocabulary import Vocabulary
 
 
+MOST: Final = 64
+"""Ids that a request may ask for at most, see ``params``."""
+
+
 class SoftEmbedding:
     """Sees every tile before and after ``tile.absorb``.
+
+    On a GPU, where looking at what rows ask for would wait for it, every row is computed both ways.
 
     Args:
         vocabulary: of this rank.
@@ -30,24 +36,27 @@ class SoftEmbedding:
     """
 
     def __init__(self, vocabulary: Vocabulary, top_k: Tensor | None, like: Tensor) -> None:
-        self._vocabulary = vocabulary
+        self._vocabulary, self._top_k = vocabulary, top_k
         self._exact: slice | Tensor = slice(None)
-        self._near: Tensor | None = None
+        self._near: slice | Tensor | None = None
         self._rows = rows = len(like)
-        if top_k is not None:
+        if top_k is not None and like.device.type != "cpu":
+            self._near = slice(None)
+            self._best = Best(min(MOST + 1, vocabulary.size))
+        elif top_k is not None:
             self._exact = (top_k == 0).nonzero()[:, 0]
             rows = len(self._exact)
             near = (top_k > 0).nonzero()[:, 0]
             if len(near):
-                self._near, self._count = near, top_k[near]
-                self._best = Best(min(int(self._count.max()) + 1, vocabulary.size))
+                self._near = near
+                self._best = Best(min(int(top_k[near].max()) + 1, vocabulary.size))
         self._soft = like.new_zeros(rows, vocabulary.embedding.shape[1])
 
     def see(self, logits: Tensor, first: int) -> None:
         """Take in the logits [R, n] of the ids from ``first`` on, before they are used up."""
         if self._near is not None:
-            here = logits if len(self._near) == self._rows else logits[self._near]
-            self._best.add(here, first)
+            every = isinstance(self._near, slice) or len(self._near) == self._rows
+            self._best.add(logits if every else logits[self._near], first)
 
     def add(self, weight: Tensor, shrink: Tensor, first: int) -> None:
         """Take in what ``tile.absorb`` made of them."""
@@ -78,7 +87,7 @@ class SoftEmbedding:
         soft = self._soft.mul_((shrink / together.mass)[exact, None])
         # Scaled first: one rounding, and the only large one, see benchmarks/head.py.
         soft = (vocabulary.add(soft) * vocabulary.scale).to(dtype)
-        if len(soft) == self._rows:
+        if self._top_k is None:
             return soft
         every = soft.new_zeros(self._rows, soft.shape[1])
         every[exact] = soft
@@ -86,13 +95,51 @@ class SoftEmbedding:
             values, ids = self._best.over_ranks(vocabulary)
             if not capped:
                 values = vocabulary.capped(values)
-            chosen = most_likely(values, self._count)
-            # Where more than so many are equally good, the argmax alone.
-            ids = torch.where(chosen.any(dim=1, keepdim=True), ids, together.argmax[near, None])
-            chosen |= ~chosen.any(dim=1, keepdim=True)
-            weight = (values - values[:, :1]).div_(temperature[near, None]).exp_() * chosen
-            every[near] = vocabulary.mean_of(weight / weight.sum(dim=1, keepdim=True), ids)
+            mean = mean_of_best(
+                vocabulary,
+                values,
+                ids,
+                self._top_k[near],
+                argmax=together.argmax[near],
+                temperature=temperature[near],
+            )
+            if isinstance(near, slice):
+                return chosen(self._top_k, soft, mean)
+            every[near] = mean
         return every
+
+
+def chosen(top_k: Tensor, exact: Tensor, near: Tensor) -> Tensor:
+    """[R, H]: what every row asks for, [R] int64, of what it would be either way."""
+    count = top_k[:, None]
+    return torch.where(count > 0, near, torch.where(count == 0, exact, 0.0))
+
+
+def mean_of_best(
+    vocabulary: Vocabulary,
+    values: Tensor,
+    ids: Tensor,
+    count: Tensor,
+    *,
+    argmax: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    """[R, H] model dtype, the mean of the embeddings of the ``count`` best ids, scaled.
+
+    Args:
+        vocabulary: of this rank.
+        values: [R, N] fp32 capped logits, best first; N above every count, or all ids.
+        ids: [R, N] int64 of all ranks.
+        count: [R] int64, 0 for all of the N.
+        argmax: [R] int64.
+        temperature: [R] fp32.
+    """
+    taken = _above(values, values.gather(1, count.clamp(0, values.shape[1] - 1)[:, None]), count)
+    # Where more than so many are equally good, the argmax alone.
+    ids = torch.where(taken.any(dim=1, keepdim=True), ids, argmax[:, None])
+    taken |= ~taken.any(dim=1, keepdim=True)
+    weight = (values - values[:, :1]).div_(temperature[:, None]).exp_() * taken
+    return vocabulary.mean_of(weight / weight.sum(dim=1, keepdim=True), ids)
 
 
 def most_likely(values: Tensor, count: Tensor) -> Tensor:
@@ -108,5 +155,8 @@ def most_likely(values: Tensor, count: Tensor) -> Tensor:
     if int(count.max()) <= 0:
         return torch.ones_like(values, dtype=torch.bool)
     best = values.topk(min(int(count.max()) + 1, values.shape[1]), dim=1).values
-    next_best = best.gather(1, count.clamp(0, best.shape[1] - 1)[:, None])
+    return _above(values, best.gather(1, count.clamp(0, best.shape[1] - 1)[:, None]), count)
+
+
+def _above(values: Tensor, next_best: Tensor, count: Tensor) -> Tensor:
     return (values > next_best) | ((count <= 0) | (count >= values.shape[1]))[:, None]

@@ -68,6 +68,8 @@ class StreamingHead:
         noise: Noise,
         rewrite: Rewrite | None = None,
         soft_top_k: Tensor | None = None,
+        *,
+        all_near: bool = False,
     ) -> CanvasStats:
         """See ``Head``."""
         rows = Rows(
@@ -76,6 +78,7 @@ class StreamingHead:
             noise=noise,
             rewrite=rewrite,
             soft_top_k=soft_top_k,
+            all_near=all_near,
         )
         if rewrite is None:
             return self._streamed(rows)
