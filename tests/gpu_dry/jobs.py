@@ -22,7 +22,7 @@ CANVASES: Final = 16
 """Of the engines whose steps are counted; the others stop at `FEW`."""
 FEW: Final = 3
 COUNTED: Final = (1, 4, 16)
-BLOCKS: Final = 22
+BLOCKS: Final = 26
 """Of the cache where numbers are compared: too few for all requests at once."""
 
 SCHEMA: Final = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MAKES_MEMORY = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_", "is_same_size"),
+    "weak_ref_tensor",
 }
 # Where eager CUDA runs more than one kernel for an operator: a copy first, or several passes.
 _SEVERAL = {
@@ -61,7 +62,7 @@ class Meter:
     def launched(self, operator: str, kernels: int = 1) -> None:
         if self.watching and kernels:
             for region in {"all", *self.open}:
-                self.launches[region] += 1
+                self.launches[region] += kernels
             self.ran(operator, kernels, self.open)
 
     def ran(self, operator: str, kernels: int, regions: list[str]) -> None:

@@ -131,6 +131,12 @@ def stands_in_for(name: str) -> Callable[[Any], Any]:
     return keep
 
 
+@stands_in_for("_C::weak_ref_tensor")
+def _weak(tensor: torch.Tensor) -> torch.Tensor:
+    """Nothing is freed behind a simulated graph."""
+    return tensor
+
+
 @stands_in_for("_moe_C::moe_align_block_size")
 def _align(  # noqa: PLR0917 -- its signature
     chosen: torch.Tensor,

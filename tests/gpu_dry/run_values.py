@@ -110,7 +110,11 @@ def main() -> None:
     report: dict[str, Any] = {"answers": {}, "start seconds": round(up - started, 1)}
     if machine is not None:
         machine.meter.watching = True
-    for cases in ROUNDS[asked["cases"]]:
+    only = asked.get("only")  # names, for who looks for a mistake
+    for round_ in ROUNDS[asked["cases"]]:
+        cases = {name: one for name, one in round_.items() if only is None or name in only}
+        if not cases:
+            continue
         prompts, sampling = zip(*(request(one) for one in cases.values()), strict=True)
         adapters = [adapter if one.get("adapter") else None for one in cases.values()]
         with torch.no_grad():
