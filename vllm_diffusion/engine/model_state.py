@@ -276,7 +276,9 @@ class CanvasModelState(ModelState):
             },
             for_cudagraph_capture=for_capture,
             # A batch of prompts alone takes the backends' cheaper causal path; a graph has flags.
-            causal=sequences.causal if padded or input_batch.num_draft_tokens else True,
+            causal=sequences.causal
+            if for_capture or padded or input_batch.num_draft_tokens
+            else True,
         )
         self._block_local_mask.set_canvas_ranges(metadata)
         return metadata
