@@ -66,8 +66,4 @@ SECOND: Final[dict[str, Any]] = {
 """Asked when those are done."""
 
 PLAIN: Final = {name: FIRST[name] for name in ("plain", "short", "top_p")}
-ADAPTED: Final[dict[str, Any]] = {
-    "adapter": case(words(1, 60), seed=1) | {"adapter": True},
-    "none beside it": case(words(2, 40), seed=2),
-}
-ROUNDS: Final = {"all": [FIRST, SECOND], "plain": [PLAIN], "adapters": [ADAPTED]}
+ROUNDS: Final = {"all": [FIRST, SECOND], "plain": [PLAIN]}

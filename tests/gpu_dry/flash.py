@@ -35,6 +35,8 @@ def stand_in(machine: Machine) -> None:
                 attend(**call)
 
     flash_attn._FA4_DENSE_ATTENTION_KERNEL = kernel
+    if machine.values:  # numbers are compared in float32, which the kernel itself does not take
+        flash_attn.FlashAttentionBackend.supported_dtypes = [torch.float32]
     make = flash_attn._make_mm_prefix_mask_mod.__wrapped__
 
     @functools.cache

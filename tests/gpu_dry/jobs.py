@@ -95,8 +95,6 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "values-triton-full": values("sm_120", graphs="FULL_DECODE_ONLY", wait=True),
     "values-flash-full": values("sm_90", graphs="FULL_DECODE_ONLY"),
     "values-flash-piecewise": values("sm_90", graphs="PIECEWISE"),
-    "values-adapters-reference": values(None, cases="adapters"),
-    "values-adapters": values("sm_120", cases="adapters", graphs="FULL_DECODE_ONLY"),
     "values-buffer": values(
         "sm_120", cases="plain", graphs="FULL_DECODE_ONLY", plant="buffer made anew"
     ),
@@ -146,18 +144,16 @@ class Pool:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _checkpoint(self) -> dict[str, str]:
-        """The small random checkpoint, made once, and an adapter for it."""
+    def _checkpoint(self) -> str:
+        """The small random checkpoint, made once."""
         from gpu_dry.cases import SPEC
-        from vllm_diffusion.testing.adapters import write_adapter
         from vllm_diffusion.testing.tiny_checkpoint import make_tiny_checkpoint
 
-        checkpoint, adapter = self.folder / "checkpoint", self.folder / "adapter"
         with self._making:
-            if not adapter.exists():
-                make_tiny_checkpoint(checkpoint, SPEC)
-                write_adapter(adapter, checkpoint)
-        return {"checkpoint": str(checkpoint), "adapter": str(adapter)}
+            folder = self.folder / "checkpoint"
+            if not folder.exists():
+                make_tiny_checkpoint(folder, SPEC)
+        return str(folder)
 
     def _run(self, name: str) -> dict[str, Any]:
         job = JOBS[name]
@@ -167,7 +163,7 @@ class Pool:
         environment = os.environ | job.get("environment", {})
         python = sys.executable
         if job["program"] == "run_values":
-            job = job | self._checkpoint()
+            job = job | {"checkpoint": self._checkpoint()}
             if job["gpu"] is None:
                 python = os.environ["GPU_DRY_REFERENCE"]
                 environment.pop("LD_LIBRARY_PATH", None)

@@ -43,8 +43,6 @@ def options_of(asked: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": True,
         "limit_mm_per_prompt": {"video": 0},
     }
-    if asked["cases"] == "adapters":
-        common |= {"enable_lora": True, "max_lora_rank": 8}
     if asked.get("gpu") is None:
         return common | {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
     graphs = asked.get("graphs", "NONE")
@@ -59,7 +57,12 @@ def options_of(asked: dict[str, Any]) -> dict[str, Any]:
                 "moe_backend": "triton",
                 "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
             },
-            "compilation_config": {"mode": 0, "custom_ops": ["none"], "cudagraph_mode": graphs},
+            "compilation_config": {
+                "mode": 0,
+                "custom_ops": ["none"],
+                "cudagraph_mode": graphs,
+                "cudagraph_capture_sizes": [8, 16, 24, 32],  # a capture runs the model
+            },
         }
         | asked.get("options", {})
     )
@@ -85,9 +88,7 @@ def main() -> None:
     asked, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     machine = pretended(asked) if asked.get("gpu") else None
 
-    import torch
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from gpu_dry.cases import ROUNDS
@@ -106,7 +107,6 @@ def main() -> None:
         plants.plant(asked.get("plant"))
     llm = LLM(asked["checkpoint"], **options_of(asked))
     up = time.perf_counter()
-    adapter = LoRARequest("a", 1, asked["adapter"])
     report: dict[str, Any] = {"answers": {}, "start seconds": round(up - started, 1)}
     if machine is not None:
         machine.meter.watching = True
@@ -116,14 +116,7 @@ def main() -> None:
         if not cases:
             continue
         prompts, sampling = zip(*(request(one) for one in cases.values()), strict=True)
-        adapters = [adapter if one.get("adapter") else None for one in cases.values()]
-        with torch.no_grad():
-            answers = llm.generate(
-                list(prompts),
-                list(sampling),
-                use_tqdm=False,
-                lora_request=adapters if any(adapters) else None,
-            )
+        answers = llm.generate(list(prompts), list(sampling), use_tqdm=False)
         for name, answer in zip(cases, answers, strict=True):
             said = answer.outputs[0]
             report["answers"][name] = {

@@ -98,9 +98,16 @@ def _kernels(reports: Reports) -> Iterator[str]:
 
 
 def _values(reports: Reports) -> Iterator[str]:
-    yield from _head("run", "equal tokens", "replays", "seconds")
+    yield from _head("run", "attention", "equal tokens", "replays", "pushed out", "seconds")
+    expected = reports.get("values-reference", {}).get("answers", {})
     for job, report in reports.items():
         if job.startswith("values-") and "replays" in report:
-            yield _row(
-                job.removeprefix("values-"), report["tokens"], report["replays"], report["seconds"]
-            )
+            pairs = [
+                pair
+                for name, answer in report["answers"].items()
+                if name in expected
+                for pair in zip(answer["tokens"], expected[name]["tokens"], strict=False)
+            ]
+            equal = f"{sum(a == b for a, b in pairs)} / {len(pairs)}"
+            counts = report["replays"], report["preemptions"], report["seconds"]
+            yield _row(job.removeprefix("values-"), *report["attention"], equal, *counts)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gpu_dry.cases import ADAPTED, FIRST, PLAIN, SECOND
+from gpu_dry.cases import FIRST, PLAIN, SECOND
 
 RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
 EVERY = [*FIRST, *SECOND]
@@ -32,19 +32,6 @@ def test_the_runs_are_what_they_are_called(report, job):
     assert found["asynchronous"] == (job != "values-triton-full")
     assert found["answers"]["prefix hit"]["cached"] >= 32
     assert found["preemptions"] > 0
-
-
-@pytest.mark.jobs("values-adapters-reference", "values-adapters")
-@pytest.mark.parametrize("name", ADAPTED)
-def test_adapters(report, name):
-    expected = report("values-adapters-reference")["answers"]
-    assert report("values-adapters")["answers"][name]["tokens"] == expected[name]["tokens"]
-
-
-@pytest.mark.jobs("values-adapters-reference", "values-reference")
-def test_the_adapter_changes_something(report):
-    adapted = report("values-adapters-reference")["answers"]["adapter"]["tokens"]
-    assert adapted != report("values-reference")["answers"]["plain"]["tokens"][: len(adapted)]
 
 
 @pytest.mark.jobs("values-reference")
