@@ -145,7 +145,7 @@ class CanvasSampler:
         slots = running[decoding].tolist()
         # Rows come canvas by canvas: where all are full there is nothing to gather.
         full = bool((widths[decoding] == length).all())
-        canvases = hidden.view(*places.shape, -1) if full else hidden[places]
+        canvases = hidden.reshape(*places.shape, -1) if full else hidden[places]
         rewrite = None
         if self.constraints.concern(slots):
             rewrite = self.constraints.rewrite(
