@@ -9,7 +9,7 @@ canvas -> engine    Emission       what the engine may count as generated
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,15 @@ class Slack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the host knows of one canvas in a ``Rewrite``, from the request alone (host side)."""
+
+    moves: bool  # some logits may move or be forbidden
+    cuts: bool  # the distribution is cut
+    allowed: Tensor | None  # [N] int64 on the device, ascending, each once; None allows every id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
     """What the requests of a batch change in the logits of R canvas rows.
 
@@ -105,11 +114,13 @@ class Rewrite:
     truncation: Truncation | None = None
     words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
     slack: Slack | None = None  # for the end of a canvas
+    wishes: tuple[Wish, ...] | None = None  # of every canvas, where these are all of its rows
 
     def rows(self, index: slice | Tensor) -> Rewrite:
         """The rewrite of some of the rows; what is told by canvas stays whole."""
         return replace(
             self,
+            wishes=None,
             canvas=self.canvas[index],
             forbidden=None if self.forbidden is None else self.forbidden[index],
             pinned=None if self.pinned is None else self.pinned[index],
@@ -179,6 +190,15 @@ class CanvasStats:
             margin=put(self.margin, others.margin),
             soft_embedding=put(self.soft_embedding, others.soft_embedding),
         )
+
+    def where(self, mask: Tensor, others: CanvasStats) -> CanvasStats:
+        """The same of [R] rows, others where ``mask`` [R] bool is not set."""
+
+        def either(name: str) -> Tensor:
+            one = getattr(self, name)
+            return torch.where(mask.view(-1, *[1] * (one.dim() - 1)), one, getattr(others, name))
+
+        return CanvasStats(**{field.name: either(field.name) for field in fields(CanvasStats)})
 
     def spread(self, index: Tensor, rows: int) -> CanvasStats:
         """These rows at the places ``index`` [R] int64 of ``rows`` rows, zeros elsewhere."""

@@ -17,7 +17,7 @@ from vllm_diffusion.constrain.crossing import on_device, sent
 from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
-from vllm_diffusion.records import BadWords, Constraints, Holes, Rewrite, Slack, Truncation
+from vllm_diffusion.records import BadWords, Constraints, Holes, Rewrite, Slack, Truncation, Wish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -231,7 +231,18 @@ class ConstraintTable:
                 sorts=any(k < self.vocab_size or p < 1 for _, k, p in cuts),
             )
             rewrite = replace(rewrite, truncation=truncation)
+        if self.device.type != "cpu":
+            rewrite = replace(rewrite, wishes=tuple(self._wish(mine) for mine in asked))
         return rewrite
+
+    def _wish(self, asked: Constraints) -> Wish:
+        moving = ("bias", "repetition", "frequency", "presence", "early", "bad_words")
+        cutting = ("min_p", "top_k", "top_p")
+        return Wish(
+            moves=any(getattr(asked, name) != getattr(_NOTHING, name) for name in moving),
+            cuts=any(getattr(asked, name) != getattr(_NOTHING, name) for name in cutting),
+            allowed=self._tensor(sorted(set(asked.allowed))) if asked.allowed else None,
+        )
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         return on_device(values, self.device, dtype)

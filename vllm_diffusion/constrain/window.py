@@ -37,7 +37,7 @@ class TiledRewrite:
         self._rewrite = rewrite
         self._forbidden = self._allowed = self._bias = self._penalties = None
         if rewrite.forbidden is not None:
-            self._forbidden = _InTiles(_speakable(rewrite, vocab), edges)
+            self._forbidden = _InTiles(speakable(rewrite, vocab), edges)
         if rewrite.allowed is not None:
             self._allowed = _InTiles(rewrite.allowed, edges)
             self._lists_any = (rewrite.allowed >= 0).any(dim=1, keepdim=True)
@@ -124,7 +124,7 @@ class _InTiles:
         return place.clamp(max=self._ids.shape[1] - 1), inside
 
 
-def _speakable(rewrite: Rewrite, vocab: int) -> Tensor:
+def speakable(rewrite: Rewrite, vocab: int) -> Tensor:
     """``rewrite.forbidden`` without the rows that it would leave nothing to say, see ``forbid``."""
     assert rewrite.forbidden is not None
     forbidden = rewrite.forbidden.sort(dim=1).values

@@ -21,7 +21,7 @@ from vllm_diffusion.constrain.truncate import nucleus
 from vllm_diffusion.head.best import Best
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -46,6 +46,16 @@ class Survivors:
     ids: Tensor  # [R, N] int64
     limit: Tensor  # [R] fp32, least tempered logit that stays, where complete
     complete: Tensor  # [R] bool, every id that stays is among these
+
+    @staticmethod
+    def concatenate(parts: Sequence[Survivors]) -> Survivors:
+        """Those of all rows."""
+        return Survivors(
+            values=torch.cat([each.values for each in parts]),
+            ids=torch.cat([each.ids for each in parts]),
+            limit=torch.cat([each.limit for each in parts]),
+            complete=torch.cat([each.complete for each in parts]),
+        )
 
 
 def survivors(
@@ -96,6 +106,8 @@ def limits(
     temperature: Tensor,
     cut: Truncation,
     vocabulary: Vocabulary,
+    *,
+    borders: tuple[bool, bool] | None = None,
 ) -> Tensor:
     """[R] fp32 the least tempered logit that stays, whatever stays.
 
@@ -103,7 +115,12 @@ def limits(
         tiles: begins to read the rows again; see ``survivors``.
         best: [R] fp32, the largest logit.
         temperature, cut, vocabulary: see ``survivors``.
+        borders: whether some ``top_k`` and some ``top_p`` cut; None to look, which may wait.
     """
+    of_top_k, of_top_p = borders or (
+        bool((cut.top_k < vocabulary.size).any()),
+        bool((cut.top_p < 1).any()),
+    )
     top = best / temperature
     limit = top + cut.min_p.log()
 
@@ -114,11 +131,11 @@ def limits(
     def weight(part: Tensor) -> Tensor:
         return (part - top[:, None]).exp_().masked_fill_(part < limit[:, None], 0.0)
 
-    if bool((cut.top_k < vocabulary.size).any()):
+    if of_top_k:
         count = cut.top_k.double()
         kth = _border(scaled, torch.ones_like, lambda _: count, vocabulary)
         limit = torch.maximum(limit, kth)
-    if bool((cut.top_p < 1).any()):
+    if of_top_p:
         edge = _border(scaled, weight, lambda total: cut.top_p * total, vocabulary)
         limit = torch.where(cut.top_p < 1, torch.maximum(limit, edge), limit)
     return limit

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from vllm_diffusion.records import Rewrite, Truncation
+    from vllm_diffusion.records import Rewrite, Truncation, Wish
 
 LISTED_AT_MOST: Final = 4096
 """A list longer than this is a mask: its columns of the embedding would have to be copied."""
@@ -25,6 +27,46 @@ CUT: Final = -3
 PINNED: Final = -4
 MASKED: Final = -5
 """Of statistics by class alone, which take all masks alike. From 0 on: the canvas of a list."""
+
+
+def places(kind_of: Tensor) -> list[tuple[int, Tensor]]:
+    """Every kind there is, and the rows [N] int64 that are of it; waits for the device once.
+
+    Args:
+        kind_of: [R] int64.
+    """
+    if kind_of.device.type == "cpu":
+        kinds = torch.unique(kind_of).tolist()
+        return [(kind, (kind_of == kind).nonzero()[:, 0]) for kind in kinds]
+    rows: dict[int, list[int]] = {}
+    for row, kind in enumerate(kind_of.tolist()):
+        rows.setdefault(kind, []).append(row)
+    return [(kind, on(some, kind_of.device)) for kind, some in sorted(rows.items())]
+
+
+def known(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
+    """Every kind that a canvas is of by its request, and its rows; nobody waits.
+
+    Where ``of_rows`` looks at what rows hold, this takes what they may hold: a row that is not
+    forbidden what its canvas is elsewhere counts as rewritten. Pins are not looked at.
+
+    Args:
+        wishes: of every canvas.
+        rows: of all canvases, the same number each, canvas by canvas.
+    """
+    length = rows // len(wishes)
+    found: dict[int, list[int]] = {}
+    for canvas, wish in enumerate(wishes):
+        kind = CUT if wish.cuts else REWRITTEN if wish.moves or wish.allowed is not None else PLAIN
+        if wish.allowed is not None and len(wish.allowed) <= LISTED_AT_MOST:
+            kind = canvas
+        found.setdefault(kind, []).extend(range(canvas * length, (canvas + 1) * length))
+    return sorted(found.items())
+
+
+def on(rows: Sequence[int], device: torch.device) -> Tensor:
+    """[N] int64 on the device, which nobody waits for."""
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def of_rows(rewrite: Rewrite, vocab: int) -> Tensor:

@@ -8,10 +8,11 @@ Where statistics by class are asked for too, ``classes`` sees every tile before 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.dense import DenseRewrite
 from vllm_diffusion.constrain.rewrite import LENIENCE, without_masks
 from vllm_diffusion.constrain.window import TiledRewrite
 from vllm_diffusion.head import native, sample, tile
@@ -32,13 +33,23 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import CanvasStats, Rewrite
 
 
+TILE_COPIES: Final = 6
+"""fp32 tiles that a row needs at its highest: its logits, its weights and what is between them in
+the torch form; the others need fewer. Measured by tests/unit/head/test_memory.py."""
+
+
+def tile_bytes() -> int:
+    """What the tiles of a row take at their highest."""
+    return TILE_COPIES * 4 * sample.TILE
+
+
 def tiles(
     vocabulary: Vocabulary,
     hidden: Tensor,
     rewrite: Rewrite | None,
     *,
     cap: bool = True,
-    ranked_by: TiledRewrite | None = None,
+    ranked_by: TiledRewrite | DenseRewrite | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
 
@@ -200,7 +211,8 @@ def absorb_of(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     return native.absorb if native.fits(logits) else tile.absorb
 
 
-def _tiled(vocabulary: Vocabulary, rewrite: Rewrite) -> TiledRewrite:
+def _tiled(vocabulary: Vocabulary, rewrite: Rewrite) -> TiledRewrite | DenseRewrite:
+    if rewrite.canvas.device.type != "cpu":
+        return DenseRewrite(rewrite, vocabulary.size)
     edges = [*vocabulary.tiles(), vocabulary.first + len(vocabulary)]
-    device = rewrite.canvas.device
-    return TiledRewrite(rewrite, torch.tensor(edges, device=device), vocabulary.size)
+    return TiledRewrite(rewrite, torch.tensor(edges), vocabulary.size)

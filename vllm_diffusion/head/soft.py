@@ -152,9 +152,10 @@ def most_likely(values: Tensor, count: Tensor) -> Tensor:
         values: [R, N], larger is likelier.
         count: [R] int64, 0 for all.
     """
-    if int(count.max()) <= 0:
+    most = MOST
+    if count.device.type == "cpu" and (most := int(count.max())) <= 0:
         return torch.ones_like(values, dtype=torch.bool)
-    best = values.topk(min(int(count.max()) + 1, values.shape[1]), dim=1).values
+    best = values.topk(min(most + 1, values.shape[1]), dim=1).values
     return _above(values, best.gather(1, count.clamp(0, best.shape[1] - 1)[:, None]), count)
 
 

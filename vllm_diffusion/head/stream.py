@@ -10,46 +10,40 @@
 Statistics by class come from the same tiles. Rows whose rewrite forbids ids have theirs from a
 distribution of its own, in which these only cost: their tiles are read once more.
 
-How tiles are read: ``reading``. Which row is which: ``kinds``. That must be known on the host; a
-batch in which nobody asks for any of this does not wait for the device. Under tensor parallelism
-every rank keeps its rows of the embedding and exchanges statistics, [R] or [R, C] each, and the
-[R, H] soft embedding.
+How tiles are read: ``reading``. Which row is which: ``kinds``. That must be known on the host. On a
+GPU it follows from the requests, and only rows whose distribution is cut wait for the device, once;
+where an automaton or a parser constrains canvases of the step, others wait once for their kinds.
+Under tensor parallelism every rank keeps its rows of the embedding and exchanges statistics, [R] or
+[R, C] each, and the [R, H] soft embedding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_diffusion.constrain.rewrite import changes_logits
-from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.constrain.window import rewrite_listed
-from vllm_diffusion.head import cut, kinds, reading, sample
+from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
-from vllm_diffusion.head.reference import kept_token, row_statistics
+from vllm_diffusion.head.cut_rows import CutRows, among
+from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
+from vllm_diffusion.head.reference import kept_token
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.head.sample import sample_listed
 from vllm_diffusion.head.scores import scores
-from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores
+from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from vllm_diffusion.head.reference import ReferenceHead
     from vllm_diffusion.head.vocabulary import Vocabulary
-
-# fp32 tiles that a row needs at its highest: its logits, its weights and what is between them in
-# the torch form; the others need fewer. Measured by tests/unit/head/test_memory.py.
-_TILE_COPIES: Final = 6
-
-# Beside them, the best ids of a row while it is read.
-_LIST_BYTES: Final = 128 * cut.LISTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,20 +78,39 @@ class StreamingHead:
             return self._streamed(rows)
         if not changes_logits(rewrite):
             return self._plain(rows)
-        kind_of = kinds.of_rows(rewrite, self.vocabulary.size)
+        if rewrite.wishes is not None:
+            return self._by_wishes(rows, rewrite.wishes)
+        places, parts = [], []
+        for kind, index in kinds.places(kinds.of_rows(rewrite, self.vocabulary.size)):
+            places.append(index)
+            parts.append(self._of_kind(kind, rows.take(index)))
+        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(hidden))
+
+    def _of_kind(self, kind: int, rows: Rows, ids: Tensor | None = None) -> CanvasStats:
         ways = {
             kinds.PLAIN: self._plain,
             kinds.REWRITTEN: self._streamed,
-            kinds.CUT: self._cut,
+            kinds.CUT: self._cuts.statistics,
             kinds.PINNED: self._pinned,
         }
+        return ways.get(kind, partial(self._listed, kind, ids=ids))(rows)
+
+    def _by_wishes(self, rows: Rows, wishes: Sequence[Wish]) -> CanvasStats:
+        """All rows of a step, on a device that is not asked which is which."""
+        assert rows.rewrite is not None
+        # Which rows are pinned the device alone knows: they are read and put right behind it.
+        free = replace(rows, rewrite=replace(rows.rewrite, pinned=None))
         places, parts = [], []
-        for kind in torch.unique(kind_of).tolist():
-            index = (kind_of == kind).nonzero()[:, 0]
-            way = ways.get(kind) or partial(self._listed, kind)
+        for kind, some in kinds.known(wishes, len(rows)):
+            index = kinds.on(some, rows.hidden.device)
+            part = free if len(some) == len(rows) else free.take(index)
             places.append(index)
-            parts.append(way(rows.take(index)))
-        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(hidden))
+            parts.append(self._of_kind(kind, part, wishes[kind].allowed if kind >= 0 else None))
+        stats = parts[0]
+        if len(parts) > 1:
+            stats = CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
+        pinned = rows.rewrite.pinned
+        return stats if pinned is None else stats.where(pinned < 0, self._pinned(rows))
 
     def by_class(
         self,
@@ -129,8 +142,7 @@ class StreamingHead:
             kinds.PINNED: self._pinned_by_class,
         }
         places, stats, found = [], [], []
-        for kind in torch.unique(kind_of).tolist():
-            index = (kind_of == kind).nonzero()[:, 0]
+        for kind, index in kinds.places(kind_of):
             one, other = ways[kind](rows.take(index), classes)
             places.append(index)
             stats.append(one)
@@ -196,7 +208,7 @@ class StreamingHead:
         """Rows that have one id left."""
         assert rows.rewrite is not None
         assert rows.rewrite.pinned is not None
-        only, certain = rows.rewrite.pinned, torch.ones_like(rows.temperature)
+        only, certain = rows.rewrite.pinned.clamp(min=0), torch.ones_like(rows.temperature)
         read = certain if rows.soft_top_k is None else (rows.soft_top_k >= 0).float()
         return CanvasStats(
             argmax=only,
@@ -207,98 +219,21 @@ class StreamingHead:
             soft_embedding=self.vocabulary.mean_of(read[:, None], only[:, None]),
         )
 
-    def _listed(self, canvas: int, rows: Rows) -> CanvasStats:
-        """Rows of one canvas that may say nothing but a few ids."""
+    def _listed(self, canvas: int, rows: Rows, ids: Tensor | None) -> CanvasStats:
+        """Rows of one canvas that may say nothing but a few ids, sought where they are None."""
         assert rows.rewrite is not None
         assert rows.rewrite.allowed is not None
-        ids = torch.unique(rows.rewrite.allowed[canvas])
-        ids = ids[ids >= 0]
+        if ids is None:
+            ids = torch.unique(rows.rewrite.allowed[canvas])
+            ids = ids[ids >= 0]
 
         def chosen(part: Rows) -> CanvasStats:
             assert part.rewrite is not None
             logits = self.vocabulary.logits_of(part.hidden, ids)
-            return self._among(part, ids, rewrite_listed(logits, part.rewrite, ids))
+            return among(self.vocabulary, part, ids, rewrite_listed(logits, part.rewrite, ids))
 
-        at_once = self._at_once(_TILE_COPIES * 4 * 2 * len(ids))
+        at_once = self._at_once(TILE_COPIES * 4 * 2 * len(ids))
         return CanvasStats.concatenate([chosen(part) for part in rows.chunks(at_once)])
-
-    def _among(self, rows: Rows, ids: Tensor, logits: Tensor) -> CanvasStats:
-        """Of rows whose every id that is left is among ``ids`` [N] or [R, N], ascending."""
-        stats = row_statistics(
-            logits,
-            rows,
-            draw=lambda weight: sample_listed(weight, ids, self.vocabulary.size, rows.noise),
-            soft_embedding=lambda weight: self.vocabulary.mean_of(weight, ids),
-        )
-        return stats.renamed(ids)
-
-    # ---- rows whose distribution is cut ----
-
-    def _cut(self, rows: Rows) -> CanvasStats:
-        """Rows that keep the ids above a limit."""
-        wide, places, parts = [], [], []
-        start = 0
-        for part in rows.chunks(self._at_once(_tile_bytes() + _LIST_BYTES)):
-            index = torch.arange(start, start + len(part), device=part.hidden.device)
-            start += len(part)
-            found = self._survivors(part)
-            done = found.complete.nonzero()[:, 0]
-            rest = (~found.complete).nonzero()[:, 0]
-            if len(done):
-                places.append(index[done])
-                parts.append(self._survived(part.take(done), found, done))
-            if len(rest):
-                wide.append((index[rest], found.values[rest, 0]))
-        if wide:
-            index = torch.cat([rest for rest, _ in wide])
-            places.append(index)
-            parts.append(
-                self._above_limits(rows.take(index), torch.cat([best for _, best in wide]))
-            )
-        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
-
-    def _above_limits(self, rows: Rows, best: Tensor) -> CanvasStats:
-        """Rows that keep more ids than are listed; ``best`` [R] fp32 is their largest logit."""
-        parts, start = [], 0
-        # Limit and statistics of the same rows at once: a product over other rows rounds otherwise,
-        # and an id that is just on its row's limit would be lost.
-        for part in rows.chunks(self._at_once(2 * _tile_bytes() + cut.TABLE_BYTES)):
-            limit = self._limits(part, best[start : start + len(part)])
-            tiles = reading.tiles_of(self.vocabulary, part, limit)
-            parts.append(reading.read(self.vocabulary, part, tiles)[0])
-            start += len(part)
-        return CanvasStats.concatenate(parts)
-
-    def _survivors(self, rows: Rows) -> cut.Survivors:
-        assert rows.rewrite is not None
-        assert rows.rewrite.truncation is not None
-        asked = of_rows(rows.rewrite.truncation, rows.rewrite.canvas)
-        tiles = reading.tiles(self.vocabulary, rows.hidden, rows.rewrite)
-        return cut.survivors(tiles, rows.temperature, asked, self.vocabulary)
-
-    def _survived(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
-        """Rows whose every id that stays has been found."""
-        assert rows.rewrite is not None
-        values = found.values[index]
-        out = values / rows.temperature[:, None] < found.limit[index, None]
-        # They come best first: what no row keeps can go.
-        most = len(out[0]) - int(out.sum(dim=1).amin())
-        ids, order = found.ids[index, :most].sort(dim=1)
-        logits = values.masked_fill(out, -torch.inf)[:, :most].gather(1, order)
-        rest = replace(rows, rewrite=replace(rows.rewrite, truncation=None))
-        return self._among(rest, ids, logits)
-
-    def _limits(self, rows: Rows, best: Tensor) -> Tensor:
-        """[R] fp32 where rows are cut that keep more ids than are listed, see ``_above_limits``."""
-        assert rows.rewrite is not None
-        assert rows.rewrite.truncation is not None
-        return cut.limits(
-            partial(reading.tiles, self.vocabulary, rows.hidden, rows.rewrite),
-            best,
-            rows.temperature,
-            of_rows(rows.rewrite.truncation, rows.rewrite.canvas),
-            self.vocabulary,
-        )
 
     # ---- statistics by class ----
 
@@ -312,7 +247,7 @@ class StreamingHead:
     def _by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
         """Rows that may say anything: one pass for both."""
         stats, found = [], []
-        for part in rows.chunks(self._at_once(_tile_bytes() + CLASS_BYTES * classes.count)):
+        for part in rows.chunks(self._at_once(tile_bytes() + CLASS_BYTES * classes.count)):
             by_class = ClassPass(classes, self.vocabulary, part)
             tiles = reading.tiles_of(self.vocabulary, part)
             one, together = reading.read(self.vocabulary, part, tiles, by_class)
@@ -325,42 +260,29 @@ class StreamingHead:
         stats = self(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
         assert rows.rewrite is not None
         found, unread = [], torch.full_like(rows.noise.step, -1)
-        bytes_a_row = _tile_bytes() + CLASS_BYTES * classes.count
+        bytes_a_row = tile_bytes() + CLASS_BYTES * classes.count
         if rows.rewrite.truncation is not None:
-            # See ``_above_limits``.
-            bytes_a_row += _tile_bytes() + cut.TABLE_BYTES
+            # See ``CutRows``.
+            bytes_a_row += tile_bytes() + cut.TABLE_BYTES
         for part in replace(rows, soft_top_k=unread).chunks(self._at_once(bytes_a_row)):
             by_class = ClassPass(classes, self.vocabulary, part)
-            tiles = reading.lenient_tiles(self.vocabulary, part, self._cut_limits(part))
+            tiles = reading.lenient_tiles(self.vocabulary, part, self._cuts.limits_of(part))
             _, together = reading.read(self.vocabulary, part, tiles, by_class)
             found.append(by_class.over_ranks(together))
         return stats, ClassStats.concatenate(found)
 
-    def _cut_limits(self, rows: Rows) -> Tensor:
-        """[R] fp32 the least tempered logit that a cut leaves, -inf for rows without one."""
-        assert rows.rewrite is not None
-        limit = torch.full_like(rows.temperature, -torch.inf)
-        if rows.rewrite.truncation is None:
-            return limit
-        asked = kinds.cuts(rows.rewrite.truncation, self.vocabulary.size)
-        cuts = asked[rows.rewrite.canvas]
-        if not bool(cuts.any()):
-            return limit
-        found = self._survivors(rows)
-        limit = torch.where(cuts, found.limit, limit)
-        wide = cuts & ~found.complete
-        if not bool(wide.any()):
-            return limit
-        return torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
-
     # ---- the stream ----
+
+    @property
+    def _cuts(self) -> CutRows:
+        return CutRows(self.vocabulary, self.budget)
 
     def _at_once(self, bytes_a_row: int) -> int:
         """Rows whose tiles fit the budget; a wider step reads the embedding more than once."""
         return max(1, self.budget // bytes_a_row)
 
     def _chunks(self, hidden: Tensor) -> Iterator[slice]:
-        at_once = self._at_once(_tile_bytes())
+        at_once = self._at_once(tile_bytes())
         for start in range(0, len(hidden), at_once):
             yield slice(start, start + at_once)
 
@@ -374,11 +296,6 @@ class StreamingHead:
         else:
             parts = [
                 reading.read(self.vocabulary, part, reading.tiles_of(self.vocabulary, part))[0]
-                for part in rows.chunks(self._at_once(_tile_bytes()))
+                for part in rows.chunks(self._at_once(tile_bytes()))
             ]
         return CanvasStats.concatenate(parts)
-
-
-def _tile_bytes() -> int:
-    """What the tiles of a row take at their highest."""
-    return _TILE_COPIES * 4 * sample.TILE

@@ -12,7 +12,7 @@ from helpers.frequencies import assert_frequencies
 from helpers.heads import assert_same_tokens, counted_readings, make_case, over_ranks
 
 from vllm_diffusion.constrain.rewrite import LENIENCE, rewrite_logits
-from vllm_diffusion.head import kinds, native, sample, stream
+from vllm_diffusion.head import kinds, native, reading, sample, stream
 from vllm_diffusion.records import ClassStats, Rewrite
 
 
@@ -181,7 +181,7 @@ def test_rows_that_may_say_anything_are_read_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_row_chunks_equal_the_whole(at_once: int, rewrite: bool) -> None:
     case, class_of = make_case(2, rewrite=rewrite), classes_of(700)
-    budget = at_once * (stream._tile_bytes() + stream.CLASS_BYTES * COUNT)
+    budget = at_once * (reading.tile_bytes() + stream.CLASS_BYTES * COUNT)
     _, whole = both(case, case.streaming(), class_of)
     _, chunked = both(case, case.streaming(budget), class_of)
     assert_tokens(chunked, whole)

@@ -17,7 +17,7 @@ from helpers.heads import (
     over_ranks,
 )
 
-from vllm_diffusion.head import kinds, reading, sample, stream
+from vllm_diffusion.head import kinds, reading, sample
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.records import Rewrite
 
@@ -184,7 +184,7 @@ def test_bf16_products(seed: int) -> None:
 @pytest.mark.parametrize("at_once", [1, 3, 16])
 def test_row_chunks_equal_the_whole(at_once: int) -> None:
     case = make_case(2, rewrite=True)
-    budget = at_once * stream._TILE_COPIES * 4 * sample.TILE
+    budget = at_once * reading.TILE_COPIES * 4 * sample.TILE
     assert_same_tokens(case.streaming(budget)(*case.arguments()), case.truth())
 
 

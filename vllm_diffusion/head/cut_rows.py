@@ -1,0 +1,165 @@
+"""Rows that ``min_p``, ``top_k`` or ``top_p`` cuts, read a tile at a time; see ``cut``.
+
+On a GPU all that the host must know of them is read back at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from vllm_diffusion.constrain.truncate import of_rows
+from vllm_diffusion.head import cut, kinds, reading
+from vllm_diffusion.head.reading import tile_bytes
+from vllm_diffusion.head.reference import row_statistics
+from vllm_diffusion.head.sample import sample_listed
+from vllm_diffusion.records import CanvasStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_diffusion.head.rows import Rows
+    from vllm_diffusion.head.vocabulary import Vocabulary
+
+# Beside the tiles of a row, its best ids while it is read.
+_LIST_BYTES: Final = 128 * cut.LISTED
+
+
+def among(vocabulary: Vocabulary, rows: Rows, ids: Tensor, logits: Tensor) -> CanvasStats:
+    """Of rows whose every id that is left is among ``ids`` [N] or [R, N], ascending."""
+    stats = row_statistics(
+        logits,
+        rows,
+        draw=lambda weight: sample_listed(weight, ids, vocabulary.size, rows.noise),
+        soft_embedding=lambda weight: vocabulary.mean_of(weight, ids),
+    )
+    return stats.renamed(ids)
+
+
+class CutRows:
+    """Reads such rows.
+
+    Args:
+        vocabulary: of this rank.
+        budget: bytes that the tiles of a step may take.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, budget: int) -> None:
+        self._vocabulary, self._budget = vocabulary, budget
+
+    def _at_once(self, bytes_a_row: int) -> int:
+        return max(1, self._budget // bytes_a_row)
+
+    def statistics(self, rows: Rows) -> CanvasStats:
+        """Rows that keep the ids above a limit."""
+        if rows.hidden.device.type != "cpu":
+            return self._cut_at_once(rows)
+        wide, places, parts = [], [], []
+        start = 0
+        for part in rows.chunks(self._at_once(tile_bytes() + _LIST_BYTES)):
+            index = torch.arange(start, start + len(part), device=part.hidden.device)
+            start += len(part)
+            found = self._survivors(part)
+            done = found.complete.nonzero()[:, 0]
+            rest = (~found.complete).nonzero()[:, 0]
+            if len(done):
+                places.append(index[done])
+                parts.append(self._survived(part.take(done), found, done))
+            if len(rest):
+                wide.append((index[rest], found.values[rest, 0]))
+        if wide:
+            index = torch.cat([rest for rest, _ in wide])
+            places.append(index)
+            parts.append(
+                self._above_limits(rows.take(index), torch.cat([best for _, best in wide]))
+            )
+        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
+
+    def _cut_at_once(self, rows: Rows) -> CanvasStats:
+        """The same with one wait for the device, for all that must be known on the host."""
+        assert rows.rewrite is not None
+        asked = rows.rewrite.truncation
+        assert asked is not None
+        at_once = self._at_once(tile_bytes() + _LIST_BYTES)
+        found = cut.Survivors.concatenate([self._survivors(part) for part in rows.chunks(at_once)])
+        some = torch.stack([(asked.top_k < self._vocabulary.size).any(), (asked.top_p < 1).any()])
+        *complete, of_top_k, of_top_p = torch.cat([found.complete, some]).tolist()
+        done = kinds.on([row for row, all_of in enumerate(complete) if all_of], rows.hidden.device)
+        rest = kinds.on([row for row, all_of in enumerate(complete) if not all_of], done.device)
+        places, parts = [], []
+        if len(done):
+            places.append(done)
+            parts.append(self._survived(rows.take(done), found, done))
+        if len(rest):
+            places.append(rest)
+            borders = of_top_k, of_top_p
+            parts.append(self._above_limits(rows.take(rest), found.values[rest, 0], borders))
+        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
+
+    def _above_limits(
+        self, rows: Rows, best: Tensor, borders: tuple[bool, bool] | None = None
+    ) -> CanvasStats:
+        """Rows that keep more ids than are listed; ``best`` [R] fp32 is their largest logit."""
+        parts, start = [], 0
+        # Limit and statistics of the same rows at once: a product over other rows rounds otherwise,
+        # and an id that is just on its row's limit would be lost.
+        for part in rows.chunks(self._at_once(2 * tile_bytes() + cut.TABLE_BYTES)):
+            limit = self._limits(part, best[start : start + len(part)], borders)
+            tiles = reading.tiles_of(self._vocabulary, part, limit)
+            parts.append(reading.read(self._vocabulary, part, tiles)[0])
+            start += len(part)
+        return CanvasStats.concatenate(parts)
+
+    def _survivors(self, rows: Rows) -> cut.Survivors:
+        assert rows.rewrite is not None
+        assert rows.rewrite.truncation is not None
+        asked = of_rows(rows.rewrite.truncation, rows.rewrite.canvas)
+        tiles = reading.tiles(self._vocabulary, rows.hidden, rows.rewrite)
+        return cut.survivors(tiles, rows.temperature, asked, self._vocabulary)
+
+    def _survived(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
+        """Rows whose every id that stays has been found."""
+        assert rows.rewrite is not None
+        values = found.values[index]
+        out = values / rows.temperature[:, None] < found.limit[index, None]
+        # They come best first: what no row keeps can go.
+        most = len(out[0])
+        if out.device.type == "cpu":
+            most -= int(out.sum(dim=1).amin())
+        ids, order = found.ids[index, :most].sort(dim=1)
+        logits = values.masked_fill(out, -torch.inf)[:, :most].gather(1, order)
+        rest = replace(rows, rewrite=replace(rows.rewrite, truncation=None))
+        return among(self._vocabulary, rest, ids, logits)
+
+    def _limits(self, rows: Rows, best: Tensor, borders: tuple[bool, bool] | None = None) -> Tensor:
+        """[R] fp32 where rows are cut that keep more ids than are listed, see ``_above_limits``."""
+        assert rows.rewrite is not None
+        assert rows.rewrite.truncation is not None
+        return cut.limits(
+            partial(reading.tiles, self._vocabulary, rows.hidden, rows.rewrite),
+            best,
+            rows.temperature,
+            of_rows(rows.rewrite.truncation, rows.rewrite.canvas),
+            self._vocabulary,
+            borders=borders,
+        )
+
+    def limits_of(self, rows: Rows) -> Tensor:
+        """[R] fp32 the least tempered logit that a cut leaves, -inf for rows without one."""
+        assert rows.rewrite is not None
+        limit = torch.full_like(rows.temperature, -torch.inf)
+        if rows.rewrite.truncation is None:
+            return limit
+        asked = kinds.cuts(rows.rewrite.truncation, self._vocabulary.size)
+        cuts = asked[rows.rewrite.canvas]
+        if not bool(cuts.any()):
+            return limit
+        found = self._survivors(rows)
+        limit = torch.where(cuts, found.limit, limit)
+        wide = cuts & ~found.complete
+        if not bool(wide.any()):
+            return limit
+        return torch.where(wide, self._limits(rows, found.values[:, 0]), limit)
