@@ -20,6 +20,7 @@ def test_the_kernels_compile_without_a_gpu(capability: int) -> None:
     kinds = {"phase": "*i1", "slots": "*i64"}
     numbers = ("count", "padded", "tokens", "window", "block", "blocks", "width")
     kinds |= dict.fromkeys((*numbers, "table_stride", "out_stride"), "i32")
+    kinds |= dict.fromkeys(("tables", "out"), ("*i32",) * 5)
     whole = dict.fromkeys(("text", "request", "behind", "lens", "part_lens"))
     for kernel, constants in (
         (kernels._mark, {"BLOCK": 128}),
@@ -68,10 +69,11 @@ def in_the_interpreter() -> None:
             form.write_row_ranges(
                 causal, starts, lens, window, block, int(rows.max()), ranges, view, first
             )
-            cut = torch.full((count, 400), -9, dtype=torch.int32)
-            form.gather_blocks(table, cut[:, :90], first=first)
+            cut = torch.full((2, count, 400), -9, dtype=torch.int32)
+            tables = table, table.flip(0)
+            form.gather_blocks(tables, [one[:, :90] for one in cut], first=first)
             whole = torch.full((parts, table.shape[1]), -9, dtype=torch.int32)
-            form.gather_blocks(table, whole, rows=request)
+            form.gather_blocks([table], [whole], rows=request)
             flags = torch.full((3, count + 7), -9, dtype=torch.int32)
             form.mark_sequences(phase, slots, flags[0])
             form.mark_sequences(phase, slots, flags[1, :count], text=text[:count])

@@ -24,7 +24,7 @@ captured graph reads at one address.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +112,8 @@ class _View:
     first_blocks: Tensor | None = None  # [N] int32
     block: int = 0  # keys a block
     width: int = 0  # blocks a sequence may need
+    tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Block tables of cache groups [R, blocks], and what their layers see of them [N, width]."""
 
 
 class BlockLocalMask:
@@ -210,6 +212,9 @@ class BlockLocalMask:
                         views[layer.window, block] = self._view(metadata, layer.window, block)
                     made[key] = self._seen_through(views[layer.window, block], metadata, name)
             attn_metadata[name] = made[key]
+        for view in views.values():
+            for alike in _of_one_shape(view.tables):
+                self._form.gather_blocks(*zip(*alike, strict=True), first=view.first_blocks)
 
     # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is no range ----
 
@@ -298,7 +303,7 @@ class BlockLocalMask:
         shape = (self._max_rows, table.shape[1])
         out.seq_lens = view.lens
         out.block_table = self._buffer("table", name, shape=shape)[: view.lens.shape[0], :width]
-        self._form.gather_blocks(table, out.block_table, first=view.first_blocks)
+        view.tables.append((table, out.block_table))
         out.max_seq_len = min(metadata.max_seq_len, width * view.block)
         return out
 
@@ -325,6 +330,14 @@ def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> No
     attention.impl.chunk_lookback = window - 1
     # Clamped to the reach, not to the window: clips nothing, and lets the kernel prune its tiles.
     attention.mm_prefix_clamp_sliding_window = True
+
+
+def _of_one_shape(tables: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Block tables and views of them, those together that one launch can copy."""
+    alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+    for table, view in tables:
+        alike.setdefault((table.shape, table.stride(), view.shape), []).append((table, view))
+    return list(alike.values())
 
 
 def _flash_version(impl: Any) -> int | None:

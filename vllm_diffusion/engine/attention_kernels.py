@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _SEQUENCES = 128  # sequences a program
@@ -88,12 +90,25 @@ def write_row_ranges(
 
 
 def gather_blocks(
-    table: Tensor, out: Tensor, *, rows: Tensor | None = None, first: Tensor | None = None
+    tables: Sequence[Tensor],
+    out: Sequence[Tensor],
+    *,
+    rows: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> None:
-    """See ``attention_ranges.gather_blocks``."""
-    count, width = out.shape
-    _gather[(count, triton.cdiv(width, _BLOCKS))](
-        table, table.stride(0), table.shape[1], out, out.stride(0), width, rows, first, _BLOCKS
+    """See ``attention_ranges.gather_blocks``; one launch for all tables."""
+    table, view = tables[0], out[0]
+    count, width = view.shape
+    _gather[(count, triton.cdiv(width, _BLOCKS), len(tables))](
+        tuple(tables),
+        table.stride(0),
+        table.shape[1],
+        tuple(out),
+        view.stride(0),
+        width,
+        rows,
+        first,
+        _BLOCKS,
     )
 
 
@@ -186,10 +201,10 @@ def _row_ranges(
 
 @triton.jit(do_not_specialize=["blocks", "width"])
 def _gather(
-    table: tl.tensor,
+    tables: tl.tuple,
     table_stride: tl.tensor,
     blocks: tl.tensor,
-    out: tl.tensor,
+    out: tl.tuple,
     out_stride: tl.tensor,
     width: tl.tensor,
     rows: tl.tensor,
@@ -204,6 +219,10 @@ def _gather(
     source = column
     if first is not None:
         source = column + tl.load(first + sequence)
-    source = tl.minimum(source, blocks - 1)
-    taken = tl.load(table + row.to(tl.int64) * table_stride + source, mask=column < width, other=0)
-    tl.store(out + sequence.to(tl.int64) * out_stride + column, taken, mask=column < width)
+    inside = column < width
+    source = row.to(tl.int64) * table_stride + tl.minimum(source, blocks - 1)
+    place = sequence.to(tl.int64) * out_stride + column
+    for number in tl.static_range(len(tables)):
+        if tl.program_id(2) == number:
+            taken = tl.load(tables[number] + source, mask=inside, other=0)
+            tl.store(out[number] + place, taken, mask=inside)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 NO_RANGE = -1
@@ -116,22 +118,27 @@ def write_row_ranges(
 
 
 def gather_blocks(
-    table: Tensor, out: Tensor, *, rows: Tensor | None = None, first: Tensor | None = None
+    tables: Sequence[Tensor],
+    out: Sequence[Tensor],
+    *,
+    rows: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> None:
-    """Write rows of a block table from their first block on; beyond its end the last is repeated.
+    """Write rows of block tables from their first block on; beyond its end the last is repeated.
 
     Args:
-        table: [R, blocks] int32.
-        out: [N, width] int32, written.
+        tables: each [R, blocks] int32, all of one shape and stride.
+        out: each [N, width] int32, written, all of one shape and stride.
         rows: [N] int32, which row; its own number if None.
         first: [N] int32, its first block; 0 if None.
     """
-    column = torch.arange(out.shape[1], device=out.device)[None]
-    if first is not None:
-        column = column + first[:, None]
-    taken = table[: out.shape[0]] if rows is None else table[rows]
-    column = column.clamp(max=table.shape[1] - 1).expand(out.shape[0], -1)
-    out.copy_(taken.gather(1, column))
+    for table, view in zip(tables, out, strict=True):
+        column = torch.arange(view.shape[1], device=view.device)[None]
+        if first is not None:
+            column = column + first[:, None]
+        taken = table[: view.shape[0]] if rows is None else table[rows]
+        column = column.clamp(max=table.shape[1] - 1).expand(view.shape[0], -1)
+        view.copy_(taken.gather(1, column))
 
 
 def sequence_of_rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ def _cut_requests(
     tables = []
     for table in block_tables:
         tables.append(table.new_empty(count, table.shape[1]))
-        form.gather_blocks(table, tables[-1], rows=request)
+        form.gather_blocks([table], tables[-1:], rows=request)
     at_most = batch.seq_lens_cpu_upper_bound.numpy()[parts.request] - parts.behind
     return Sequences(
         starts=starts_there,
