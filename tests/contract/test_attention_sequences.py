@@ -8,6 +8,9 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config.compilation import CUDAGraphMode
+
+from vllm_diffusion.engine import model_state
 from vllm_diffusion.engine.attention import Visibility, plan_segments
 from vllm_diffusion.engine.attention_gpu import BlockLocalMask
 from vllm_diffusion.engine.attention_sequences import parts_of, sequences_of
@@ -190,3 +193,43 @@ def test_sequences_of_padding_are_canvases_of_no_row():
     )
     assert causal.tolist() == [1, 0, -9, -9]
     assert sequences.lens.tolist() == [120, 0]
+
+
+# ---- what the metadata is built with ----
+
+
+@pytest.mark.parametrize(
+    ("mode", "for_capture", "drafts", "flags"),
+    [
+        (CUDAGraphMode.NONE, True, 0, True),  # how vLLM asks for the metadata of a capture
+        (CUDAGraphMode.FULL, False, 0, True),  # a commit alone, replayed as a graph
+        (CUDAGraphMode.NONE, False, CANVAS, True),
+        (CUDAGraphMode.PIECEWISE, False, 0, False),  # prompts
+    ],
+)
+def test_who_reads_flags_gets_flags(monkeypatch, mode, for_capture, drafts, flags):
+    batch, _, phase, tables = batch_of([DENOISING])
+    vars(batch).update(
+        num_reqs=1,
+        num_reqs_after_padding=1,
+        num_tokens=CANVAS,
+        num_tokens_after_padding=CANVAS,
+        num_draft_tokens=drafts,
+        num_draft_tokens_per_req=None,
+        req_ids=["a"],
+    )
+    state = object.__new__(model_state.CanvasModelState)
+    vars(state).update(
+        device=torch.device("cuda"),
+        pool=types.SimpleNamespace(causal=phase),
+        supports_mm_inputs=False,
+        model_config=types.SimpleNamespace(is_mm_prefix_lm=False, max_model_len=512),
+        _causal=torch.zeros(4, dtype=torch.int32),
+        _fusion=types.SimpleNamespace(why_not=None),
+        _block_local_mask=types.SimpleNamespace(set_canvas_ranges=lambda _: None),
+    )
+    built = []
+    monkeypatch.setattr(model_state, "build_attn_metadata", lambda **of: built.append(of))
+    state.prepare_attn(batch, mode, (tables,), None, [], None, for_capture=for_capture)
+    (causal,) = (of["causal"] for of in built)
+    assert isinstance(causal, torch.Tensor) if flags else causal is True
