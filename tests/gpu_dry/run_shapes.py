@@ -35,7 +35,7 @@ def watch(machine: Machine, *, native: bool) -> None:
 
         state = native_model.DiffusionGemmaModelState
         sampler = native_model.DiffusionSampler
-        model = native_model.DiffusionGemmaForBlockDiffusion
+        model = native_model.DiffusionGemmaForConditionalGeneration
     else:
         from vllm_diffusion.engine import model_state
         from vllm_diffusion.engine import sampler as ours
@@ -165,8 +165,8 @@ def main() -> None:
         except Exception:  # noqa: BLE001 -- the test shows it
             report["runs"][name] = {"error": traceback.format_exc()[-3000:]}
         report["runs"][name]["left out"] = dict.fromkeys(left_out, 1)
-    report["kernels"], report["failed"] = kernels.report(), kernels.failed
-    engines.say(out, report)
+        report["kernels"], report["failed"] = kernels.report(), kernels.failed
+        engines.say(out, report)  # after every run: the next one may take the process with it
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ RUNS = [
     for what in ("text", "images")
 ]
 
-# (GPU, images) -> attention backend. FlashAttention 4 takes heads of 256 and 512 on Hopper only.
+# Of a GPU, with images and without. FlashAttention 4 takes heads of 256 and 512 on Hopper only.
 ATTENTION = {"sm_90": ["FLASH_ATTN 4"], "sm_100": ["TRITON_ATTN"], "sm_120": ["TRITON_ATTN"]}
 
 EXPERTS = {
     ("sm_90", "bf16"): ["TRITON"],
     ("sm_90", "fp8"): ["VLLM_CUTLASS"],
     ("sm_90", "nvfp4"): ["HUMMING"],
+    ("sm_100", "bf16"): ["FLASHINFER_CUTLASS"],
+    ("sm_100", "fp8"): ["VLLM_CUTLASS"],
+    ("sm_100", "nvfp4"): ["FLASHINFER_TRTLLM"],
     ("sm_120", "bf16"): ["FLASHINFER_CUTLASS"],
     ("sm_120", "fp8"): ["TRITON"],
     ("sm_120", "nvfp4"): ["FLASHINFER_CUTLASS"],
