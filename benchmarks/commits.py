@@ -1,6 +1,7 @@
 """What the forward that commits a canvas knows of it, and what committing a part would save.
 
     python benchmarks/commits.py [--preset NAME] [--task NAME ...] [--n N]
+    python benchmarks/commits.py --async ...
 
 Outside the engine, see `_loop`: hard sizes, the same items and seeds for every arm.
 
@@ -14,10 +15,20 @@ which has seen it. `soft` are tokens that had a probability below 0.9 when their
 The second commits the settled part of a canvas that goes on after some steps: the tokens from the
 left on that the step before had too and that have a probability of 0.9, at least 16 of them.
 `of whole` are forwards over those of the first row, which commits canvases whole.
+
+`--async` asks instead what it is worth to guess that a canvas is about to end, where the rows of a
+forward are granted while the one before still runs. What is known is the step before that one.
+`last step` is what the engine does: two canvases' rows where the canvas in flight takes the last
+step that it may. The others guess by mean entropy too. `beside` is the share of the commits behind
+which a canvas follows that share a forward with it; the others take one for themselves. `rows for
+nothing` are rows granted for a commit that does not come, and behind the last canvas of an answer,
+over all rows. `forwards` are per canvas; `behind` the same with no commit beside a canvas, `apart`
+with a forward for the commit of an answer's last canvas too.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,6 +41,7 @@ from vllm_diffusion.testing.tasks import TASKS
 from vllm_diffusion.tune.compare import paired, summarised
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from _loop import Commit, Run
@@ -37,12 +49,15 @@ if TYPE_CHECKING:
     from transformers import AutoTokenizer
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.records import CanvasStats, RuleConstants
     from vllm_diffusion.testing.tasks import Item
 
 FAR = 3.0  # nats behind the best token
 SURE = 0.9  # probability
 LEAST = 16  # tokens worth a commit
 STEPS = (4, 8, 16)
+GUESSES = {"last step": 0.0, "0.02 nats": 0.02, "0.1 nats": 0.1, "always": float("inf")}
+FIXED = 16  # the recipe of published throughputs ends a canvas at so many steps and no other
 
 
 def main() -> None:
@@ -52,8 +67,12 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS)
     parser.add_argument("--n", type=int, default=100, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--async", action="store_true", dest="asynchronous")
     options = parser.parse_args()
     items = items_of(5 if options.quick else options.n, options.seed, options.task)
+    if options.asynchronous:
+        guess(items, options)
+        return
     loop = CanvasLoop()
     rule = loop.rules.presets[options.preset]
     flat: dict[str, _report.Value] = {"items": len(items)}
@@ -85,6 +104,77 @@ def main() -> None:
         f"{verified[1]['not best %']:.1f} % of wrong places",
         options.json,
     )
+
+
+class EntropyLoop(CanvasLoop):
+    """Also keeps the mean entropy of every step, in nats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nats: list[float] = []
+
+    def _see(self, pool: object, batch: object, stats: CanvasStats, decision: object) -> None:
+        super()._see(pool, batch, stats, decision)
+        self.nats.append(float(stats.entropy.mean()))
+
+
+def guess(items: Sequence[Item], options: argparse.Namespace) -> None:
+    """Answer items under an adaptive and a fixed number of steps; print what guesses do."""
+    loop, rows = EntropyLoop(), list[dict[str, _report.Value]]()
+    adaptive = loop.rules.presets[options.preset]
+    fixed = replace(adaptive, max_steps=FIXED, confidence_threshold=0.0, doubt_threshold=0.0)
+    for name, rule in ((options.preset, adaptive), (f"{FIXED} steps", fixed)):
+        answers = [
+            recorded(loop, item, seed_of(options.seed, at), rule) for at, item in enumerate(items)
+        ]
+        rows += [
+            {"rule": name, "guess": how, **guessed(answers, below, rule.max_steps)}
+            for how, below in GUESSES.items()
+        ]
+    _report.print_table(rows)
+    flat = {f"{row['rule']}.{row['guess']}.{name}": row[name] for row in rows for name in row}
+    beside = " and ".join(f"{row['beside %']:.0f} %" for row in rows if row["guess"] == "last step")
+    _report.finish(
+        flat, f"{beside} of commits share a forward without a row for nothing", options.json
+    )
+
+
+def recorded(loop: EntropyLoop, item: Item, seed: int, rule: RuleConstants) -> list[list[float]]:
+    """The mean entropy of every step of every canvas of an answer."""
+    loop.nats.clear()
+    steps = iter(loop.nats)
+    taken = loop.answer(item, seed, rule).steps
+    return [[next(steps) for _ in range(count)] for count in taken]
+
+
+def guessed(
+    answers: Sequence[Sequence[Sequence[float]]], below: float, most: int
+) -> dict[str, _report.Value]:
+    """What guessing by an entropy, or by the last of so many steps, does to some answers."""
+    canvases = [
+        (nats, number < len(answer))
+        for answer in answers
+        for number, nats in enumerate(answer, start=1)
+    ]
+    steps = sum(len(nats) for nats, _ in canvases)
+    followed = sum(goes_on for _, goes_on in canvases)
+    beside = nothing = 0
+    for nats, goes_on in canvases:
+        for step in range(1, len(nats) + 1):  # which is in flight; the one before is known
+            guess = step == most or (step > 1 and nats[step - 2] < below) or below == float("inf")
+            hit = guess and goes_on and step == len(nats)
+            # The engine knows by max_tokens, or sees, that none follows behind a last step.
+            beside, nothing = beside + hit, nothing + (guess and not hit and step < most)
+    rows = steps + followed + nothing
+    return {
+        "canvases": len(canvases),
+        "followed": followed,
+        "beside %": 100 * beside / followed,
+        "rows for nothing %": 100 * nothing / rows,
+        "forwards": (steps + followed - beside) / len(canvases),
+        "behind": (steps + followed) / len(canvases),
+        "apart": (steps + len(canvases)) / len(canvases),
+    }
 
 
 def verification(

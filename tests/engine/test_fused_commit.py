@@ -11,16 +11,14 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from helpers.engines import engine_config
+from helpers.fused import PartOf, assert_same_run, texts
 from helpers.inside import Inside
 from helpers.parity import ENGINE, SPEC, make_prompt
 from helpers.probe import Probe
 from vllm import SamplingParams
 
-from vllm_diffusion import step as step_module
 from vllm_diffusion.engine.fusion import Fusion
-from vllm_diffusion.records import Commit, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,13 +26,9 @@ if TYPE_CHECKING:
 
     from vllm import LLM, CompletionOutput
 
-    from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.records import CanvasBatch, CanvasStats
-
 pytestmark = pytest.mark.vllm
 
 CANVAS, WINDOW = SPEC.canvas, SPEC.sliding_window
-EXACT = 1e-5
 WIDTHS = (1, 17, CANVAS - 1, CANVAS)
 PREFIXES = (1, 23, WINDOW - 1, WINDOW, WINDOW + 1, 87, 121)
 FORMS = (True, False)
@@ -66,25 +60,6 @@ def told(answer: CompletionOutput) -> tuple[int, int]:
     return telemetry.denoise_forwards, telemetry.commit_forwards
 
 
-def assert_same_run(fused: Probe, separate: Probe, seed: int) -> None:
-    """Logits of every step, the cache before every canvas, every token."""
-    mine, other = fused.run(seed), separate.run(seed)
-    assert mine.commits == other.commits
-    for canvas, expected in zip(mine.canvases, other.canvases, strict=True):
-        for step, wanted in zip(canvas, expected, strict=True):
-            assert torch.equal(step.canvas, wanted.canvas)
-            assert (step.logits - wanted.logits).abs().max() < EXACT
-        start = canvas[0].start
-        for layer, keys in mine.contexts[start].keys.items():
-            # A sliding layer's pages are given back as the window passes them; the last is full.
-            full = layer + 1 == len(mine.contexts[start].keys)
-            seen = slice(0 if full else max(0, start - (WINDOW - 1)), start)
-            wanted_keys = other.contexts[start].keys[layer]
-            assert (keys[seen] - wanted_keys[seen]).abs().max() < EXACT
-            values, wanted_values = (each.contexts[start].values[layer] for each in (mine, other))
-            assert (values[seen] - wanted_values[seen]).abs().max() < EXACT
-
-
 # ---- the forward ----
 
 
@@ -112,22 +87,6 @@ def test_logits_and_cache_are_those_of_two_forwards(llm: LLM, prefix: int) -> No
         denoised, committed = told(answer)
         assert (denoised, committed) == (told(other)[0], 0)
         assert told(other)[1] == 3
-
-
-class PartOf:
-    """A rule that commits a part of every canvas, another part of each."""
-
-    def __call__(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-        decision = step_module.decide(pool, batch, stats)
-        rows = torch.arange(batch.position.shape[1]).expand_as(batch.position)
-        count = 1 + 7 * batch.position[:, 0] % 23
-        return Decision(
-            accept=decision.accept,
-            next_tokens=decision.next_tokens,
-            finished=decision.finished,
-            reason=decision.reason,
-            commit=Commit(tokens=stats.argmax, rows=rows, count=count),
-        )
 
 
 @pytest.fixture
@@ -239,24 +198,6 @@ MOMENTS = range(1, 10)
 """Steps of an engine in which a request of three canvases runs, behind its prompt's."""
 
 
-def texts(llm: LLM, asked: list[tuple[list[int], SamplingParams]], disturb: Any) -> list[list[int]]:
-    """Step the engine until all are done; what each was given, piece by piece, put together."""
-    from vllm.sampling_params import RequestOutputKind
-
-    given: list[list[int]] = [[] for _ in asked]
-    for name, (prompt, wish) in enumerate(asked):
-        wish.output_kind = RequestOutputKind.DELTA
-        llm.llm_engine.add_request(str(name), {"prompt_token_ids": prompt}, wish)
-    step = 0
-    while llm.llm_engine.has_unfinished_requests():
-        disturb(step)
-        for output in llm.llm_engine.step():
-            given[int(output.request_id)] += output.outputs[0].token_ids
-        step += 1
-        assert step < 500, "the engine makes no progress"
-    return given
-
-
 def pair() -> list[tuple[list[int], SamplingParams]]:
     return [(make_prompt(40), sampling(True, 1)), (make_prompt(61, 1), sampling(None, 2))]
 
@@ -347,20 +288,17 @@ def test_a_next_turn_finds_the_canvases_that_were_committed(llm: LLM) -> None:
 def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
     config = engine_config(parity_checkpoint)
     assert Fusion.of(config) == Fusion(why_not=None, served=True)
-    for part, name, value, reason in (
-        ("scheduler_config", "async_scheduling", True, "asynchronous"),
-        ("scheduler_config", "scheduler_cls", "somebody.Elses", "somebody.Elses"),
+
+    for part, name, value, found in (
+        ("scheduler_config", "async_scheduling", True, Fusion(None, served=True, foreseen=True)),
+        ("device_config", "device_type", "cuda", Fusion(None, served=True)),
+        ("scheduler_config", "scheduler_cls", "A.B", Fusion("scheduler_cls is A.B", served=True)),
     ):
         changed = copy.copy(config)
         setattr(changed, part, copy.copy(getattr(config, part)))
         setattr(getattr(changed, part), name, value)
-        found = Fusion.of(changed)
-        assert reason in str(found.why_not)
-        assert not found.holds_for({"diffusion_fused_commit": True})
-    on_gpu = copy.copy(config)
-    on_gpu.device_config = copy.copy(config.device_config)
-    on_gpu.device_config.device_type = "cuda"
-    assert Fusion.of(on_gpu).why_not is None
+        assert Fusion.of(changed) == found
+        assert found.holds_for({"diffusion_fused_commit": True}) is (found.why_not is None)
 
 
 @pytest.mark.parametrize("served", [True, False])

@@ -155,12 +155,33 @@ def test_a_commit_runs_beside_the_next_canvas_where_it_can(
         scheduler, worker, [make_request("a", 10, 64, fused=fused)], canvas=CANVAS, depth=depth
     )
     assert len(tokens["a"]) == 64
-    beside = scheduler_class is CanvasScheduler and fused is not False
-    expected = [10, 32, 32, 32, 64, 32, 32] if beside else [10, *[32] * 8]
-    # With steps in flight some run after the request has ended.
-    assert rows_of(worker, "a")[: len(expected)] == expected
-    assert len(rows_of(worker, "a")) - len(expected) in range(depth)
-    assert worker.ran["a", "fused"] == beside
+    expected = {
+        # The last step a canvas may take is seen coming while one step is in flight.
+        "beside": [10, 32, 32, 32, 64, 32, 32],
+        "behind": [10, 32, 32, 32, 32, 32, 32, 32],
+        "separate": [10, *[32] * 8],
+    }
+    kind = "separate" if fused is False else "beside" if depth < 3 else "behind"
+    # With steps in flight some run after the request has ended, unless its end was seen coming.
+    rows, overhang = rows_of(worker, "a"), 0 if kind == "beside" else depth - 1
+    assert rows[: len(expected[kind])] == expected[kind]
+    assert len(rows) - len(expected[kind]) == overhang
+    assert worker.ran["a", "fused"] == (kind == "beside")
+    assert not worker.ran["a", "padded"]
+
+
+@pytest.mark.parametrize("partial", [0, 12])
+def test_rows_for_a_commit_that_does_not_come_are_padding(config: VllmConfig, partial: int):
+    scheduler = make_scheduler(config, AsyncCanvasScheduler)
+    worker = CountingWorker(partial=partial, cries_wolf=True)
+    tokens = drive(scheduler, worker, [make_request("a", 10, 80)], canvas=CANVAS, depth=2)
+    assert len(tokens["a"]) == 80
+    # Behind the last canvas nothing is granted.
+    assert rows_of(worker, "a")[:4] == [10, 32, 64, 64]
+    assert worker.ran["a", "padded"] > 2
+    # The next canvas cannot stand behind a part of one where its rows are already granted.
+    assert worker.ran["a", "fused" if partial else "commit"] == 0
+    assert worker.ran["a", "commit" if partial else "fused"] >= 2
 
 
 def test_a_canvas_that_gives_a_part_is_committed_beside_the_next(config: VllmConfig):
@@ -334,6 +355,7 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
         slots=st.integers(1, 5),
         steps=st.integers(1, 4),
         partial=st.sampled_from([0, 0, 3, 31]),
+        cries_wolf=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
     def check(
@@ -345,6 +367,7 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
         slots: int,
         steps: int,
         partial: int,
+        cries_wolf: bool,
         policy: str,
     ) -> None:
         scheduler = make_scheduler(
@@ -364,7 +387,7 @@ def test_any_mix_of_requests_ends_with_whole_canvases_and_nothing_left(
             if stop is not None
         }
         aborts = {name: shape[4] for name, shape in zip(names, shapes, strict=True)}
-        worker = CountingWorker(steps=steps, stop_at=stops, partial=partial)
+        worker = CountingWorker(steps=steps, stop_at=stops, partial=partial, cries_wolf=cries_wolf)
 
         def abort(number: int) -> None:
             for name, when in aborts.items():

@@ -24,6 +24,8 @@ class Rows:
     canvas: int = 0
     """How many of them, the last ones, are canvas rows."""
     spans: tuple[tuple[int, int], ...] = ()
+    padding: int = 0
+    """How many rows behind the canvas nobody reads."""
 
 
 def plan(*requests: Rows) -> list[Segment]:
@@ -35,6 +37,7 @@ def plan(*requests: Rows) -> list[Segment]:
         [request.computed + request.length for request in requests],
         [request.canvas for request in requests],
         [request.spans for request in requests],
+        [request.padding for request in requests],
     )
 
 
@@ -70,6 +73,14 @@ def test_the_rest_of_an_image_whose_beginning_is_cached():
 
 def test_an_image_that_ends_or_begins_at_the_border_of_a_step_is_not_in_it():
     assert plan(Rows(14, 6, spans=((4, 14), (20, 25)))) == [Segment(0, 0, 6, 20, CAUSAL)]
+
+
+def test_a_canvas_does_not_see_the_padding_behind_it():
+    assert plan(Rows(40, 64, canvas=32, padding=32), Rows(9, 32, canvas=32)) == [
+        Segment(0, 0, 32, 72, CANVAS),
+        Segment(0, 32, 32, 104, CAUSAL),
+        Segment(1, 64, 32, 41, CANVAS),
+    ]
 
 
 def test_commit_rows_are_text_before_the_canvas():

@@ -28,7 +28,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_diffusion.engine.scheduler import CanvasScheduler
+from vllm_diffusion.engine.scheduler import WholeCanvasMixin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,12 +68,17 @@ class _Slot:
 class CountingWorker:
     """Takes scheduled steps in order; a canvas takes ``steps`` forwards and one to commit.
 
-    Unless commits are fused: its rows then come back with the next canvas, or alone.
+    Unless commits are fused: its rows then come back with the next canvas, or alone. Which, says
+    the worker where the scheduler granted them without knowing, see ``engine.fusion``.
     """
 
     steps: int = 3
     fuses: bool = False
     """Whether the scheduler can fuse commits; ``drive`` knows."""
+    foreseen: bool = False
+    """Whether it grants rows before it knows what they are; ``drive`` knows."""
+    cries_wolf: bool = False
+    """Whether requests ask for canvases of one step, so that every step is taken for the last."""
     partial: int = 0
     """Every canvas commits so many tokens less than its width, at least one."""
     stop_at: Mapping[str, int] = field(default_factory=dict)
@@ -83,7 +88,7 @@ class CountingWorker:
     slots: dict[str, _Slot] = field(default_factory=dict)
     preempted: set[str] = field(default_factory=set)
     ran: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Forwards by request and kind: denoise, commit, fused."""
+    """Forwards by request and kind: denoise, commit, fused; padded is a denoise among them."""
     _decoded: set[str] = field(default_factory=set)
 
     def execute(self, scheduled: SchedulerOutput) -> tuple[ModelRunnerOutput, DraftTokenIds | None]:
@@ -144,6 +149,14 @@ class CountingWorker:
 
     def _run_fused(self, request: str, slot: _Slot, rows: int, drafts: int) -> list[int]:
         text = rows - drafts
+        if self.foreseen and drafts and text != slot.owed:
+            assert text in {0, drafts}, f"{request}: {text} rows in front of {drafts}"
+            if slot.owed:
+                slot.computed, slot.owed = slot.computed + slot.owed, 0
+                self.ran[request, "commit"] += 1
+                return []
+            self.ran[request, "padded"] += 1
+            text = 0
         assert text == slot.owed, f"{request}: {text} commit rows where {slot.owed} are owed"
         slot.computed, slot.owed = slot.computed + text, 0
         kind = "denoise" if not text else "fused" if drafts else "commit"
@@ -268,8 +281,11 @@ def drive(
         limit: more steps than this are a hang.
     """
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    worker.fuses = isinstance(scheduler, CanvasScheduler)
+    worker.fuses = isinstance(scheduler, WholeCanvasMixin)
+    worker.foreseen = depth > 1
     for request in requests:
+        most = {"diffusion_max_steps": 1 if worker.cries_wolf else worker.steps}
+        request.sampling_params.extra_args = most | (request.sampling_params.extra_args or {})
         scheduler.add_request(request)
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
     for number in range(limit):

@@ -59,7 +59,7 @@ def in_the_interpreter() -> None:
         table = below(10**6, count + 3, 1 + int(below(300, 1)))[:, ::1]
         slots, phase = torch.randperm(2 * count, generator=pick)[:count], below(2, 2 * count) == 1
         parts = 2 * count
-        request, behind, text = below(count, parts), below(20, parts), below(2, parts)
+        request, behind, text = below(count, parts), below(20, parts), below(3, parts) - 1
         results = []
         for form in (attention_ranges, attention_kernels):
             seen = torch.full((count, 1, 2), -9, dtype=torch.int32)
@@ -76,7 +76,7 @@ def in_the_interpreter() -> None:
             form.gather_blocks([table], [whole], rows=request)
             flags = torch.full((3, count + 7), -9, dtype=torch.int32)
             form.mark_sequences(phase, slots, flags[0])
-            form.mark_sequences(phase, slots, flags[1, :count], text=text[:count])
+            form.mark_sequences(phase, slots, flags[1, :count], text=text[:count].clamp(min=0))
             part_flags, part_lens = torch.full((2, parts), -9, dtype=torch.int32)
             form.mark_parts(phase, slots, lens, request, behind, text, part_flags, part_lens)
             results.append((seen, ranges, view, first, cut, whole, flags, part_flags, part_lens))

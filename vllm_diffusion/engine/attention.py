@@ -53,6 +53,7 @@ def plan_segments(
     seq_lens: Sequence[int],
     canvas: Sequence[int],
     spans: Sequence[Sequence[tuple[int, int]]],
+    padding: Sequence[int] | None = None,
 ) -> list[Segment]:
     """Cut every request's rows into segments, in row order.
 
@@ -62,11 +63,13 @@ def plan_segments(
         canvas: N counts, how many of the request's rows, the last ones, are canvas rows.
         spans: for each request the half-open absolute ranges that attend bidirectionally, ascending
             and disjoint; ranges outside the rows of this step are ignored.
+        padding: N counts of rows behind the canvas that nobody reads; None for none at all.
     """
     segments = []
-    for request, end in enumerate(seq_lens):
+    for request, last in enumerate(seq_lens):
         row, stop = query_start[request], query_start[request + 1]
-        position, text_end = end - (stop - row), end - canvas[request]
+        end = last - padding[request] if padding else last
+        position, text_end = last - (stop - row), end - canvas[request]
 
         def add(
             upto: int, visibility: Visibility, span_start: int = 0, request: int = request
@@ -84,6 +87,7 @@ def plan_segments(
             add(min(behind, text_end), Visibility.SPAN, first)
         add(text_end, Visibility.CAUSAL)
         add(end, Visibility.CANVAS)
+        add(last, Visibility.CAUSAL)
     return segments
 
 

@@ -137,7 +137,7 @@ def _mark(
     slot = tl.load(slots + of, mask=real, other=0)
     flag = tl.load(phase + slot, mask=real, other=0).to(tl.int32)
     if text is not None:
-        flag = flag | tl.load(text + sequence, mask=real, other=0)
+        flag = ((flag | tl.load(text + sequence, mask=real, other=0)) > 0).to(tl.int32)
     tl.store(causal + sequence, flag, mask=sequence < padded)
 
 

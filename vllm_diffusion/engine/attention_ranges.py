@@ -60,11 +60,11 @@ def mark_parts(
         lens: [R] int32, positions behind each request's last row.
         request: [P] int32, the request a sequence belongs to.
         behind: [P] int32, rows of the request behind the sequence's.
-        text: [P] int32, as there.
+        text: [P] int32, as there; -1 where they are none whatever the phase.
         causal: [P] int32, written.
         part_lens: [P] int32, written: positions behind each sequence's last row.
     """
-    causal.copy_(text | phase[slots[request]].int())
+    causal.copy_((text | phase[slots[request]].int()) > 0)
     part_lens.copy_(lens[request] - behind)
 
 

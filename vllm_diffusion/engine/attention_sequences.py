@@ -36,25 +36,31 @@ class Parts:
     behind: np.ndarray
     """How many the request has behind them."""
     text: np.ndarray
-    """1 for text rows, 0 for canvas rows, which may be those of a finished canvas's commit."""
+    """1 for text rows, 0 for canvas rows, which may be those of a finished canvas's commit; -1 for
+    canvas rows that may not."""
 
 
-def parts_of(rows: np.ndarray, canvas: np.ndarray) -> Parts:
+def parts_of(rows: np.ndarray, canvas: np.ndarray, *, foreseen: bool = False) -> Parts:
     """Cut every request's rows into text and, behind it, canvas.
 
     Args:
         rows: [R] rows of each request.
         canvas: [R] how many of them, the last ones, are canvas rows.
+        foreseen: whether rows in front of a canvas's may be the canvas itself, if its slot is not
+            in the phase of a commit; what is behind them is then padding, see ``engine.fusion``.
     """
     both = np.stack((rows - canvas, canvas), axis=1).astype(np.int32)
     behind = np.stack((canvas, np.zeros_like(canvas)), axis=1).astype(np.int32)
     taken = both > 0
     request, kind = np.nonzero(taken)
+    text = kind == 0
+    if foreseen:
+        text = np.where((rows > canvas)[request] & (canvas > 0)[request], -kind, text)
     return Parts(
         request=request.astype(np.int32),
         rows=both[taken],
         behind=behind[taken],
-        text=(kind == 0).astype(np.int32),
+        text=text.astype(np.int32),
     )
 
 

@@ -38,12 +38,13 @@ class CanvasInputs:
         kernels = "vllm_diffusion.engine.input_kernels"
         self._condition = import_module(kernels).condition if on_gpu else condition
 
-    def write(self, input_ids: Tensor, batch: Any) -> None:
+    def write(self, input_ids: Tensor, batch: Any, nowhere: Tensor) -> None:
         """Embed the tokens of a step, and mix into canvas rows what their canvas believes.
 
         Args:
             input_ids: [N] int32.
             batch: the runner's ``InputBatch``.
+            nowhere: [slots] bool, whose rows behind logits belong to no canvas.
         """
         embeds = self.buffer[: input_ids.shape[0]]
         embeds.copy_(self._embed(input_ids))
@@ -57,7 +58,7 @@ class CanvasInputs:
             rows=batch.logits_indices,
             slots=batch.expanded_idx_mapping,
             place=batch.expanded_local_pos,
-            phase=self._pool.causal,
+            phase=nowhere,
             soft=self._pool.soft_embedding,
             layer=self._model.self_conditioning,
             adapters=self._model.adapters,

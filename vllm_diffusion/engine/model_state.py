@@ -37,6 +37,7 @@ from vllm_diffusion.engine.attention_sequences import Parts, parts_of, sequences
 from vllm_diffusion.engine.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.constraints import attached
 from vllm_diffusion.engine.fusion import Fusion
+from vllm_diffusion.engine.granted import canvas_and_padding, place_rows, text_rows
 from vllm_diffusion.engine.inputs import CanvasInputs
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
@@ -78,7 +79,7 @@ class CanvasModelState(ModelState):
         text_config = self.model_config.hf_text_config
         self.rules = ServedRules.from_dict(self.model_config.hf_config.denoising_rules)
         self.pool = CanvasPool(
-            num_slots=self.max_num_reqs,
+            num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
             canvas_length=vllm_config.diffusion_config.canvas_length,
             hidden_size=text_config.hidden_size,
             vocab_size=self.model_config.get_vocab_size(),
@@ -87,6 +88,7 @@ class CanvasModelState(ModelState):
             dtype=self.dtype,
             device=device,
         )
+        self.pool.admit(self.max_num_reqs, seed=0)
         self.constraints = ConstraintTable(
             canvas_length=self.pool.canvas_length,
             vocab_size=self.pool.vocab_size,
@@ -153,6 +155,7 @@ class CanvasModelState(ModelState):
             guards=self.guards,
             logprobs=self.logprobs,
             head_bytes=budget,
+            foreseen=self._fusion.foreseen,
         )
         if self._recorder is not None:
             canvas_sampler.observe = self._recorder.observe
@@ -291,9 +294,8 @@ class CanvasModelState(ModelState):
         drafts = input_batch.num_draft_tokens_per_req
         if self._fusion.why_not is not None or drafts is None:
             return None
-        rows = input_batch.num_scheduled_tokens
-        text = (rows > drafts) & ~input_batch.is_prefilling_np[: rows.shape[0]]
-        return parts_of(rows, drafts) if text.any() else None
+        rows, foreseen = input_batch.num_scheduled_tokens, self._fusion.foreseen
+        return parts_of(rows, drafts, foreseen=foreseen) if text_rows(input_batch).any() else None
 
     def _prepare_attn_cpu(
         self,
@@ -309,11 +311,15 @@ class CanvasModelState(ModelState):
         # A slot that is not causal may still run text alone, or before its canvas.
         drafts = input_batch.num_draft_tokens_per_req
         canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
+        canvas, padding = np.where(causal.numpy() == 0, canvas, 0), None
+        if self._fusion.foreseen and drafts is not None:
+            canvas, padding = canvas_and_padding(input_batch, self.pool)
         segments = plan_segments(
             input_batch.query_start_loc_np.tolist(),
             input_batch.seq_lens[: causal.shape[0]].tolist(),
-            np.where(causal.numpy() == 0, canvas, 0).tolist(),
+            canvas.tolist(),
             self._image_spans(input_batch),
+            None if padding is None else padding.tolist(),
         )
         return {
             name: metadata
@@ -369,23 +375,12 @@ class CanvasModelState(ModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, Tensor]:
         """Embeddings of all rows; canvas rows get their self-conditioning mixed in."""
+        nowhere = self.pool.causal
         if self._fusion.why_not is None:
-            self._write_committed(input_batch, req_states)
-        self._inputs.write(input_batch.input_ids[: input_batch.num_tokens], input_batch)
+            nowhere = place_rows(input_batch, self.pool, req_states, foreseen=self._fusion.foreseen)
+        self._inputs.write(input_batch.input_ids[: input_batch.num_tokens], input_batch, nowhere)
         self.model.sampler_takes_hidden = True
         return {"inputs_embeds": self._inputs.buffer[: input_batch.num_tokens_after_padding]}
-
-    def _write_committed(self, input_batch: InputBatch, req_states: RequestState) -> None:
-        """Fill in the tokens of finished canvases that this forward commits, behind any prompt."""
-        if (drafts := input_batch.num_draft_tokens_per_req) is None:
-            return  # a profiling run
-        rows = input_batch.num_scheduled_tokens - drafts
-        text = req_states.all_token_ids.gpu
-        for request in np.flatnonzero((rows > 0) & ~input_batch.is_prefilling_np):
-            first, count = input_batch.query_start_loc_np[request], rows[request]
-            position = input_batch.num_computed_tokens_np[request]
-            tokens = text[input_batch.idx_mapping_np[request], position : position + count]
-            input_batch.input_ids[first : first + count] = tokens
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Tensor]:
         """Inputs for graph capture: the buffer that ``prepare_inputs`` writes."""

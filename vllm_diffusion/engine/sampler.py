@@ -10,7 +10,8 @@ accounts with: how many tokens a request gained, and how many of its rows do not
 
 Of a request whose commits are fused no canvas row ever counts. The step that finishes a canvas
 gains it, and the next canvas begins; the finished one's rows come back as text, which counts, and
-of which nothing is asked here.
+of which nothing is asked here. Under asynchronous scheduling they come back as rows of which only
+the slot says that they are text, see ``engine.fusion``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_diffusion.engine.canvases import StepRows, canvases_of, tell
+from vllm_diffusion.engine.granted import GrantedRows
 from vllm_diffusion.records import Noise
 from vllm_diffusion.step import Forms, advance
 
@@ -67,6 +69,7 @@ class CanvasSampler:
         guards: Guards,
         logprobs: CanvasLogprobs,
         head_bytes: int,
+        foreseen: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -77,6 +80,7 @@ class CanvasSampler:
         self.guards = guards
         self.logprobs = logprobs
         self.head_bytes = head_bytes
+        self.foreseen = foreseen
         self.rule: Rule | None = None
         self.observe: Observer | None = None
 
@@ -112,11 +116,15 @@ class CanvasSampler:
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
         if not input_batch.num_draft_tokens:
             widths = np.zeros_like(widths)
-        emission = scored = None
+        emission = scored = granted = None
+        if self.foreseen:
+            granted = GrantedRows.of(self.pool, input_batch, widths)
         if widths.any():
-            emission, scored = self._advance(hidden, input_batch, rows, widths)
+            emission, scored = self._advance(hidden, input_batch, rows, widths, granted)
         self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
         told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
+        if granted is not None and emission is not None:
+            granted.end(self.pool, emission, told.rejected, self.req_states.draft_tokens)
         return SamplerOutput(
             sampled_token_ids=told.tokens,
             logprobs_tensors=scored,
@@ -128,7 +136,12 @@ class CanvasSampler:
         )
 
     def _advance(
-        self, hidden: Tensor, input_batch: InputBatch, rows: StepRows, widths: np.ndarray
+        self,
+        hidden: Tensor,
+        input_batch: InputBatch,
+        rows: StepRows,
+        widths: np.ndarray,
+        granted: GrantedRows | None,
     ) -> tuple[Emission, LogprobsTensors | None]:
         """Move the canvases of the step on; what they give, and what is said of it.
 
@@ -137,10 +150,12 @@ class CanvasSampler:
             input_batch: the step's batch.
             rows: the same on the device.
             widths: [N], rows of every request's canvas, 0 for none.
+            granted: what these rows are, where only the device knows.
         """
         decoding = np.flatnonzero(widths)
         length = self.pool.canvas_length
         batch, places = canvases_of(rows, count=decoding.size, length=length)
+        batch = batch if granted is None else granted.placed(batch)
         running = input_batch.idx_mapping_np[: widths.size]
         slots = running[decoding].tolist()
         # Rows come canvas by canvas: where all are full there is nothing to gather.
@@ -159,9 +174,10 @@ class CanvasSampler:
                 argmax=self.pool.argmax,
                 step=self.pool.step - self.pool.first_step,
             )
+        ran = batch if granted is None else granted.begin(self.pool, batch)
         emission = advance(
             self.pool,
-            batch,
+            ran,
             canvases,
             self.head,
             rewrite=rewrite,
@@ -170,11 +186,12 @@ class CanvasSampler:
             rule=self.rule,
             observe=self.observe,
         )
+        emission = emission if granted is None else granted.emitted(emission)
         self.automata.advance(slots, batch, emission)
         scored = self.logprobs.leaving(
             np.where(widths, running, -1).tolist(),
             slots,
-            batch,
+            ran,
             canvases,
             emission,
             pool=self.pool,
@@ -228,7 +245,7 @@ class CanvasSampler:
         """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""
         # A host's memory is not divided by this profile, and a full batch would take it seconds.
         on_host = hidden.device.type == "cpu"
-        canvases = 1 if on_host else self.pool.num_slots
+        canvases = 1 if on_host else self.pool.num_slots - 1
         # Some requests let the head take all that it may have, which these rows do not: a cut.
         reserved = hidden.new_empty(0 if on_host else self.head_bytes, dtype=torch.uint8)
         rows = hidden[:1].expand(canvases * self.pool.canvas_length, -1)

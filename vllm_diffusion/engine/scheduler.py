@@ -7,6 +7,7 @@ successor and only the commit rows fit, those go ahead alone.
 
 The stock scheduler takes tokens that left for computed. Those of a fused commit are not yet: they
 are taken back from its count, and its own arithmetic then schedules them and a canvas behind them.
+Where a step in flight has rows for them already, these are no drafts any more: ``engine.fusion``.
 
 The stock scheduler also takes it that a prompt's last step gives a token, with which the prompt's
 log-probabilities can leave, and ends the engine if it does not. A canvas gives its tokens many
@@ -20,6 +21,7 @@ with its request, see ``engine.constraints``. Everything else is vLLM's.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.diffusion_scheduler import (
@@ -27,10 +29,13 @@ from vllm.v1.core.sched.diffusion_scheduler import (
     DiffusionScheduler,
     diffusion_canvas_width,
 )
+from vllm.v1.request import RequestStatus
 
 from vllm_diffusion.engine.constraints import ConstraintBackend, ConstraintGrammar, attach
-from vllm_diffusion.engine.fusion import Fusion
+from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
+from vllm_diffusion.params import admitted_params, requested_rule
+from vllm_diffusion.records import ServedRules
 from vllm_diffusion.upstream.structured_outputs import thinking_of
 
 if TYPE_CHECKING:
@@ -60,12 +65,18 @@ class WholeCanvasMixin:
         self._meter = StepMeter()
         self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
         self._commit_alone: set[str] = set()
+        self._guesses: dict[str, int] = {}
+        self._in_flight: deque[StepInFlight] = deque()
+        self._taken: dict[str, int] = {}
+        rules = self.vllm_config.model_config.hf_config.denoising_rules  # type: ignore[attr-defined]
+        self._rules = ServedRules.from_dict(rules)
         self._compile_for_canvases()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
         self._hold_cut_canvases()
         scheduled: SchedulerOutput = super().schedule(throttle_prefills)  # type: ignore[misc]
+        self._send_off(scheduled)
         # By these vLLM would mask positions, wait for tokens to mask by, and read canvases back.
         scheduled.has_structured_output_requests = False
         scheduled.pending_structured_output_tokens = False
@@ -105,15 +116,67 @@ class WholeCanvasMixin:
 
     def _account(self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> set[str]:
         """Count as not computed what was given before its commit; whose forward was a commit."""
-        committing = self._commit_alone & scheduled.num_scheduled_tokens.keys()
+        done = next((step for step in self._in_flight if step.scheduled is scheduled), None)
+        if done is None:  # nothing was scheduled
+            return set()
+        self._in_flight.remove(done)
+        canvases = scheduled.scheduled_spec_decode_tokens
+        for req_id, drafts in done.drafts.items():
+            # What a request has in front of its canvas is refused here, vLLM knows of canvases.
+            padding = drafts - len(canvases[req_id])
+            request = self.requests.get(req_id)
+            if padding > 0 and request is not None and not request.num_stale_output_tokens:
+                request.num_computed_tokens -= padding
+                request.num_output_placeholders -= padding
+            canvases[req_id] = canvases[req_id][:drafts]
+            if not drafts:
+                del canvases[req_id]
         for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
             if (request := self.requests.get(req_id)) is None or not tokens:
                 continue
-            if self._fuses(request):
+            if not self._fuses(request):
+                done.alone.add(req_id)
+            elif not request.num_stale_output_tokens:
+                # Of a request that was preempted nothing counts as computed.
                 request.num_computed_tokens -= len(tokens)
-            else:
-                committing.add(req_id)
-        return committing
+                if (step := self._next_in_flight(req_id)) is not None:
+                    step.commits(req_id, len(tokens))
+                    request.num_output_placeholders -= len(tokens)
+        if self._fusion.foreseen:
+            self._count(done, output)
+        return done.alone
+
+    def _count(self: Any, done: StepInFlight, output: ModelRunnerOutput) -> None:
+        """How many steps each canvas has taken whose results are there."""
+        taken = {}
+        for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
+            request = self.requests.get(req_id)
+            # One that was preempted begins its canvas again.
+            if request is None or request.num_stale_output_tokens or req_id not in done.drafts:
+                continue
+            begins = tokens or req_id in done.alone
+            taken[req_id] = 0 if begins else self._taken.get(req_id, 0) + 1
+        self._taken = taken
+
+    def _next_in_flight(self, req_id: str) -> StepInFlight | None:
+        steps = (step for step in self._in_flight if req_id in step.scheduled.num_scheduled_tokens)
+        return next(steps, None)
+
+    def _send_off(self: Any, scheduled: SchedulerOutput) -> None:
+        """Note what a step has rows for."""
+        ran = scheduled.num_scheduled_tokens
+        for req_id in self._guesses.keys() - ran.keys():
+            rows, request = self._guesses.pop(req_id), self.requests[req_id]
+            if request.status == RequestStatus.RUNNING:
+                request.num_output_placeholders -= rows
+        if ran:
+            drafts = {
+                req_id: len(canvas) + self._guesses.get(req_id, 0)
+                for req_id, canvas in scheduled.scheduled_spec_decode_tokens.items()
+                if self._fuses(self.requests[req_id])
+            }
+            alone = self._commit_alone & ran.keys()
+            self._in_flight.append(StepInFlight(scheduled, drafts, {**self._guesses}, alone))
 
     def _fuses(self, request: Request) -> bool:
         params = request.sampling_params
@@ -123,7 +186,37 @@ class WholeCanvasMixin:
         """Tokens that a finished canvas gave and no forward has committed."""
         if request.is_prefill_chunk or request.num_computed_tokens < request.num_prompt_tokens:
             return 0
-        return request.num_tokens - request.num_computed_tokens if self._fuses(request) else 0
+        computed = request.num_computed_tokens - request.num_output_placeholders
+        return request.num_tokens - computed if self._fuses(request) else 0
+
+    def _ends(self, request: Request) -> bool:
+        """Whether the canvas in flight is about to take its last step; asynchronous scheduling."""
+        req_id = request.request_id
+        steps = [step for step in self._in_flight if req_id in step.scheduled.num_scheduled_tokens]
+        if not self._fusion.foreseen or len(steps) != 1 or req_id in steps[0].alone:
+            return False
+        if not steps[0].drafts.get(req_id):
+            return False
+        # One that began from a draft has fewer, which only the worker knows: it ends unforeseen.
+        params = admitted_params(request.sampling_params and request.sampling_params.extra_args)
+        most = requested_rule(params, self._rules).max_steps
+        return self._taken.get(req_id, 0) + 1 >= most
+
+    def _is_last(self: Any, request: Request, width: int) -> bool:
+        """Whether the request needs no canvas behind one of this width."""
+        end = request.num_prompt_tokens + request.max_tokens
+        return bool(request.num_tokens + width >= min(end, self.max_model_len))
+
+    def _has_room(self: Any, request: Request, width: int) -> bool:
+        """Whether a next canvas fits beside this one's commit, and takes nothing from anyone."""
+        if self._is_last(request, width):
+            return False
+        length, groups = self.num_spec_tokens, len(self.kv_cache_config.kv_cache_groups)
+        blocks = groups * -(-2 * length // self.block_size) * len(self.running)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return bool(
+            free >= blocks and request.num_computed_tokens + 2 * length <= self.max_model_len
+        )
 
     def _send_with_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
         held = self._held[name]
@@ -160,6 +253,7 @@ class WholeCanvasMixin:
         # order with the same arithmetic tells who would be cut.
         budget = self.max_num_scheduled_tokens
         self._commit_alone.clear()
+        self._guesses.clear()
         for request in self.running:
             computed = request.num_computed_tokens - request.num_output_placeholders
             owed = self._owed(request)
@@ -167,13 +261,19 @@ class WholeCanvasMixin:
                 budget -= min(budget, request.num_tokens - request.num_computed_tokens)
                 continue
             width = self._canvas_rows(request, computed + owed)
+            ends = self._ends(request)
             both = owed + width <= budget and request.spec_token_ids
             if 0 < owed <= budget and not both:
                 # No canvas rows in this step, nor in a later one if this one passes it over.
                 request.spec_token_ids = []
                 self._commit_alone.add(request.request_id)
                 width = 0
-            if owed + width > budget or self._width_unsettled(request):
+            elif ends and 2 * width <= budget and self._has_room(request, width):
+                # Of these rows too it is open whether they will count as computed.
+                request.num_output_placeholders += width
+                self._guesses[request.request_id] = owed = width
+            last = ends and self._is_last(request, width)
+            if owed + width > budget or last or self._width_unsettled(request):
                 # schedule() advances current_step before it compares, so + 2 skips this call alone;
                 # max keeps a longer wait that pipeline parallelism may have set.
                 request.next_decode_eligible_step = max(
