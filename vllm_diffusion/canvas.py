@@ -217,6 +217,8 @@ class CanvasPool:
         # What a separate commit emits was settled one forward ago and has waited in the pool.
         taken = self.step[slots] - self.first_step[slots] + fused.long()
         count = torch.where(committing, self.count[slots], commit.count)
+        if batch.idle is not None:
+            count = count.masked_fill(batch.idle, 0)
         emission = Emission(
             tokens=torch.where(row_committing, self.tokens[slots], commit.tokens),
             count=torch.where(emits, count, 0),

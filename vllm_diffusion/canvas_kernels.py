@@ -65,6 +65,7 @@ def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: De
         pool.reason,
         pool.entropy,
         pool.causal,
+        batch.idle,
         emission.tokens,
         emission.count,
         emission.steps,
@@ -130,7 +131,7 @@ def _remember(  # noqa: PLR0917 - a kernel is launched with positions
 
 
 @triton.jit
-def _apply_canvas(  # noqa: PLR0917
+def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are a launch
     slots: tl.tensor,
     widths: tl.tensor,
     positions: tl.tensor,
@@ -156,6 +157,7 @@ def _apply_canvas(  # noqa: PLR0917
     pool_reasons: tl.tensor,
     pool_entropies: tl.tensor,
     causals: tl.tensor,
+    idles: tl.tensor,
     emitted_tokens: tl.tensor,
     emitted_counts: tl.tensor,
     emitted_steps: tl.tensor,
@@ -191,6 +193,8 @@ def _apply_canvas(  # noqa: PLR0917
     mean = tl.div_rn(tl.sum(entropy, axis=0), width.to(tl.float32))
     step, first_step = tl.load(steps + slot), tl.load(first_steps + slot)
     gone = tl.where(emits, tl.where(committing, tl.load(pool_counts + slot), count), 0)
+    if idles is not None:
+        gone = tl.where(tl.load(idles + canvas) != 0, 0, gone)
     taken = tl.where(emits, step - first_step + fused.to(tl.int64), 0)
     reason = tl.load(decided_reasons + canvas)
     told_reason = tl.where(committing, tl.load(pool_reasons + slot), reason)

@@ -29,6 +29,7 @@ class CanvasBatch:
     width: Tensor  # [B] int64, positions in use, 1..L
     position: Tensor  # [B, L] int64, absolute position of every row, valid or not
     valid: Tensor  # [B, L] bool, False beyond width
+    idle: Tensor | None = None  # [B] bool, no canvas ran: nothing is given; None for nowhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ def test_the_kernels_compile_without_a_gpu(capability: int) -> None:
     pytest.importorskip("triton")
     from vllm_diffusion.engine import granted_kernels
 
-    flags = ("causals", "fuseds", "idles", "out_fused", "out_idle")
+    flags = ("causals", "fuseds", "out_fused", "out_idle")
     kinds = dict.fromkeys(flags, "*i1") | {"rejecteds": "*i32", "nobody": "i32", "stride": "i32"}
     constants = {"LENGTH": 256, "BLOCK": 256}
-    for kernel in (granted_kernels._look, granted_kernels._begin, granted_kernels._end):
+    for kernel in (granted_kernels._look, granted_kernels._end):
         assert compiled_for(capability, kernel, kinds, constants, other="*i64")["cubin"]
 
 
@@ -26,6 +26,7 @@ def test_the_kernels_agree_with_the_definition() -> None:
 
 
 def in_the_interpreter() -> None:
+    from dataclasses import replace
     from types import SimpleNamespace
     from typing import Any
 
@@ -50,18 +51,20 @@ def in_the_interpreter() -> None:
         pool = SimpleNamespace(**{k: v.clone() for k, v in vars(state).items()}, num_slots=9)
         slots, text, index, emission, rejected, drafts = inputs
         rejected, drafts = rejected.clone(), drafts.clone()
-        rows = (granted_kernels if kernels else GrantedRows).among(pool, slots, text)
-        looked = [rows.fused, rows.committed, rows.idle, rows.before]
-        rows = GrantedRows(rows.slots, *looked[:3], text, rows.before, index)
         if kernels:
-            ran = granted_kernels.begin(rows, pool)
+            assert granted_kernels.among(pool, slots, text).ran is None  # only a look
+        among = (granted_kernels if kernels else GrantedRows).among
+        rows = replace(among(pool, slots, text, begin=True), index=index)
+        looked = [rows.fused, rows.committed, rows.idle, rows.before]
+        zeros = torch.zeros_like(slots)
+        batch = CanvasBatch(slots=slots, width=zeros, position=zeros, valid=zeros)
+        ran = rows.begin(pool, batch)
+        causal = pool.causal.clone()
+        if kernels:
             granted_kernels.end(rows, pool, emission, rejected, drafts)
         else:
-            zeros = torch.zeros_like(slots)
-            batch = CanvasBatch(slots=slots, width=zeros, position=zeros, valid=zeros)
-            ran = rows.begin(pool, batch).slots
             rows.end(pool, emission, rejected, drafts)
-        return [*looked, ran, pool.causal, rejected, drafts]
+        return [*looked, ran.slots, ran.idle, causal, pool.causal, rejected, drafts]
 
     for number in range(30):
         count = 1 + int(below(5, 1))

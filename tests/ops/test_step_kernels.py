@@ -231,6 +231,7 @@ def random_batch(rng: Generator, pool: CanvasPool) -> CanvasBatch:
         width=width,
         position=start[:, None] + torch.arange(length),
         valid=torch.arange(length) < width[:, None],
+        idle=torch.rand(count, generator=rng) < 0.3 if count % 2 else None,
     )
 
 

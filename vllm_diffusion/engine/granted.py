@@ -42,12 +42,22 @@ class GrantedRows:
     text: Tensor | None = None  # int64, rows granted in front of the canvas's; None for nowhere
     before: Tensor | None = None  # int64, so many rows further in front the canvas stands
     index: Tensor | None = None  # int64, which requests they are; None for all
+    ran: Tensor | None = None  # int64, the slots that ``begin`` lets denoise, where it is done
 
     @staticmethod
-    def among(pool: CanvasPool, slots: Tensor, text: Tensor | None = None) -> GrantedRows:
-        """Look at slots as they are before the forward, and behind it until ``begin``."""
+    def among(
+        pool: CanvasPool, slots: Tensor, text: Tensor | None = None, *, begin: bool = False
+    ) -> GrantedRows:
+        """Look at slots as they are before the forward, and behind it until ``begin``.
+
+        Args:
+            pool: the canvases.
+            slots: [B] int64.
+            text: see the class.
+            begin: a GPU does what ``begin`` does to the pool in the same launch.
+        """
         if slots.device.type == "cuda":
-            return _kernels().among(pool, slots, text)
+            return _kernels().among(pool, slots, text, begin=begin)
         fused = pool.fused[slots]
         waits = pool.causal[slots] & fused
         committed = torch.where(waits, pool.count[slots], 0)
@@ -73,8 +83,8 @@ class GrantedRows:
             index = _sent(decoding, pool)
             slots = slots[index]
         front = front[decoding]
-        granted = GrantedRows.among(pool, slots, _sent(front, pool) if front.any() else None)
-        return replace(granted, index=index)
+        text = _sent(front, pool) if front.any() else None
+        return replace(GrantedRows.among(pool, slots, text, begin=True), index=index)
 
     def placed(self, batch: CanvasBatch) -> CanvasBatch:
         """The canvases where they stand: behind the rows granted in front of them, or on those."""
@@ -89,16 +99,12 @@ class GrantedRows:
             pool: the canvases.
             batch: where each canvas stands, idle ones anywhere.
         """
-        if self.slots.device.type == "cuda":
-            return replace(batch, slots=_kernels().begin(self, pool))
-        nobody = pool.num_slots - 1
-        pool.causal[self.slots] &= ~self.fused
-        pool.causal[nobody:].fill_(True)
-        return replace(batch, slots=torch.where(self.idle, nobody, self.slots))
-
-    def emitted(self, emission: Emission) -> Emission:
-        """What the canvases that ran have given."""
-        return replace(emission, count=emission.count.masked_fill(self.idle, 0))
+        ran, nobody = self.ran, pool.num_slots - 1
+        if ran is None:
+            pool.causal[self.slots] &= ~self.fused
+            pool.causal[nobody:].fill_(True)
+            ran = torch.where(self.idle, nobody, self.slots)
+        return replace(batch, slots=ran, idle=self.idle)
 
     def end(self, pool: CanvasPool, emission: Emission, rejected: Tensor, drafts: Tensor) -> None:
         """Take in which canvases are now to be committed, and which rows did not count.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import Emission
 
 
-def among(pool: CanvasPool, slots: Tensor, text: Tensor | None) -> GrantedRows:
+def among(
+    pool: CanvasPool, slots: Tensor, text: Tensor | None, *, begin: bool = False
+) -> GrantedRows:
     """See ``GrantedRows.among``."""
     committed = torch.empty_like(slots)
     fused = torch.empty_like(slots, dtype=torch.bool)
@@ -28,6 +30,7 @@ def among(pool: CanvasPool, slots: Tensor, text: Tensor | None) -> GrantedRows:
         idle=torch.empty_like(fused),
         text=text,
         before=None if text is None else torch.empty_like(committed),
+        ran=torch.empty_like(slots) if begin else None,
     )
     if slots.shape[0]:
         _look[(slots.shape[0],)](
@@ -40,17 +43,10 @@ def among(pool: CanvasPool, slots: Tensor, text: Tensor | None) -> GrantedRows:
             rows.committed,
             rows.idle,
             rows.before,
+            rows.ran,
+            pool.num_slots - 1,
         )
     return rows
-
-
-def begin(rows: GrantedRows, pool: CanvasPool) -> Tensor:
-    """See ``GrantedRows.begin``; the slots that run."""
-    ran = torch.empty_like(rows.slots)
-    _begin[(rows.slots.shape[0],)](
-        rows.slots, rows.fused, rows.idle, pool.causal, ran, pool.num_slots - 1
-    )
-    return ran
 
 
 def end(
@@ -76,7 +72,7 @@ def end(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nobody"])
 def _look(
     slots: tl.tensor,
     causals: tl.tensor,
@@ -87,11 +83,14 @@ def _look(
     out_committed: tl.tensor,
     out_idle: tl.tensor,
     out_before: tl.tensor,
+    ran: tl.tensor,
+    nobody: tl.tensor,
 ) -> None:
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     fused = tl.load(fuseds + slot) != 0
-    waits = (tl.load(causals + slot) != 0) & fused
+    causal = tl.load(causals + slot) != 0
+    waits = causal & fused
     committed = tl.where(waits, tl.load(counts + slot), 0)
     idle = waits
     if text is not None:
@@ -101,24 +100,11 @@ def _look(
     tl.store(out_fused + row, fused)
     tl.store(out_committed + row, committed)
     tl.store(out_idle + row, idle)
-
-
-@triton.jit(do_not_specialize=["nobody"])
-def _begin(
-    slots: tl.tensor,
-    fuseds: tl.tensor,
-    idles: tl.tensor,
-    causals: tl.tensor,
-    ran: tl.tensor,
-    nobody: tl.tensor,
-) -> None:
-    row = tl.program_id(0)
-    slot = tl.load(slots + row)
-    causal = (tl.load(causals + slot) != 0) & (tl.load(fuseds + row) == 0)
-    tl.store(causals + slot, causal)
-    tl.store(ran + row, tl.where(tl.load(idles + row) != 0, nobody.to(tl.int64), slot))
-    if row == 0:
-        tl.store(causals + nobody, True)
+    if ran is not None:
+        tl.store(causals + slot, causal & ~fused)
+        tl.store(ran + row, tl.where(idle, nobody.to(tl.int64), slot))
+        if row == 0:
+            tl.store(causals + nobody, True)
 
 
 @triton.jit

@@ -47,15 +47,17 @@ class CanvasInputs:
             nowhere: [slots] bool, whose rows behind logits belong to no canvas.
         """
         embeds = self.buffer[: input_ids.shape[0]]
-        embeds.copy_(self._embed(input_ids))
+        self._embed(input_ids, embeds)
         canvas_rows = self._model.canvas_rows
-        canvas_rows.zero_()
+        rows = batch.logits_indices
+        if not batch.num_draft_tokens or rows.shape[0] < input_ids.shape[0]:
+            canvas_rows.zero_()  # not all of them are written below
         if not batch.num_draft_tokens:
             return
         self._condition(
             embeds,
             canvas_rows,
-            rows=batch.logits_indices,
+            rows=rows,
             slots=batch.expanded_idx_mapping,
             place=batch.expanded_local_pos,
             phase=nowhere,
@@ -64,12 +66,15 @@ class CanvasInputs:
             adapters=self._model.adapters,
         )
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor, out: Tensor) -> None:
         if self.images is None:
-            return self._model.embed_input_ids(input_ids)
+            self._model.embed_text(input_ids, out)
+            return
         (embeddings, is_image), self.images = self.images, None
-        return self._model.embed_input_ids(
-            input_ids, multimodal_embeddings=embeddings, is_multimodal=is_image
+        out.copy_(
+            self._model.embed_input_ids(
+                input_ids, multimodal_embeddings=embeddings, is_multimodal=is_image
+            )
         )
 
 

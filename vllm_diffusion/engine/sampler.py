@@ -186,7 +186,6 @@ class CanvasSampler:
             rule=self.rule,
             observe=self.observe,
         )
-        emission = emission if granted is None else granted.emitted(emission)
         self.automata.advance(slots, batch, emission)
         scored = self.logprobs.leaving(
             np.where(widths, running, -1).tolist(),

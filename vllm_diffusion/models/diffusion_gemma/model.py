@@ -248,6 +248,10 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         # In place: these are the largest tensors of a step, and nobody else holds them.
         return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
+    def embed_text(self, input_ids: Tensor, out: Tensor) -> None:
+        """Write the embeddings of [N] tokens, scaled, into [N, H] model dtype."""
+        torch.mul(self.model.embed_tokens(input_ids), self.model.normalizer, out=out)
+
     def soft_embedding(self, probabilities: Tensor) -> Tensor:
         """[R, vocab] fp32 -> [R, H]: the expected embedding, scaled like a token's.
 
