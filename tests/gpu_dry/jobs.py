@@ -25,27 +25,6 @@ COUNTED: Final = (1, 4, 16)
 BLOCKS: Final = 26
 """Of the cache where numbers are compared: too few for all requests at once."""
 
-SCHEMA: Final = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
-SAMPLING: Final[dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "top_p": {"top_p": 0.9},
-    "top_k": {"top_k": 40},
-    "min_p": {"min_p": 0.05},
-    "logit_bias": {"logit_bias": {"5": 2.0}},
-    "allowed_token_ids": {"allowed_token_ids": [40, 41, 42, 43]},
-    "bad_words": {"bad_words": ["house"]},
-    "min_tokens": {"min_tokens": 300},
-    "frequency_penalty": {"frequency_penalty": 0.5},
-    "presence_penalty": {"presence_penalty": 0.5},
-    "repetition_penalty": {"repetition_penalty": 1.2},
-    "logprobs": {"logprobs": 3},
-    "json schema": {"structured_outputs": {"json": SCHEMA}},
-    "soft_embedding_top_k": {"extra_args": {"diffusion_soft_embedding_top_k": 64}},
-    "pinned": {"extra_args": {"diffusion_pinned": {"3": 40}}},
-}
-"""One request a kind of option; None of them is told how the others are kept."""
-
 
 def shapes(gpu: str) -> dict[str, Any]:
     runs: dict[str, Any] = {}
@@ -56,7 +35,6 @@ def shapes(gpu: str) -> dict[str, Any]:
                 "form": name,
                 "images": images,
                 "canvases": CANVASES if counted else FEW,
-                "sampling": SAMPLING if counted and gpu == "sm_90" else {},
             }
     return {"program": "run_shapes", "gpu": gpu, "runs": runs}
 

@@ -58,15 +58,13 @@ class Steps:
         self.machine, self.engine, self.native = machine, llm.llm_engine, native
         self.added = 0
 
-    def add(self, prompt: Any = None, **sampling: Any) -> str:
+    def add(self, prompt: Any = None) -> None:
         from vllm import SamplingParams
 
-        if not self.native:
-            sampling.setdefault("seed", self.added)
+        sampling = {} if self.native else {"seed": self.added}
         name, self.added = str(self.added), self.added + 1
         prompt = prompt or {"prompt_token_ids": list(range(30, 330))}
         self.engine.add_request(name, prompt, SamplingParams(max_tokens=4096, **sampling))
-        return name
 
     def run(self, steps: int) -> dict[str, Any]:
         """What some steps cost, all together; the first ones may bring prompts in."""
@@ -122,26 +120,9 @@ def one_run(machine: Machine, asked: dict[str, Any], folder: Path) -> Any:
         steps.run(3)
         if count in asked.get("at", range(1, most + 1)):
             report["canvases"][count] = steps.run(2)
-    report["options"] = {}
-    for name, sampling in asked.get("sampling", {}).items():
-        steps.engine.abort_request([str(n) for n in range(steps.added)])
-        steps.run(2)
-        request = steps.add(**_sampling(sampling))
-        steps.run(4)
-        report["options"][name] = steps.run(2)
-        steps.engine.abort_request([request])
     report["seconds"] = round(time.perf_counter() - started, 1)
     engines.stop(llm)
     return report
-
-
-def _sampling(fields: dict[str, Any]) -> dict[str, Any]:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    fields = dict(fields)
-    if "structured_outputs" in fields:
-        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
-    return fields
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ Reports = "Mapping[str, dict[str, Any]]"
 
 def of(reports: Reports) -> Iterator[str]:
     """Whatever the reports have, one line after the other."""
-    for table in (_budgets, _options, _choices, _kernels, _values):
+    for table in (_budgets, _choices, _kernels, _values):
         lines = list(table(reports))
         if len(lines) > 2:
             yield ""
@@ -62,15 +62,6 @@ def _costs(steps: Mapping[str, Any]) -> Iterator[str]:
     for region in ("head", *inside):
         yield f"{a_step('kernels', region):g}"
     yield f"{a_step('kernels', 'all', 'forward', *inside):g}"
-
-
-def _options(reports: Reports) -> Iterator[str]:
-    yield from _head("option", "waits a step", "kernels beside the forward", "where")
-    for _, _, found in _runs(reports, "shapes-"):
-        for option, steps in found.get("options", {}).items():
-            waits, _, kernels, *_ = _costs(steps)
-            where = ", ".join(f"{what} ({count})" for what, count in steps["waits"].items())
-            yield _row(option, waits, kernels, where)
 
 
 def _choices(reports: Reports) -> Iterator[str]:

@@ -192,13 +192,29 @@ def _run(machine: Machine, func: Any, flat: list[Any], spec: Any, on_device: lis
         run = STAND_INS[func._schema.name] if machine.values else _nothing
     elif machine.values and not func._schema.name.startswith(("aten::", "prim")):
         raise NotImplementedError(f"no stand-in for {func} in {caller()}")
-    out = run(*args, **kwargs)
     name = func._schema.name.partition("::")[2]
+    if not machine.values and name in _GUESSED:
+        run = _GUESSED[name]
+    out = run(*args, **kwargs)
     machine.launch(name, kernels_of(func, out), lambda: run(*args, **kwargs), out)
     known = {id(x.inside): x for x in on_device}
     return pytree.tree_map_only(
         torch.Tensor, lambda o: known[id(o)] if id(o) in known else DeviceTensor(o), out
     )
+
+
+def _one_value(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    """The shapes of `torch.unique` where all values are the same: nobody knows which they are."""
+    place = torch.empty(x.shape, dtype=torch.int64, device=META)
+    return x.new_empty(1), place, torch.empty(1, dtype=torch.int64, device=META)
+
+
+def _all_of(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(torch.broadcast_shapes(x.shape, mask.shape).numel())
+
+
+_GUESSED: dict[str, Callable[..., Any]] = {"_unique2": _one_value, "masked_select": _all_of}
+"""Operators whose shape depends on numbers."""
 
 
 def _nothing(*_: Any, **__: Any) -> None:

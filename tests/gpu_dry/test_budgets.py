@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_dry.jobs import COUNTED, GPUS, SAMPLING
+from gpu_dry.jobs import COUNTED, GPUS
 
 STEPS = [
     pytest.param(f"shapes-{gpu}", str(count), id=f"{gpu}-{count}")
@@ -52,15 +52,6 @@ def test_kernels_of_the_head(report, job, count):
 @pytest.mark.parametrize(("job", "count"), STEPS)
 def test_kernels_of_the_attention_metadata(report, job, count):
     assert a_step(step_of(report, job, count), "kernels", "prepare_attn") <= ATTENTION
-
-
-@pytest.mark.jobs("shapes-sm_90")
-@pytest.mark.parametrize("option", SAMPLING)
-def test_a_step_with_an_option_waits_once_at_most(report, option):
-    found = report("shapes-sm_90")["runs"]["bf16-text"]
-    assert "error" not in found, found["error"]
-    steps = found["options"][option]
-    assert sum(steps["waits"].values()) <= steps["steps"], steps["waits"]
 
 
 @pytest.mark.parametrize("job", ["native-sm_90", "native-sm_120"])
