@@ -65,5 +65,33 @@ SECOND: Final[dict[str, Any]] = {
 }
 """Asked when those are done."""
 
+OPTIONS: Final[dict[str, Any]] = {
+    name: case(words(20 + number, 20), seed=20 + number, **sampling)
+    for number, (name, sampling) in enumerate(
+        {
+            "nothing": {},
+            "temperature": {"temperature": 0.5},
+            "greedy": {"temperature": 0.0},
+            "min_tokens": {"min_tokens": 9},
+            "top_p": {"top_p": 0.7},
+            "top_k": {"top_k": 20},
+            "min_p": {"min_p": 0.05},
+            "penalties": {"frequency_penalty": 0.9, "repetition_penalty": 1.3},
+            "logit_bias": {"logit_bias": {50: 3.0, 60: -3.0}},
+            "bad_words": {"bad_words": ["ab", "c"]},
+            "allowed_token_ids": {"allowed_token_ids": list(range(40, 90))},
+            "logprobs": {"logprobs": 2},
+            "json schema": {"structured_outputs": {"json": SCHEMA}},
+            "soft embedding of few": {"extra_args": {"diffusion_soft_embedding_top_k": 16}},
+            "pins": {"extra_args": {"diffusion_seed_canvas": [50] * 8, "diffusion_pinned": [0, 2]}},
+        }.items()
+    )
+}
+"""Each asked alone, so that what waits for the device is told by its name."""
+
 PLAIN: Final = {name: FIRST[name] for name in ("plain", "short", "top_p")}
-ROUNDS: Final = {"all": [FIRST, SECOND], "plain": [PLAIN]}
+ROUNDS: Final = {
+    "all": [FIRST, SECOND],
+    "plain": [PLAIN],
+    "options": [{name: one} for name, one in OPTIONS.items()],
+}

@@ -35,6 +35,7 @@ def shapes(gpu: str) -> dict[str, Any]:
                 "form": name,
                 "images": images,
                 "canvases": CANVASES if counted else FEW,
+                "fused": counted,
             }
     return {"program": "run_shapes", "gpu": gpu, "runs": runs}
 
@@ -73,6 +74,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "values-triton-full": values("sm_120", graphs="FULL_DECODE_ONLY", wait=True),
     "values-flash-full": values("sm_90", graphs="FULL_DECODE_ONLY"),
     "values-flash-piecewise": values("sm_90", graphs="PIECEWISE"),
+    "values-options": values("sm_120", cases="options"),
     "values-buffer": values(
         "sm_120", cases="plain", graphs="FULL_DECODE_ONLY", plant="buffer made anew"
     ),

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -35,6 +35,10 @@ _SEVERAL = {
 }
 
 
+ADMISSION: Final = "admission"
+"""The region in which a request is taken in."""
+
+
 class Meter:
     """Counts while `watching`; `regions` nest, and everything counts in all that are open."""
 
@@ -46,10 +50,12 @@ class Meter:
         self.operators: dict[str, Counter[str]] = {}
         self.waits: Counter[str] = Counter()
         self.replays: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def clear(self) -> None:
         for counts in (self.launches, self.kernels, self.operators, self.waits, self.replays):
             counts.clear()
+        self.calls.clear()
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
@@ -82,7 +88,8 @@ class Meter:
             self.ran(operator, kernels, list({*regions, *self.open}))
 
     def waited(self, what: str) -> None:
-        if self.watching:
+        # What waits as a request comes in waits once a request, not in every step.
+        if self.watching and ADMISSION not in self.open:
             self.waits[f"{what} in {caller()}"] += 1
 
 
@@ -123,6 +130,8 @@ def measured(meter: Meter, owner: type, name: str, region: str) -> None:
 
     @functools.wraps(original)
     def inside(*args: Any, **options: Any) -> Any:
+        if meter.watching:
+            meter.calls[region] += 1
         with meter.region(region):
             return original(*args, **options)
 

@@ -58,10 +58,13 @@ class Steps:
         self.machine, self.engine, self.native = machine, llm.llm_engine, native
         self.added = 0
 
-    def add(self, prompt: Any = None) -> None:
+    def add(self, prompt: Any = None, *, most_steps: int = 1024) -> None:
+        """One more request; with as many steps no canvas comes to its last one here."""
         from vllm import SamplingParams
 
-        sampling = {} if self.native else {"seed": self.added}
+        sampling: dict[str, Any] = {}
+        if not self.native:
+            sampling = {"seed": self.added, "extra_args": {"diffusion_max_steps": most_steps}}
         name, self.added = str(self.added), self.added + 1
         prompt = prompt or {"prompt_token_ids": list(range(30, 330))}
         self.engine.add_request(name, prompt, SamplingParams(max_tokens=4096, **sampling))
@@ -120,6 +123,12 @@ def one_run(machine: Machine, asked: dict[str, Any], folder: Path) -> Any:
         steps.run(3)
         if count in asked.get("at", range(1, most + 1)):
             report["canvases"][count] = steps.run(2)
+    if asked.get("fused"):
+        # The last one again, now with a canvas that is committed beside the next one.
+        steps.engine.abort_request([str(steps.added - 1)])
+        steps.add(most_steps=6)
+        one_by_one = [steps.run(1) for _ in range(10)]
+        report["fused"] = [step for step in one_by_one if not step["forwards_replayed"]]
     report["seconds"] = round(time.perf_counter() - started, 1)
     engines.stop(llm)
     return report

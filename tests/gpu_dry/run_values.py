@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,16 @@ def main() -> None:
         plants.plant(asked.get("plant"))
     llm = LLM(asked["checkpoint"], **options_of(asked))
     up = time.perf_counter()
-    report: dict[str, Any] = {"answers": {}, "start seconds": round(up - started, 1)}
+    report: dict[str, Any] = {"answers": {}, "rounds": [], "start seconds": round(up - started, 1)}
     if machine is not None:
+        from gpu_dry.meter import ADMISSION, measured
+        from vllm_diffusion.engine.model_state import CanvasModelState
+        from vllm_diffusion.engine.sampler import CanvasSampler
+
+        measured(machine.meter, CanvasSampler, "_advance", "denoising")
+        measured(machine.meter, CanvasModelState, "add_request", ADMISSION)
         machine.meter.watching = True
+    seen, waited = Counter[str](), Counter[str]()
     only = asked.get("only")  # names, for who looks for a mistake
     for round_ in ROUNDS[asked["cases"]]:
         cases = {name: one for name, one in round_.items() if only is None or name in only}
@@ -117,6 +125,16 @@ def main() -> None:
             continue
         prompts, sampling = zip(*(request(one) for one in cases.values()), strict=True)
         answers = llm.generate(list(prompts), list(sampling), use_tqdm=False)
+        if machine is not None:
+            meter = machine.meter
+            report["rounds"].append(
+                {
+                    "names": [*cases],
+                    "steps": meter.calls["denoising"] - seen["denoising"],
+                    "waits": dict(meter.waits - waited),
+                }
+            )
+            seen, waited = Counter(meter.calls), Counter(meter.waits)
         for name, answer in zip(cases, answers, strict=True):
             said = answer.outputs[0]
             report["answers"][name] = {

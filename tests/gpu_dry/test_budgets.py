@@ -12,6 +12,7 @@ STEPS = [
     for count in COUNTED
 ]
 LAUNCHES, HEAD, ATTENTION = 60, 50, 15
+FUSED = 72
 KERNELS = {"1": 150, "4": 200, "16": 200}
 
 
@@ -52,6 +53,17 @@ def test_kernels_of_the_head(report, job, count):
 @pytest.mark.parametrize(("job", "count"), STEPS)
 def test_kernels_of_the_attention_metadata(report, job, count):
     assert a_step(step_of(report, job, count), "kernels", "prepare_attn") <= ATTENTION
+
+
+@pytest.mark.parametrize("job", [f"shapes-{gpu}" for gpu in GPUS])
+def test_a_step_that_commits_beside_a_canvas(report, job):
+    """It brings in what is committed, and cuts a request in two; its forward is in pieces."""
+    steps = report(job)["runs"]["bf16-text"]["fused"]
+    fused = [step for step in steps if "triton:_place" in step["operators"]["prepare_inputs"]]
+    assert fused
+    for step in fused:
+        assert step["waits"] == {}
+        assert outside(step, "launches") <= FUSED
 
 
 @pytest.mark.parametrize("job", ["native-sm_90", "native-sm_120"])

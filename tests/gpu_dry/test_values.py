@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from gpu_dry.cases import FIRST, PLAIN, SECOND
+from gpu_dry.cases import FIRST, OPTIONS, PLAIN, SECOND
 
 RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
+# Options that wait for nothing at all.
+FREE = ["nothing", "temperature", "greedy", "soft embedding of few"]
 EVERY = [*FIRST, *SECOND]
 EACH = [pytest.param(f"values-{run}", name, id=f"{run}-{name}") for run in RUNS for name in EVERY]
 
@@ -32,6 +34,15 @@ def test_the_runs_are_what_they_are_called(report, job):
     assert found["asynchronous"] == (job != "values-triton-full")
     assert found["answers"]["prefix hit"]["cached"] >= 32
     assert found["preemptions"] > 0
+
+
+@pytest.mark.jobs("values-options")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_with_an_option_waits_once_at_most(report, name):
+    (asked,) = [one for one in report("values-options")["rounds"] if one["names"] == [name]]
+    assert asked["steps"] >= 8
+    most = 0 if name in FREE else asked["steps"]
+    assert sum(asked["waits"].values()) <= most, asked["waits"]
 
 
 @pytest.mark.jobs("values-reference")

@@ -35,6 +35,7 @@ from vllm_diffusion.engine.attention_ranges import (
     NO_RANGE,
     first_seen,
     form_for,
+    of_one_shape,
     sequence_of_rows,
 )
 from vllm_diffusion.errors import ConfigError
@@ -213,7 +214,7 @@ class BlockLocalMask:
                     made[key] = self._seen_through(views[layer.window, block], metadata, name)
             attn_metadata[name] = made[key]
         for view in views.values():
-            for alike in _of_one_shape(view.tables):
+            for alike in of_one_shape(view.tables):
                 self._form.gather_blocks(*zip(*alike, strict=True), first=view.first_blocks)
 
     # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is no range ----
@@ -330,14 +331,6 @@ def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> No
     attention.impl.chunk_lookback = window - 1
     # Clamped to the reach, not to the window: clips nothing, and lets the kernel prune its tiles.
     attention.mm_prefix_clamp_sliding_window = True
-
-
-def _of_one_shape(tables: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Block tables and views of them, those together that one launch can copy."""
-    alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
-    for table, view in tables:
-        alike.setdefault((table.shape, table.stride(), view.shape), []).append((table, view))
-    return list(alike.values())
 
 
 def _flash_version(impl: Any) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
 
@@ -139,6 +139,14 @@ def gather_blocks(
         taken = table[: view.shape[0]] if rows is None else table[rows]
         column = column.clamp(max=table.shape[1] - 1).expand(view.shape[0], -1)
         view.copy_(taken.gather(1, column))
+
+
+def of_one_shape(tables: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Block tables and what is cut of them, those together that ``gather_blocks`` takes at once."""
+    alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+    for table, view in tables:
+        alike.setdefault((table.shape, table.stride(), view.shape), []).append((table, view))
+    return list(alike.values())
 
 
 def sequence_of_rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

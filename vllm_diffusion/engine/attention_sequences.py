@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_diffusion.engine.attention_ranges import form_for
+from vllm_diffusion.engine.attention_ranges import form_for, of_one_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,10 +140,9 @@ def _cut_requests(
     lens = torch.empty(count, dtype=torch.int32, device=device)
     flags = causal[:count]
     form.mark_parts(phase, batch.idx_mapping, batch.seq_lens, request, behind, text, flags, lens)
-    tables = []
-    for table in block_tables:
-        tables.append(table.new_empty(count, table.shape[1]))
-        form.gather_blocks([table], tables[-1:], rows=request)
+    tables = [table.new_empty(count, table.shape[1]) for table in block_tables]
+    for alike in of_one_shape(list(zip(block_tables, tables, strict=True))):
+        form.gather_blocks(*zip(*alike, strict=True), rows=request)
     at_most = batch.seq_lens_cpu_upper_bound.numpy()[parts.request] - parts.behind
     return Sequences(
         starts=starts_there,

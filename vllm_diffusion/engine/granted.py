@@ -170,6 +170,13 @@ def place_rows(
 
     at = np.flatnonzero(text)
     first, front, behind = input_batch.query_start_loc_np[at], text[at], drafts[at]
+    if pool.device.type == "cuda":
+        told = np.stack([at, first, front, behind, input_batch.cu_num_logits_np[at]])
+        known = req_states.all_token_ids.gpu
+        longest = int((front + behind).max())
+        return _kernels().place_rows(
+            _sent(told, pool), input_batch, pool, known, longest=longest, foreseen=foreseen
+        )
     places, offsets = _sent(at, pool), [np.arange(rows) for rows in (*front, *behind)]
     owner = _sent(np.repeat(np.arange(at.size), front), pool)
     offset = _sent(np.concatenate(offsets[: at.size]), pool)

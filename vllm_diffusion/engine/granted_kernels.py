@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
@@ -12,9 +12,12 @@ from vllm_diffusion.engine.granted import GrantedRows
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.records import Emission
+
+_ROWS: Final = 256  # rows of a request that a program places
 
 
 def among(
@@ -70,6 +73,49 @@ def end(
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
     )
+
+
+def place_rows(
+    told: Tensor,
+    input_batch: InputBatch,
+    pool: CanvasPool,
+    known: Tensor,
+    *,
+    longest: int,
+    foreseen: bool,
+) -> Tensor:
+    """See ``granted.place_rows``.
+
+    Args:
+        told: [5, A] int64, of the A requests with rows in front: which they are, their first row,
+            rows in front, rows behind those, and where the latter's logits begin.
+        input_batch: the step's.
+        pool: the canvases.
+        known: [S, max_model_len] int32, the text of every slot.
+        longest: most rows of a request.
+        foreseen: see there.
+    """
+    nowhere = pool.causal.clone()
+    length = pool.tokens.shape[1]
+    _place[(told.shape[1], triton.cdiv(longest, _ROWS))](
+        told,
+        told.shape[1],
+        input_batch.idx_mapping,
+        input_batch.seq_lens,
+        pool.causal,
+        pool.fused,
+        pool.count,
+        pool.tokens,
+        known,
+        known.stride(0),
+        input_batch.input_ids,
+        input_batch.logits_indices,
+        nowhere,
+        FORESEEN=foreseen,
+        LENGTH=length,
+        BLOCK=_ROWS,
+    )
+    return nowhere
 
 
 @triton.jit(do_not_specialize=["nobody"])
@@ -141,3 +187,48 @@ def _end(
         request = tl.load(index + row)
     rejected = tl.load(rejecteds + request)
     tl.store(rejecteds + request, rejected + more.to(rejected.dtype))
+
+
+@triton.jit(do_not_specialize=["requests"])
+def _place(
+    told: tl.tensor,
+    requests: tl.tensor,
+    mapping: tl.tensor,
+    lens: tl.tensor,
+    causals: tl.tensor,
+    fuseds: tl.tensor,
+    counts: tl.tensor,
+    tokens: tl.tensor,
+    known: tl.tensor,
+    known_stride: tl.tensor,
+    input_ids: tl.tensor,
+    logits: tl.tensor,
+    nowhere: tl.tensor,
+    FORESEEN: tl.constexpr,  # noqa: N803
+    LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    told += tl.program_id(0)
+    place, first = tl.load(told), tl.load(told + requests)
+    front, behind = tl.load(told + 2 * requests), tl.load(told + 3 * requests)
+    slot = tl.load(mapping + place).to(tl.int64)
+    waits = (tl.load(causals + slot) != 0) & (tl.load(fuseds + slot) != 0)
+    committed = tl.where(waits, tl.load(counts + slot), 0)
+    tl.store(nowhere + slot, waits & (committed != front))
+    if FORESEEN:
+        before = tl.where(waits, 0, front)
+        spoken = tl.where(committed > 0, front, 0)
+    else:
+        before = front * 0
+        spoken = front
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there, in_front, text = offset < front + behind, offset < front, offset < spoken
+    start = tl.load(lens + place) - (front + behind)
+    said = tl.load(known + slot * known_stride + start + offset, mask=text, other=0)
+    inside = tl.where(in_front, tl.minimum(offset, LENGTH - 1), offset - front)
+    canvas = tl.load(tokens + slot * LENGTH + inside, mask=there, other=0)
+    token = tl.where(text, said.to(tl.int64), canvas)
+    tl.store(input_ids + first + offset, token.to(input_ids.dtype.element_ty), mask=there)
+    moved = logits + tl.load(told + 4 * requests) + offset - front
+    row = tl.load(moved, mask=there & (offset >= front), other=0) - before
+    tl.store(moved, row.to(logits.dtype.element_ty), mask=there & (offset >= front))

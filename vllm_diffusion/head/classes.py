@@ -50,7 +50,7 @@ class TokenClasses:
         ids = torch.arange(len(mine), dtype=torch.int32, device=mine.device) + vocabulary.first
         lowest = torch.full((self.count,), _NO_ID, dtype=torch.int32, device=mine.device)
         lowest.scatter_reduce_(0, mine, ids, "amin")
-        lowest[0] = _NO_ID
+        lowest[:1].fill_(_NO_ID)
         return lowest.masked_fill_(lowest == _NO_ID, -1)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device
 from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.reading import tile_bytes
@@ -87,8 +88,8 @@ class CutRows:
         found = cut.Survivors.concatenate([self._survivors(part) for part in rows.chunks(at_once)])
         some = torch.stack([(asked.top_k < self._vocabulary.size).any(), (asked.top_p < 1).any()])
         *complete, of_top_k, of_top_p = torch.cat([found.complete, some]).tolist()
-        done = kinds.on([row for row, all_of in enumerate(complete) if all_of], rows.hidden.device)
-        rest = kinds.on([row for row, all_of in enumerate(complete) if not all_of], done.device)
+        done = on_device([row for row, all_of in enumerate(complete) if all_of], rows.hidden.device)
+        rest = on_device([row for row, all_of in enumerate(complete) if not all_of], done.device)
         places, parts = [], []
         if len(done):
             places.append(done)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,7 +43,7 @@ def places(kind_of: Tensor) -> list[tuple[int, Tensor]]:
     rows: dict[int, list[int]] = {}
     for row, kind in enumerate(kind_of.tolist()):
         rows.setdefault(kind, []).append(row)
-    return [(kind, on(some, kind_of.device)) for kind, some in sorted(rows.items())]
+    return [(kind, on_device(some, kind_of.device)) for kind, some in sorted(rows.items())]
 
 
 def known(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
@@ -62,11 +64,6 @@ def known(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
             kind = canvas
         found.setdefault(kind, []).extend(range(canvas * length, (canvas + 1) * length))
     return sorted(found.items())
-
-
-def on(rows: Sequence[int], device: torch.device) -> Tensor:
-    """[N] int64 on the device, which nobody waits for."""
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def of_rows(rewrite: Rewrite, vocab: int) -> Tensor:

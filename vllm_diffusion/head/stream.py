@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device
 from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, kinds, reading
@@ -102,7 +103,7 @@ class StreamingHead:
         free = replace(rows, rewrite=replace(rows.rewrite, pinned=None))
         places, parts = [], []
         for kind, some in kinds.known(wishes, len(rows)):
-            index = kinds.on(some, rows.hidden.device)
+            index = on_device(some, rows.hidden.device)
             part = free if len(some) == len(rows) else free.take(index)
             places.append(index)
             parts.append(self._of_kind(kind, part, wishes[kind].allowed if kind >= 0 else None))

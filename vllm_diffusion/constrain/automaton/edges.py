@@ -95,7 +95,7 @@ def next_state(edges: Edges, start: Tensor, classes: Tensor, count: Tensor) -> T
         count: [B] int64, how many of the tokens count.
     """
     num_classes = len(edges.reading.first) - 1
-    beyond = edges.source.new_tensor([-1])  # a last place, where no key is found
+    beyond = edges.source.new_full((1,), -1)  # a last place, where no key is found
     keys = edges.source * num_classes + edges.symbol
     listed, target = torch.cat([keys, beyond]), torch.cat([edges.target, beyond])
     state = start
