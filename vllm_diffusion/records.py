@@ -88,7 +88,7 @@ class Slack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What the host knows of one canvas in a ``Rewrite``, from the request alone (host side)."""
+    """What the host knows of one canvas in a ``Rewrite``, from the request alone."""
 
     moves: bool  # some logits may move or be forbidden
     cuts: bool  # the distribution is cut
@@ -284,11 +284,8 @@ class TokenScores:
     @staticmethod
     def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
         """Join scores along their first dimension."""
-        return TokenScores(
-            ids=torch.cat([p.ids for p in parts]),
-            values=torch.cat([p.values for p in parts]),
-            ranks=torch.cat([p.ranks for p in parts]),
-        )
+        names = [field.name for field in fields(TokenScores)]
+        return TokenScores(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
 
 
 class StopReason(IntEnum):

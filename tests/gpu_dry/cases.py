@@ -59,11 +59,14 @@ FIRST: Final[dict[str, Any]] = {
 }
 """Asked at once."""
 
-SECOND: Final[dict[str, Any]] = {
-    "prefix hit": case([*words(5, 150)[:64], *words(11, 9)], seed=11),
-    "prefix hit, whole": case(words(1, 60), seed=12),
+SECOND: Final[dict[str, Any]] = {"prefix": case(words(10, 90), seed=10)}
+"""Asked when those are done, whose blocks may be gone by then."""
+
+THIRD: Final[dict[str, Any]] = {
+    "prefix hit": case([*words(10, 90)[:64], *words(11, 9)], seed=11),
+    "prefix hit, whole": case(words(10, 90), seed=12),
 }
-"""Asked when those are done."""
+"""Asked when that is done."""
 
 OPTIONS: Final[dict[str, Any]] = {
     name: case(words(20 + number, 20), seed=20 + number, **sampling)
@@ -91,7 +94,7 @@ OPTIONS: Final[dict[str, Any]] = {
 
 PLAIN: Final = {name: FIRST[name] for name in ("plain", "short", "top_p")}
 ROUNDS: Final = {
-    "all": [FIRST, SECOND],
+    "all": [FIRST, SECOND, THIRD],
     "plain": [PLAIN],
     "options": [{name: one} for name, one in OPTIONS.items()],
 }

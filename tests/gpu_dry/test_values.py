@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from gpu_dry.cases import FIRST, OPTIONS, PLAIN, SECOND
+from gpu_dry.cases import FIRST, OPTIONS, PLAIN, SECOND, THIRD
 
 RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
 # Options that wait for nothing at all.
 FREE = ["nothing", "temperature", "greedy", "soft embedding of few"]
-EVERY = [*FIRST, *SECOND]
+EVERY = [*FIRST, *SECOND, *THIRD]
 EACH = [pytest.param(f"values-{run}", name, id=f"{run}-{name}") for run in RUNS for name in EVERY]
 
 
@@ -33,6 +33,7 @@ def test_the_runs_are_what_they_are_called(report, job):
     assert (found["replays"] > 0) == ("eager" not in job)
     assert found["asynchronous"] == (job != "values-triton-full")
     assert found["answers"]["prefix hit"]["cached"] >= 32
+    assert found["answers"]["prefix hit, whole"]["cached"] >= 64
     assert found["preemptions"] > 0
 
 
