@@ -24,8 +24,9 @@ CANVASES = (1, 4, 16)
 CANVAS, VOCAB, HIDDEN, SOFTCAP, BUDGET = 256, 262144, 2816, 30.0, 256 * 2**20
 REACHED = 0.7
 LAUNCH = 4e-6
-FORMS = ("bf16", "soft-64")
-"""The head itself; with the soft embedding of few ids asked for by every request."""
+FORMS = ("bf16", "soft-64", "fp8")
+"""The head itself; with the soft embedding of few ids asked for by every request; with chunks read
+from a copy in fp8, whose best ids are exact."""
 BAR = 1.25
 """How much longer than the products alone a step's head may take."""
 
@@ -104,7 +105,10 @@ class Recorded(TorchDispatchMode):
         if func.is_view or "empty" in name:
             return out
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if name == "mm":
+        if name.startswith("_scaled_mm"):
+            scales = [value for value in tree_leaves(args[2:]) if isinstance(value, torch.Tensor)]
+            self._launches.products.append(product_of(*tensors[:2], *scales, out))
+        elif name == "mm":
             self._launches.products.append(product_of(*tensors[:2], out))
         elif name == "addmm":
             self._launches.products.append(product_of(*tensors[1:3], tensors[0], out))
@@ -126,6 +130,13 @@ def kernel_work(name: str, operands: dict[str, Any]) -> Work:
         if operands["LANES"]:
             written += size(operands["lanes"], operands["listed"])
         return Work(bytes=2 * size(operands["logits"]) + written)
+    if name == "round_row":
+        return Work(bytes=size(operands["hidden"], operands["codes"]))
+    if name == "rescore_row":  # reads its logits once, and the matrix for every id of every row
+        ids = operands["places"].numel()
+        row = operands["inputs"] * operands["output"].element_size()
+        operations = 2 * ids * operands["inputs"]
+        return Work(bytes=size(operands["logits"]) + ids * row, operations=operations)
     assert name == "finish_row", name
     return Work(bytes=size(operands["soft"], operands["embeddings"]) if operands["hidden"] else 0)
 
@@ -134,6 +145,7 @@ def launched(rows: int, form: str) -> Launches:
     """What one step launches; its form is one of ``FORMS``."""
     from triton.runtime.jit import JITFunction
 
+    from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import Noise
@@ -152,6 +164,7 @@ def launched(rows: int, form: str) -> Launches:
         size=VOCAB,
         softcap=SOFTCAP,
         scale=matrix.new_empty(()),
+        copy=QuantisedOutput(matrix, "fp8") if form == "fp8" else None,
     )
     # Its materialising head is never asked.
     head = StreamingHead(vocabulary=vocabulary, whole=None, budget=BUDGET)  # type: ignore[arg-type]

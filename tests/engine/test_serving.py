@@ -63,11 +63,40 @@ def test_the_head_reads_its_matrix_unless_asked(config: VllmConfig, tiny_checkpo
     assert with_head(tiny_checkpoint, "fp8").model_config.hf_config.head_weights == "fp8"
 
 
-@pytest.mark.parametrize("form", HEAD_FORMS)
-def test_a_form_of_the_head_is_for_cpu_hosts(monkeypatch: pytest.MonkeyPatch, form: str):
-    monkeypatch.setattr(serving.current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ConfigError, match=f"head_weights={form} is not supported on this host"):
-        serving.DiffusionGemmaServing._head_can_be(form, 64)
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, *, cuda: bool = True) -> None:
+    platform = serving.current_platform
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda: cuda)
+    monkeypatch.setattr(platform, "has_device_capability", lambda least: capability >= least)
+
+
+@pytest.mark.parametrize("form", sorted({*HEAD_FORMS} - {"fp8"}))
+def test_forms_of_the_head_but_fp8_are_for_cpu_hosts(monkeypatch: pytest.MonkeyPatch, form: str):
+    on_a_gpu(monkeypatch, 90)
+    with pytest.raises(ConfigError, match=f"head_weights={form} is not supported on a GPU"):
+        serving.DiffusionGemmaServing._head_can_be(form, 64, 640, torch.bfloat16)
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_a_head_in_fp8_is_for_gpus_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, capability: int
+):
+    on_a_gpu(monkeypatch, capability)
+    serving.DiffusionGemmaServing._head_can_be("fp8", 2816, 262144, torch.bfloat16)
+    for inputs, ids, dtype in (
+        (40, 640, torch.bfloat16),
+        (64, 644, torch.bfloat16),
+        (64, 640, torch.float16),
+    ):
+        with pytest.raises(ConfigError, match=f"for {ids} ids of {inputs} inputs in {dtype}"):
+            serving.DiffusionGemmaServing._head_can_be("fp8", inputs, ids, dtype)
+
+
+@pytest.mark.parametrize(("capability", "cuda"), [(80, True), (90, False)])
+def test_other_gpus_refuse_it(monkeypatch: pytest.MonkeyPatch, capability: int, cuda: bool):
+    on_a_gpu(monkeypatch, capability, cuda=cuda)
+    with pytest.raises(ConfigError, match="head_weights=fp8 is not supported on this GPU"):
+        serving.DiffusionGemmaServing._head_can_be("fp8", 64, 640, torch.bfloat16)
 
 
 def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
@@ -77,7 +106,7 @@ def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
     with pytest.raises(ValueError, match="whose int8 sums overflow"):
         with_head(tiny_checkpoint, "int8")
     with pytest.raises(ConfigError, match="40 inputs, which are no groups of 16"):
-        serving.DiffusionGemmaServing._head_can_be("nvfp4", 40)
+        serving.DiffusionGemmaServing._head_can_be("nvfp4", 40, 640, torch.bfloat16)
 
 
 # ---- attention on GPUs ----

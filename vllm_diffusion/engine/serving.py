@@ -12,6 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
 from vllm.platforms import current_platform
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _BLACKWELL = 100  # sm_100 and its kin; sm_120 is none of them
+_FP8 = 89  # the least compute capability of torch's products of fp8
+_FP8_GROUP = 16  # ids and inputs of theirs
 
 
 def rules_of(vllm_config: VllmConfig) -> tuple[ServedRules, dict[str, str]]:
@@ -109,7 +112,10 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         memory = head_memory(_ours(vllm_config))
         vllm_config.model_config.hf_config.head_memory_mb = memory
         form = head_weights(_ours(vllm_config))
-        cls._head_can_be(form, vllm_config.model_config.hf_text_config.hidden_size)
+        model = vllm_config.model_config
+        cls._head_can_be(
+            form, model.hf_text_config.hidden_size, model.get_vocab_size(), model.dtype
+        )
         vllm_config.model_config.hf_config.head_weights = form
         cls._whole_canvases(scheduler, canvas)
         # vLLM's own default is never above the token budget.
@@ -164,16 +170,32 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             attention.backend = AttentionBackendEnum.TRITON_ATTN
 
     @staticmethod
-    def _head_can_be(form: HeadForm | None, inputs: int) -> None:
-        """A form of the head's weights that this host has no products for is refused."""
+    def _head_can_be(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype) -> None:
+        """A form of the head's weights that this host has no products for is refused.
+
+        Args:
+            form: of the copy, None where there is none.
+            inputs: H.
+            ids: V; ranks hold whole tiles of it.
+            dtype: of the model.
+        """
         if form is None:
             return
         asked = f"{HEAD_WEIGHTS}={form} is not supported"
         if not current_platform.is_cpu():
-            raise ConfigError(
-                f"{asked} on this host, only on CPU hosts: no run on a GPU has shown that it saves "
-                "anything. Remove it."
-            )
+            if form != "fp8":
+                raise ConfigError(f"{asked} on a GPU, only on CPU hosts. Use fp8 or remove it.")
+            # What torch's products of fp8 with a scale for every row take.
+            if not (current_platform.is_cuda() and current_platform.has_device_capability(_FP8)):
+                raise ConfigError(
+                    f"{asked} on this GPU: its products take NVIDIA's compute capability 8.9 or "
+                    "higher. Remove it."
+                )
+            if dtype != torch.bfloat16 or inputs % _FP8_GROUP or ids % _FP8_GROUP:
+                raise ConfigError(
+                    f"{asked} for {ids} ids of {inputs} inputs in {dtype}: on a GPU both are "
+                    f"multiples of {_FP8_GROUP} and the model is in bfloat16. Remove it."
+                )
         if form == "int8" and not int8.is_exact():
             raise ConfigError(f"{asked} on this processor, whose int8 sums overflow. Remove it.")
         if form == "nvfp4" and inputs % GROUP:

@@ -32,7 +32,7 @@ def _two_best(
     second = tl.full((BLOCK,), _MASKED, tl.float32)
     place = tl.full((BLOCK,), _NO_PLACE, tl.int32)
     for start in range(0, width, TILE):
-        x = _logits(line, start, width, WHOLE, TILE, BLOCK)
+        x = tile_logits(line, start, width, WHOLE, TILE, BLOCK)
         rises = x > best
         second = tl.maximum(second, tl.minimum(x, best))
         place = tl.where(rises, start + column, place)
@@ -45,7 +45,7 @@ def _two_best(
 
 
 @triton.jit
-def _best_lanes(
+def best_lanes(
     best: tl.tensor,
     LANES: tl.constexpr,  # noqa: N803
     BITS: tl.constexpr,  # noqa: N803
@@ -70,7 +70,7 @@ def _best_lanes(
 
 
 @triton.jit
-def _logits(  # noqa: PLR0917
+def tile_logits(  # noqa: PLR0917
     line: tl.tensor,
     start: tl.tensor,
     width: tl.tensor,
@@ -166,7 +166,7 @@ def absorb_chunk(  # noqa: PLR0915, PLR0917 - one function, launched with positi
     # The cap rises with the logit, so the largest before it is the largest behind it.
     top, second, where, best = _two_best(line, width, WHOLE, TILE, BLOCK)
     if LANES:
-        chosen, rank = _best_lanes(best, LANES, BITS)
+        chosen, rank = best_lanes(best, LANES, BITS)
         tl.store(lanes + row * lane_stride + rank, column, mask=chosen)
     if CAPPED:
         top, second = _capped(top, softcap), _capped(second, softcap)
@@ -197,7 +197,7 @@ def absorb_chunk(  # noqa: PLR0915, PLR0917 - one function, launched with positi
     position, step = tl.load(positions + row), tl.load(steps + row)
     moments = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, TILE):
-        x = _logits(line, start, width, WHOLE, TILE, BLOCK)
+        x = tile_logits(line, start, width, WHOLE, TILE, BLOCK)
         if LANES:
             at = listed + row * listed_stride + start // TILE * LANES + rank
             tl.store(at, x.to(listed.dtype.element_ty), mask=chosen)

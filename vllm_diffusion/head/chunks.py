@@ -7,8 +7,11 @@
                summed of the soft embedding shrinks.
     product    onto the soft embedding, summed in fp32
 
-and ``finish_row`` once. The meaning is that of ``reading.read``, whose tiles are one product each:
-64 of them at the released vocabulary, five launches a tile. Imported on a GPU alone.
+and ``finish_row`` once. Where the vocabulary has a copy in fp8, the first product is of that and of
+states that ``round_row`` rounds once, and ``rescore_row`` follows it.
+
+The meaning is that of ``reading.read``, whose tiles are one product each: 64 of them at the
+released vocabulary, five launches a tile. Imported on a GPU alone.
 """
 
 from __future__ import annotations
@@ -18,25 +21,37 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
+from torch.nn.functional import ScalingType, scaled_mm
 
 from vllm_diffusion.head import sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.chunk_kernels import absorb_chunk, finish_row
+from vllm_diffusion.head.fp8_kernels import rescore_row, round_row
 from vllm_diffusion.head.soft import MOST, chosen, mean_of_best
 from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
 
 _NEAR_CACHE: Final = 32 * 2**20
 """Bytes of a chunk that stay in the level-2 cache of a large GPU from product to product."""
 
+_PIECE: Final = 256
+"""Inputs of an id that a program has at once while it scores ids exactly."""
+
 _MOST_CHUNKS: Final = 8
 """Above it launches cost more than what a chunk beyond the cache is read from memory."""
+
+_TILES_OF_COPY: Final = 16
+"""Of every chunk read from a copy: which ids of a row are exact hangs on it, so it must not hang on
+the rows beside. Fewer and larger chunks score fewer ids exactly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +65,8 @@ class _Sums:
 
 def width(vocabulary: Vocabulary, rows: int, budget: int) -> int:
     """Ids of a chunk, whole tiles: what a step's logits may take, [rows, width], is the budget."""
+    if vocabulary.copy is not None:
+        return _TILES_OF_COPY * sample.TILE
     row = rows * vocabulary.output.element_size()
     wanted = max(_NEAR_CACHE // row, -(-len(vocabulary) // _MOST_CHUNKS))
     tiles = min(wanted, budget // row) // sample.TILE
@@ -57,8 +74,11 @@ def width(vocabulary: Vocabulary, rows: int, budget: int) -> int:
 
 
 def rows_at_once(vocabulary: Vocabulary, budget: int) -> int:
-    """Rows of which a tile fits the budget."""
-    return max(1, budget // (sample.TILE * vocabulary.output.element_size()))
+    """Rows of which a tile fits the budget; of a copy, a chunk."""
+    ids = sample.TILE
+    if vocabulary.copy is not None:
+        ids = min(_TILES_OF_COPY * ids, len(vocabulary))
+    return max(1, budget // (ids * vocabulary.output.element_size()))
 
 
 def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
@@ -78,15 +98,14 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
     )
     listed = None if rows.soft_top_k is None else _Listed.of_nothing(vocabulary, rows.hidden, ids)
     exact = listed is None or not rows.all_near
-    buffer = rows.hidden.new_empty(count * ids)
+    product = _product(vocabulary, rows.hidden, ids)
     for start in range(0, len(vocabulary), ids):
-        output = vocabulary.output[start : start + ids]
-        logits = buffer[: count * len(output)].view(count, len(output))
-        torch.mm(rows.hidden, output.T, out=logits)
+        logits = product(slice(start, start + ids))
         _absorb(vocabulary, rows, logits, start, sums=sums, listed=listed, exact=exact)
         if exact:
             part = vocabulary.embedding[start : start + ids]
             _accumulate(sums.soft, logits, part, fresh=start == 0)
+        del logits  # before the next are there
     finished = _over_ranks if len(vocabulary) < vocabulary.size else _finished
     stats = finished(vocabulary, rows.temperature, sums, exact=exact)
     if listed is None:
@@ -137,6 +156,88 @@ class _Listed:
         at = tile // self.tiles * lanes + place % lanes
         lane = self.lanes.flatten(1).gather(1, at)
         return Best.found(values, lane + (tile * sample.TILE + vocabulary.first))
+
+
+def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slice], Tensor]:
+    """What gives the logits [R, n] of some of this rank's ids, good until the next ones.
+
+    Args:
+        vocabulary: of this rank.
+        hidden: [R, H].
+        ids: of a chunk, the most that are asked for at once.
+    """
+    if vocabulary.copy is not None:
+        return _Fp8Product(vocabulary, vocabulary.copy, hidden, ids)
+    buffer = hidden.new_empty(len(hidden) * ids)
+
+    def product(some: slice) -> Tensor:
+        output = vocabulary.output[some]
+        logits = buffer[: len(hidden) * len(output)].view(len(hidden), len(output))
+        return torch.mm(hidden, output.T, out=logits)
+
+    return product
+
+
+class _Fp8Product:
+    """Products with the fp8 copy, in bf16, exact for the best ids of every row of each.
+
+    Every chunk has its own best: those of the vocabulary are among them.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, copy: QuantisedOutput, hidden: Tensor, ids: int
+    ) -> None:
+        (rows, inputs), count = hidden.shape, copy.rescored
+        self._vocabulary, self._hidden = vocabulary, hidden
+        self._weights, self._scales = copy.fp8()
+        self._codes = hidden.new_empty(rows, inputs, dtype=torch.float8_e4m3fn)
+        self._scale = hidden.new_empty(rows, 1, dtype=torch.float32)
+        self._places = hidden.new_empty(rows, count, dtype=torch.int32)
+        self._tiles = triton.next_power_of_2(-(-ids // sample.TILE))
+        round_row[(rows,)](
+            hidden,
+            hidden.stride(0),
+            inputs,
+            self._codes,
+            self._scale,
+            BLOCK=triton.next_power_of_2(inputs),
+            num_warps=8,
+        )
+
+    def __call__(self, some: slice) -> Tensor:
+        """Logits [R, n] of some ids."""
+        logits = scaled_mm(
+            self._codes,
+            self._weights[some].T,
+            self._scale,
+            ScalingType.RowWise,
+            self._scales[some][None],
+            ScalingType.RowWise,
+            output_dtype=torch.bfloat16,
+            # Sums that a tensor core keeps in fewer bits than fp32 still have more than the codes.
+            use_fast_accum=True,
+        )
+        rows, width = logits.shape
+        output, block = self._vocabulary.output[some], _block(self._vocabulary)
+        rescore_row[(rows,)](
+            logits,
+            width,
+            self._hidden,
+            self._hidden.stride(0),
+            output,
+            output.stride(0),
+            output.shape[1],
+            self._places,
+            COUNT=self._places.shape[1],
+            BITS=16,
+            TILES=self._tiles,
+            WHOLE=width % sample.TILE == 0 and block == sample.TILE,
+            TILE=sample.TILE,
+            BLOCK=block,
+            PIECE=_PIECE,
+            num_warps=8,
+        )
+        return logits
 
 
 def _block(vocabulary: Vocabulary) -> int:

@@ -4,12 +4,17 @@ Tiles are read from a copy of the matrix. While they are, the ``RESCORED`` best 
 the logits of the matrix itself, see ``rescoring``: these decide what a row's best token is and,
 where the row is sure of it, nearly all of its entropy. What the copy rounds is the rest, which is
 many and small. Soft embeddings are means of the matrix itself.
+
+On a GPU ``chunks`` reads fp8 alone, for rows whose logits are what they are; all other rows are
+read from the matrix.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, get_args
+
+import torch
 
 from vllm_diffusion.quant import int8, native
 from vllm_diffusion.quant.int8 import Int8Rows
@@ -62,11 +67,23 @@ class QuantisedOutput:
 
     def product(self, hidden: Tensor) -> Callable[[slice], Tensor]:
         """What gives [R, n] fp32 logits of some rows of the matrix, of [R, H] states."""
+        copy = self._today()
+        if isinstance(copy, Int8Rows):
+            return partial(_int8_logits, Int8Rows.of(hidden), copy)
+        return partial(_packed_logits, hidden, copy)
+
+    def fp8(self) -> tuple[Tensor, Tensor]:
+        """The copy in fp8 for products of fp8: codes [V, H] E4M3 and their scales [V] fp32."""
+        copy = self._today()
+        assert self.form == "fp8"
+        assert isinstance(copy, PackedMatrix)
+        return copy.codes.view(torch.float8_e4m3fn), copy.row_scale
+
+    def _today(self) -> Int8Rows | PackedMatrix:
+        """The copy of the matrix as it is now."""
         if (now := self._state()) != self._made:
             self._copy, self._made = _copied(self._output, self.form), now
-        if isinstance(self._copy, Int8Rows):
-            return partial(_int8_logits, Int8Rows.of(hidden), self._copy)
-        return partial(_packed_logits, hidden, self._copy)
+        return self._copy
 
 
 def _copied(output: Tensor, form: HeadForm) -> Int8Rows | PackedMatrix:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.head.classes import ClassPass
+    from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import CanvasStats, Rewrite
@@ -65,7 +66,8 @@ def tiles(
     tiled = None if rewrite is None else _tiled(vocabulary, rewrite)
     product = _product(vocabulary, hidden)
     rescoring = None
-    if (copy := vocabulary.copy) is not None and copy.rescored:
+    copy = _copy(vocabulary, hidden)
+    if copy is not None and copy.rescored:
         rescoring = Rescoring(vocabulary, hidden, copy.rescored)
     for number, first in enumerate(vocabulary.tiles()):
         start = first - vocabulary.first
@@ -84,8 +86,8 @@ def tiles(
 
 def _product(vocabulary: Vocabulary, hidden: Tensor) -> Callable[[slice], Tensor]:
     """What gives the logits [R, n] of some of this rank's ids, good until the next ones."""
-    if vocabulary.copy is not None:
-        return vocabulary.copy.product(hidden)
+    if (copy := _copy(vocabulary, hidden)) is not None:
+        return copy.product(hidden)
     width = min(sample.TILE, len(vocabulary))
     buffer = hidden.new_empty(len(hidden) * width)
 
@@ -95,6 +97,11 @@ def _product(vocabulary: Vocabulary, hidden: Tensor) -> Callable[[slice], Tensor
         return torch.mm(hidden, some.T, out=logits)
 
     return product
+
+
+def _copy(vocabulary: Vocabulary, hidden: Tensor) -> QuantisedOutput | None:
+    """What tiles are read from instead of the matrix: of a GPU's copy, ``chunks`` are alone."""
+    return vocabulary.copy if hidden.device.type == "cpu" else None
 
 
 def tiles_of(
@@ -191,7 +198,7 @@ def in_chunks(vocabulary: Vocabulary, rows: Rows) -> ModuleType | None:
         return None
     from vllm_diffusion.head import cuda
 
-    if vocabulary.copy is not None or cuda.chosen():
+    if vocabulary.copy is None and cuda.chosen():
         return None
     from vllm_diffusion.head import chunks
 

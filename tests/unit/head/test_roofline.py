@@ -24,6 +24,14 @@ def test_the_two_products_dominate_a_step_of_the_head(tmp_path: Path) -> None:
     told = json.loads(file.read_text())
     ratios = {name: value for name, value in told.items() if name.endswith("ratio")}
     launches = {name: value for name, value in told.items() if name.endswith("launches")}
-    assert len(ratios) == len(launches) == 18
+    assert len(ratios) == len(launches) == 27
     assert max(ratios.values()) <= 1.25, ratios
     assert max(value for name, value in launches.items() if name.startswith("bf16")) <= 30
+    assert max(value for name, value in launches.items() if name.startswith("fp8")) <= 50
+    of_bf16 = {
+        name: value / told[name.replace("fp8", "bf16", 1)]
+        for name, value in told.items()
+        if name.startswith("fp8") and name.endswith("head ms")
+    }
+    assert len(of_bf16) == 9
+    assert max(of_bf16.values()) < 0.95, of_bf16
