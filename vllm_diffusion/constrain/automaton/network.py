@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_diffusion.constrain.automaton.dfa import Dfa, Moves, determinised, minimised
+from vllm_diffusion.constrain.language.literals import acyclic, told_apart
 from vllm_diffusion.constrain.language.syntax import (
     Call,
     Chars,
@@ -228,11 +229,8 @@ class _Draft:
                 for part in reversed(parts):
                     end = self._node(part, end, open_rules)
                 return end
-            case Choice(options):
-                entry = self._place()
-                for option in options:
-                    self._silent[entry].append(self._node(option, end, open_rules))
-                return entry
+            case Choice():
+                return self._choice(node, end, open_rules)
             case Repeat():
                 return self._repeat(node, end, open_rules)
             case Call(rule):
@@ -241,6 +239,21 @@ class _Draft:
                     self._called[entry].append((rule, end))
                     return entry
                 return self._rule(rule, end, open_rules | {rule})
+
+    def _choice(self, node: Choice, end: int, open_rules: frozenset[str]) -> int:
+        """Fixed texts share beginnings and ends: a list of thousands is no more than it needs."""
+        entry = self._place()
+        texts, others = told_apart(node)
+        if texts:
+            places: list[int] = []
+            for edges, final in acyclic(texts):
+                places.append(self._place())
+                self._edges[-1] += [(byte, byte, places[to]) for byte, to in edges]
+                self._silent[-1] += [end] * final
+            self._silent[entry].append(places[-1])
+        for option in others:
+            self._silent[entry].append(self._node(option, end, open_rules))
+        return entry
 
     def _repeat(self, node: Repeat, end: int, open_rules: frozenset[str]) -> int:
         if node.most is None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_diffusion.constrain.language.literals import acyclic, told_apart
 from vllm_diffusion.constrain.language.syntax import (
+    MARK,
     Call,
     Chars,
     Choice,
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.language.syntax import Grammar, Node
 
 
+_MANY_TEXTS = 64
+"""Of a choice that is written by rules for what its texts share."""
+
+
 def written(grammar: Grammar) -> str:
     """The rules, one a line, the root first and by the name that xgrammar wants.
 
@@ -35,11 +41,11 @@ def written(grammar: Grammar) -> str:
     possible = _possible(grammar)
     if grammar.root not in possible:
         raise ConstraintError("Nothing satisfies the constraint.")
-    names = {rule: f"rule{number}" for number, rule in enumerate(grammar.rules)}
-    names = {rule: name for rule, name in names.items() if rule in possible}
-    names[grammar.root] = "root"
-    ordered = sorted(names, key=lambda rule: rule != grammar.root)
-    return "".join(f"{names[rule]} ::= {_node(grammar.rules[rule], names)}\n" for rule in ordered)
+    writer = _Writer({rule: f"rule{number}" for number, rule in enumerate(grammar.rules)}, possible)
+    writer.names[grammar.root] = "root"
+    ordered = sorted(writer.names, key=lambda rule: rule != grammar.root)
+    lines = [f"{writer.names[rule]} ::= {writer.node(grammar.rules[rule])}\n" for rule in ordered]
+    return "".join([*lines, *writer.lines])
 
 
 def expression(node: Node) -> str:
@@ -50,7 +56,7 @@ def expression(node: Node) -> str:
     """
     if not _has_text(node, ()):
         raise ConstraintError("Nothing satisfies it.")
-    return _node(node, {})
+    return _Writer({}, set(), shares=False).node(node)
 
 
 def _possible(grammar: Grammar) -> set[str]:
@@ -79,25 +85,76 @@ def _has_text(node: Node, possible: Collection[str]) -> bool:
             return True
 
 
-def _node(node: Node, names: Mapping[str, str]) -> str:
-    """A node that has a text, given the names of the rules that have one."""
-    match node:
-        case Text(value):
-            return _quoted(value)
-        case Chars(ranges):
-            borders = (f"{_escaped(first)}-{_escaped(last)}" for first, last in ranges)
-            return f"[{''.join(borders)}]"
-        case Sequence(parts):
-            return f"({' '.join(_node(part, names) for part in parts)})" if parts else '""'
-        case Choice(options):
-            left = [option for option in options if _has_text(option, names)]
-            return f"({' | '.join(_node(option, names) for option in left)})"
-        case Repeat(part, least, most):
-            if not _has_text(part, names):
-                return '""'
-            return f"({_node(part, names)}){{{least},{'' if most is None else most}}}"
-        case Call(rule):
-            return names[rule]
+class _Writer:
+    """Writes nodes that have a text.
+
+    Args:
+        names: of the rules of the grammar, as they are written.
+        possible: the rules that have a text; others are left out.
+        shares: rules may be added for what many fixed texts have in common.
+    """
+
+    def __init__(
+        self, names: Mapping[str, str], possible: set[str], *, shares: bool = True
+    ) -> None:
+        self._fewest = _MANY_TEXTS if shares else float("inf")
+        self.names = {rule: name for rule, name in names.items() if rule in possible}
+        self.lines: list[str] = []
+        """Rules that the grammar does not have."""
+
+    def node(self, node: Node) -> str:
+        """What stands for a node."""
+        match node:
+            case Text(value):
+                return _quoted(value)
+            case Chars(ranges):
+                borders = (f"{_escaped(first)}-{_escaped(last)}" for first, last in ranges)
+                return f"[{''.join(borders)}]"
+            case Sequence(parts):
+                return f"({' '.join(map(self.node, parts))})" if parts else '""'
+            case Choice():
+                return self._choice(node)
+            case Repeat(part, least, most):
+                if not _has_text(part, self.names):
+                    return '""'
+                return f"({self.node(part)}){{{least},{'' if most is None else most}}}"
+            case Call(rule):
+                return self.names[rule]
+
+    def _choice(self, node: Choice) -> str:
+        texts, left = told_apart(node)
+        if len(texts) < self._fewest or any(MARK in each for each in texts):
+            texts, left = [], list(node.options)
+        options = [self.node(option) for option in left if _has_text(option, self.names)]
+        if texts:
+            options.append(self._listed(texts))
+        return f"({' | '.join(options)})"
+
+    def _listed(self, texts: list[bytes]) -> str:
+        """Many fixed texts, by rules for what they share at both ends.
+
+        xgrammar's own way with ``value 1 | value 2 | ...`` is slow: 41 s for 20 000 of them at
+        262144 tokens, and 0.01 s for these rules.
+        """
+        states = acyclic([*map(ord, text.decode())] for text in texts)
+        number = len(self.lines)
+        pending = [len(states) - 1]
+        seen = {*pending}
+        for state in pending:
+            edges, final = states[state]
+            options = ['""'] * final
+            for first, behind in edges:
+                read, to = _escaped(first), behind
+                while len(states[to][0]) == 1 and not states[to][1]:
+                    [(only, to)] = states[to][0]
+                    read += _escaped(only)
+                more = f" list{number}_{to}" if states[to][0] else ""
+                options.append(f'"{read}"{more}')
+                if more and to not in seen:
+                    pending.append(to)
+                    seen.add(to)
+            self.lines.append(f"list{number}_{state} ::= {' | '.join(options)}\n")
+        return f"list{number}_{pending[0]}"
 
 
 def _quoted(value: bytes) -> str:

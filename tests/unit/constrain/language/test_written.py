@@ -59,6 +59,16 @@ def test_a_parser_follows_as_deep_as_it_likes():
     assert not _is_grammar_accept_string(grammar, deep[:-1])
 
 
+def test_a_long_list_is_written_by_what_its_values_share():
+    values = [f"wert {n // 7} von {n}é" for n in range(2000)]
+    text = written(grammar_of("choice", json.dumps(values)))
+    assert len(text) < 100_000
+    grammar = xgrammar.Grammar.from_ebnf(text)
+    assert all(_is_grammar_accept_string(grammar, value) for value in values[::50])
+    for other in ("wert 0 von 7é", "wert 0 von 0", "wert 0 von 0é ", ""):
+        assert not _is_grammar_accept_string(grammar, other)
+
+
 @pytest.mark.parametrize("node", [NOTHING, Text(b"\xff")])
 def test_what_cannot_be_written(node):
     with pytest.raises(ConstraintError):
