@@ -79,6 +79,7 @@ def compile_constraint(
     vocabulary: Vocabulary,
     end_ids: Sequence[int],
     any_whitespace: bool = True,
+    whitespace_pattern: str | None = None,
     limits: Limits | None = None,
     cache: AutomatonCache = _CACHE,
 ) -> TokenAutomaton:
@@ -90,7 +91,8 @@ def compile_constraint(
             the structural tag; nothing for ``json_object``.
         vocabulary: of the model's tokenizer.
         end_ids: the tokens that end an output; at least one.
-        any_whitespace: between the parts of JSON values; else none.
+        any_whitespace: between the parts of JSON values as pretty printers write; else none.
+        whitespace_pattern: a regular expression for that white space, instead.
         limits: on the size of the automaton.
         cache: where compiled constraints are kept.
 
@@ -99,7 +101,8 @@ def compile_constraint(
         AutomatonError: it makes sense, but is too large for an automaton.
     """
     limits = limits or Limits()
-    key = kind, text, vocabulary.fingerprint, tuple(end_ids), any_whitespace, limits
+    spacing = any_whitespace, whitespace_pattern
+    key = kind, text, vocabulary.fingerprint, tuple(end_ids), *spacing, limits
     over_tokens = partial(
         token_automaton,
         vocabulary=vocabulary,
@@ -109,7 +112,9 @@ def compile_constraint(
     outcome = cache.get(key)
     if outcome is None:
         try:
-            grammar = grammar_of(kind, text, any_whitespace=any_whitespace)
+            grammar = grammar_of(
+                kind, text, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
+            )
             networks = Networks(grammar, max_states=limits.states)
             outcome = _deepest(networks, over_tokens, limits.depth)
         except RecursionError:

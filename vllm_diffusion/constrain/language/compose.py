@@ -7,7 +7,7 @@ guessed at.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from functools import reduce
 from itertools import combinations
 from typing import Any
@@ -62,16 +62,10 @@ class Composition:
 
     def resolved(self, pointer: str) -> Schema:
         """The schema that a JSON pointer, as in ``#/$defs/name``, leads to."""
-        target: Any = self._root
         if pointer != "#" and not pointer.startswith("#/"):
             self._problems.append(f"$ref {pointer!r} leads outside of the schema")
             return False
-        for part in unquote(pointer).split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(key) if isinstance(target, list) else key]
-            except (LookupError, TypeError, ValueError):
-                target = None
+        target = _followed(self._root, pointer)
         if not isinstance(target, dict | bool):
             self._problems.append(f"$ref {pointer!r} leads nowhere")
             return False
@@ -94,15 +88,37 @@ class Composition:
 
     def finite(self, schema: dict[str, Any]) -> list[Any] | None:
         """The values of a schema that lists them, those that its other keywords allow."""
-        if "const" not in schema and "enum" not in schema:
+        listed, values = self._listed_by(schema)
+        if listed is None:
             return None
-        values = schema["enum"] if "enum" in schema else [schema["const"]]
         # Every value of a long list is one of the list: not to be looked up in it.
-        others = {key: value for key, value in asserted(schema).items() if key != "enum"}
+        others = {key: value for key, value in asserted(schema).items() if key != listed}
         if not others:
-            return [*values]
+            return values
         validator = self._validator.evolve(schema=others)
         return [value for value in values if validator.is_valid(value)]
+
+    def _listed_by(self, schema: dict[str, Any]) -> tuple[str | None, list[Any]]:
+        """A keyword of a schema that says all values it may have, and these."""
+        if "enum" in schema:
+            return "enum", list({identity(value): value for value in schema["enum"]}.values())
+        if "const" in schema:
+            return "const", [schema["const"]]
+        for key in ("anyOf", "oneOf"):
+            options = [
+                self.finite(option) if isinstance(option, dict) else None
+                for option in schema.get(key, [None])
+            ]
+            if all(values is not None for values in options):
+                values = [value for values in options for value in values or ()]
+                counts = Counter(map(identity, values))
+                once = {
+                    identity(value): value
+                    for value in values
+                    if key == "anyOf" or counts[identity(value)] == 1
+                }
+                return key, list(once.values())
+        return None, []
 
     def alternatives(self, schema: Schema, path: str, depth: int = 0) -> list[Schema]:
         """Schemas without parts, one of which a valid value fits; any such value is valid."""
@@ -175,14 +191,21 @@ class Composition:
             case "uniqueItems":
                 return True
             case "enum":
-                return [value for value in one if any(_same(value, each) for each in other)]
+                known = set(map(identity, other))
+                return [value for value in one if identity(value) in known]
         self._problems.append(f"{path} is made of parts with different {key!r}")
         return one
 
     def _require_apart(self, options: list[Schema], path: str) -> None:
         """Refuse ``oneOf`` unless no value fits two options."""
+        finite = [self.finite(each) if isinstance(each, dict) else None for each in options]
+        values = [value for values in finite for value in values or ()]
+        if len(set(map(identity, values))) < len(values):
+            self._problems.append(f"{path}/oneOf: a value stands in two options")
         flat = [self.alternatives(option, path) for option in options]
         for (i, left), (j, right) in combinations(enumerate(flat), 2):
+            if finite[i] is not None and finite[j] is not None:
+                continue
             if not all(self._apart(one, other) for one in left for other in right):
                 self._problems.append(
                     f"{path}/oneOf: a value may fit options {i} and {j} (say anyOf, or tell them "
@@ -214,6 +237,48 @@ class Composition:
         return False
 
 
+def circular(root: Schema) -> set[str]:
+    """The references of a schema that lead back to themselves."""
+    leads = {pointer: _references(_followed(root, pointer)) for pointer in _references(root)}
+    found = set()
+    for start, first in leads.items():
+        pending = [*first]
+        seen = {*pending}
+        for pointer in pending:
+            more = leads[pointer] - seen
+            seen |= more
+            pending += more
+        if start in seen:
+            found.add(start)
+    return found
+
+
+def _references(schema: Any) -> set[str]:
+    """Every ``$ref`` in a schema."""
+    found: set[str] = set()
+    pending = [schema]
+    for part in pending:
+        if isinstance(part, dict):
+            if isinstance(part.get("$ref"), str):
+                found.add(part["$ref"])
+            pending += part.values()
+        elif isinstance(part, list):
+            pending += part
+    return found
+
+
+def _followed(root: Any, pointer: str) -> Any:
+    """What a JSON pointer leads to; None: nothing."""
+    target = root
+    for part in unquote(pointer).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        try:
+            target = target[int(key) if isinstance(target, list) else key]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return target
+
+
 def asserted(schema: dict[str, Any]) -> dict[str, Any]:
     """The keywords that say what is valid."""
     return {key: value for key, value in schema.items() if key in _ASSERTED}
@@ -223,15 +288,21 @@ def _listed(schema: dict[str, Any]) -> dict[str, Any]:
     """The same, a constant written as a list of values."""
     if "const" not in schema:
         return schema
-    values = [
-        each for each in schema.get("enum", [schema["const"]]) if _same(each, schema["const"])
-    ]
+    const = identity(schema["const"])
+    values = [each for each in schema.get("enum", [schema["const"]]) if identity(each) == const]
     return {**{key: value for key, value in schema.items() if key != "const"}, "enum": values}
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are the same value; true is not 1."""
-    return one == other and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+def identity(value: Any) -> Any:
+    """What is equal for equal JSON values; true is not 1, and 1.0 is."""
+    match value:
+        case bool():
+            return "boolean", value
+        case dict():
+            return "object", frozenset((name, identity(each)) for name, each in value.items())
+        case list():
+            return "array", tuple(map(identity, value))
+    return value
 
 
 def _common_types(one: str | list[str], other: str | list[str]) -> list[str]:

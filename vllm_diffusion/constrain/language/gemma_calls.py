@@ -186,9 +186,11 @@ class _Writer:
             return self._reference(str(schema["$ref"]), path)
         if "const" in schema or "enum" in schema:
             values = schema["enum"] if "enum" in schema else [schema["const"]]
-            return self._either(self._literal(value) for value in values)
+            return self._values(values)
         for several in ("anyOf", "oneOf", "allOf"):
             options = schema.get(several)
+            if several != "allOf" and (values := _constants(options)):
+                return self._values(values)
             if isinstance(options, list) and options and (several != "allOf" or len(options) == 1):
                 return self._either(self._value(option, f"{path}.{several}") for option in options)
         kinds = schema.get("type", "object" if "properties" in schema else None)
@@ -297,6 +299,14 @@ class _Writer:
         self.rules[rule] = self._value(target, pointer)
         return rule
 
+    def _values(self, values: Sequence[Any]) -> str:
+        """One of some values; the quotes stand once around all texts among them."""
+        texts = [_text(value) for value in dict.fromkeys(v for v in values if isinstance(v, str))]
+        others = [self._literal(value) for value in values if not isinstance(value, str)]
+        if texts:
+            others.append(f"({self._quote} ({' | '.join(texts)}) {self._quote})")
+        return self._either(others)
+
     def _literal(self, value: Any) -> str:
         """One value as the chat template writes it."""
         if isinstance(value, str):
@@ -319,6 +329,16 @@ class _Writer:
     @staticmethod
     def _either(options: Any) -> str:
         return f"({' | '.join(dict.fromkeys(options))})"
+
+
+def _constants(options: Any) -> list[Any]:
+    """The values of options that are constants and nothing else; none where one is more."""
+    values = [
+        each["const"]
+        for each in options or ()
+        if isinstance(each, dict) and "const" in each and not each.keys() - _SILENT - {"const"}
+    ]
+    return values if len(values) == len(options or ()) else []
 
 
 def _of_object(schema: Mapping[str, Any]) -> bool:

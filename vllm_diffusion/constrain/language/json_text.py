@@ -11,7 +11,9 @@ import json
 from functools import cache
 from typing import Any
 
+from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.syntax import (
+    EMPTY,
     NOTHING,
     Call,
     Chars,
@@ -119,44 +121,85 @@ def _other_than(names: frozenset[str]) -> Node:
     return Choice(tuple(options)) if "" in names else optional(Choice(tuple(options)))
 
 
+_BLANKS: Ranges = ((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))
+_UNKNOWN_DEPTH = 2
+"""Taken for the depth of what may stand at several."""
+
+
 class Layout:
-    """Where white space may stand between the parts of a value.
+    """Where white space may stand between the parts of a value that nests ``depth`` deep.
+
+    Without a pattern: what pretty printers write. One blank behind a colon, a comma or a bracket,
+    or behind the last two a line break and an indentation of at most four blanks or a tab a level.
+    No more than that: a writer who may always add a blank does so until the room is used up.
 
     Args:
-        any_whitespace: any amount between all parts; else none at all.
+        any_whitespace: as above; else none at all.
+        pattern: a regular expression for what may stand at all places where JSON lets white space
+            stand, instead; what it matches that is no white space does not count.
+        depth: arrays and objects around the value; None: it may stand at several depths.
     """
 
-    def __init__(self, *, any_whitespace: bool) -> None:
-        blank = Chars(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
-        self._space = Repeat(blank) if any_whitespace else Sequence(())
+    def __init__(
+        self, *, any_whitespace: bool = True, pattern: str | None = None, depth: int | None = 0
+    ) -> None:
+        self.depth = depth
+        self._any_whitespace, self._pattern = any_whitespace, pattern
+        self._before: Node = EMPTY  # a colon or a comma
+        self._colon: Node = EMPTY  # behind one
+        self.line: Node = EMPTY
+        """What may stand behind a comma, and inside brackets."""
+        if any_whitespace and pattern is not None:
+            self._before = self._colon = self.line = _blanks(regex(pattern))
+        elif any_whitespace:
+            self._colon = optional(text(" "))
+            levels = _UNKNOWN_DEPTH if depth is None else depth
+            blanks = Repeat(text("  "), 0, 2 * levels)
+            tabs = Repeat(text("\t"), 1, depth) if depth else NOTHING
+            indented = sequence(text("\n"), choice(blanks, tabs))
+            self.line = optional(choice(text(" "), indented))
+
+    def at(self, depth: int | None) -> Layout:
+        """The same at another depth."""
+        return Layout(any_whitespace=self._any_whitespace, pattern=self._pattern, depth=depth)
+
+    def deeper(self) -> Layout:
+        """For what stands in an array or an object here."""
+        return self.at(None if self.depth is None else self.depth + 1)
 
     def member(self, name: Node, value: Node) -> Node:
         """Name, colon and value."""
-        return sequence(name, self._space, text(":"), self._space, value)
+        return sequence(name, self._before, text(":"), self._colon, value)
 
     def behind_comma(self, part: Node) -> Node:
         """A part that follows another one."""
-        return sequence(self._space, text(","), self._space, part)
+        return sequence(self._before, text(","), self.line, part)
+
+    def enclosed(self, kind: str, content: Node) -> Node:
+        """An object or an array of this content, laid out one level deeper."""
+        return self.braces(content) if kind == "object" else self.brackets(content)
 
     def braces(self, members: Node) -> Node:
-        """An object of these members; none: an empty one."""
-        return sequence(text("{"), self._space, members, self._space, text("}"))
+        """An object of these members, laid out one level deeper; none: an empty one."""
+        return sequence(text("{"), self.deeper().line, members, self.line, text("}"))
 
     def brackets(self, items: Node) -> Node:
-        """An array of these items."""
-        return sequence(text("["), self._space, items, self._space, text("]"))
+        """An array of these items, laid out one level deeper."""
+        return sequence(text("["), self.deeper().line, items, self.line, text("]"))
 
     def value(self, value: Any) -> Node:
         """Exactly this value, its members in this order."""
+        inner = self.deeper()
         match value:
             case dict():
-                parts = [self.member(literal(name), self.value(v)) for name, v in value.items()]
-                return self.braces(self._series(parts))
+                parts = [inner.member(literal(name), inner.value(v)) for name, v in value.items()]
+                return self.braces(inner.series(parts))
             case list():
-                return self.brackets(self._series(list(map(self.value, value))))
+                return self.brackets(inner.series(list(map(inner.value, value))))
         return literal(value)
 
-    def _series(self, parts: list[Node]) -> Node:
+    def series(self, parts: list[Node]) -> Node:
+        """Parts with commas between."""
         return sequence(*parts[:1], *map(self.behind_comma, parts[1:]))
 
     def listed(self, part: Node, least: int = 0, most: int | None = None) -> Node:
@@ -171,8 +214,23 @@ class Layout:
 
     def any_rules(self, value: str, array: str, object_: str) -> dict[str, Node]:
         """Rules, by the names given, of any value, any array and any object."""
+        several = self.at(None)
         return {
             value: choice(STRING, NUMBER, BOOLEAN, NULL, Call(array), Call(object_)),
-            array: self.brackets(self.listed(Call(value))),
-            object_: self.braces(self.listed(self.member(STRING, Call(value)))),
+            array: several.brackets(several.listed(Call(value))),
+            object_: several.braces(several.listed(several.member(STRING, Call(value)))),
         }
+
+
+def _blanks(node: Node) -> Node:
+    """What a node reads of white space."""
+    match node:
+        case Chars(ranges):
+            return Chars(without(_BLANKS, complement(ranges)))
+        case Sequence(parts):
+            return Sequence(tuple(map(_blanks, parts)))
+        case Choice(options):
+            return Choice(tuple(map(_blanks, options)))
+        case Repeat(part, least, most):
+            return Repeat(_blanks(part), least, most)
+    return node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from vllm_diffusion.constrain.language.ebnf import ebnf
 from vllm_diffusion.constrain.language.regex import regex
@@ -14,24 +15,34 @@ from vllm_diffusion.errors import ConstraintError
 KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
-def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Grammar:
+def grammar_of(
+    kind: str,
+    source: str,
+    *,
+    any_whitespace: bool = True,
+    whitespace_pattern: str | None = None,
+) -> Grammar:
     """The rules of a constraint.
 
     Args:
         kind: one of ``KINDS``.
         source: the JSON schema, the regular expression, the JSON list of choices, the grammar in
             EBNF or Lark, the structural tag; nothing for ``json_object``.
-        any_whitespace: between the parts of JSON values; else none.
+        any_whitespace: between the parts of JSON values as pretty printers write; else none.
+        whitespace_pattern: a regular expression for that white space, instead.
 
     Raises:
         ConstraintError: it is malformed or not supported.
         AutomatonError: it makes sense, but says what no automaton is built for.
     """
+    json_of = partial(
+        json_schema, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
+    )
     match kind:
         case "json":
-            return json_schema(source, any_whitespace=any_whitespace)
+            return json_of(source)
         case "json_object":
-            return json_schema('{"type": "object"}', any_whitespace=any_whitespace)
+            return json_of('{"type": "object"}')
         case "regex":
             return Grammar({"regex": regex(source)}, "regex")
         case "choice":
@@ -39,7 +50,7 @@ def grammar_of(kind: str, source: str, *, any_whitespace: bool = True) -> Gramma
         case "grammar":
             return ebnf(source)
         case "structural_tag":
-            return structural_tag(source, any_whitespace=any_whitespace)
+            return structural_tag(source, json_of)
     raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
 
 

@@ -21,6 +21,7 @@ from vllm_diffusion.constrain.language.compose import (
     TYPES,
     Composition,
     Schema,
+    circular,
 )
 from vllm_diffusion.constrain.language.formats import FORMATS
 from vllm_diffusion.constrain.language.numeric import between, bounds
@@ -44,12 +45,15 @@ if TYPE_CHECKING:
 ANY_VALUE, ANY_ARRAY, ANY_OBJECT = "any value", "any array", "any object"
 
 
-def json_schema(schema: str, *, any_whitespace: bool = True) -> Grammar:
+def json_schema(
+    schema: str, *, any_whitespace: bool = True, whitespace_pattern: str | None = None
+) -> Grammar:
     """The grammar of a JSON schema.
 
     Args:
         schema: its text; draft 2020-12, as far as a draft matters.
-        any_whitespace: between the parts of a value any white space; else none.
+        any_whitespace: between the parts of a value the white space of a pretty printer; else none.
+        whitespace_pattern: a regular expression for that white space, instead.
 
     Raises:
         ConstraintError: it is no schema, or says what is not supported; all problems by path.
@@ -63,7 +67,8 @@ def json_schema(schema: str, *, any_whitespace: bool = True) -> Grammar:
     except ValueError as error:
         raise ConstraintError(f"This is not a JSON schema: {error}.") from error
     try:
-        return _Translation(parsed, write.Layout(any_whitespace=any_whitespace)).grammar()
+        layout = write.Layout(any_whitespace=any_whitespace, pattern=whitespace_pattern)
+        return _Translation(parsed, layout).grammar()
     except RecursionError as error:
         raise ConstraintError(
             "The JSON schema nests too deep, or merges a part with itself without end."
@@ -79,6 +84,7 @@ class _Translation:
         if isinstance(root, dict):  # its own address does not matter: nothing is looked up there
             root = {key: value for key, value in root.items() if key != "$id"}
         self._compose = Composition(root, self._problems)
+        self._circular = circular(root)
         self._rules: dict[str, Node] = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
 
     def grammar(self) -> Grammar:
@@ -89,11 +95,17 @@ class _Translation:
         return Grammar(self._rules, root.rule)
 
     def _reference(self, pointer: str) -> Call:
-        """A call of the rule of what a reference names, which is translated once."""
-        if pointer not in self._rules:
-            self._rules[pointer] = NOTHING  # the schema may refer to itself
-            self._rules[pointer] = self._node(self._compose.resolved(pointer), pointer)
-        return Call(pointer)
+        """A call of the rule of what a reference names, which is translated once a depth."""
+        outer = self._layout
+        if pointer in self._circular:
+            self._layout = outer.at(None)
+        depth = self._layout.depth
+        name = f"{pointer} at {depth}" if depth else pointer
+        if name not in self._rules:
+            self._rules[name] = NOTHING  # the schema may refer to itself
+            self._rules[name] = self._node(self._compose.resolved(pointer), pointer)
+        self._layout = outer
+        return Call(name)
 
     def _node(self, schema: Schema, path: str) -> Node:
         """What one schema reads."""
@@ -118,10 +130,15 @@ class _Translation:
 
     def _typed(self, kind: str, schema: dict[str, Any], path: str) -> Node:
         match kind:
-            case "object":
-                return self._rule(self._object(schema, path), path)
-            case "array":
-                return self._rule(self._array(schema, path), path)
+            case "object" | "array":
+                content = self._object if kind == "object" else self._array
+                outer = self._layout
+                self._layout = outer.deeper()
+                inside = content(schema, path)
+                self._layout = outer
+                if inside is None:
+                    return Call(ANY_OBJECT)
+                return self._rule(outer.enclosed(kind, inside), path)
             case "string":
                 return self._string(schema, path)
             case "boolean":
@@ -172,6 +189,7 @@ class _Translation:
             return NOTHING
 
     def _array(self, schema: dict[str, Any], path: str) -> Node:
+        """What stands between the brackets."""
         prefix = schema.get("prefixItems", [])
         least, most = _counts(schema, "Items")
         items = schema.get("items", schema.get("unevaluatedItems", not prefix))
@@ -185,16 +203,17 @@ class _Translation:
         rest = Repeat(self._layout.behind_comma(item), *_span(least - len(kinds), most, len(kinds)))
         content: Node = rest
         if not kinds:
-            return self._layout.brackets(self._layout.listed(item, *_span(least, most)))
+            return self._layout.listed(item, *_span(least, most))
         for index, kind in reversed(list(enumerate(kinds))):
             part = kind if index == 0 else self._layout.behind_comma(kind)
             stop = [EMPTY] if index >= least else []
             content = choice(*stop, sequence(part, content))
-        return self._layout.brackets(content)
+        return content
 
-    def _object(self, schema: dict[str, Any], path: str) -> Node:
+    def _object(self, schema: dict[str, Any], path: str) -> Node | None:
+        """What stands between the braces; None: anything."""
         if not OF_TYPE["object"] & set(schema):
-            return Call(ANY_OBJECT)
+            return None
         properties = dict(schema.get("properties", {}))
         required = schema.get("required", [])
         told = schema.get("additionalProperties", schema.get("unevaluatedProperties"))
@@ -215,7 +234,7 @@ class _Translation:
             )
             for name, value in properties.items()
         ]
-        return self._layout.braces(self._members(members, extra, least, most, path))
+        return self._members(members, extra, least, most, path)
 
     def _extra(
         self, schema: dict[str, Any], names: frozenset[str], told: Schema | None, path: str

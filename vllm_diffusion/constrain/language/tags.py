@@ -30,15 +30,15 @@ from vllm_diffusion.constrain.language.syntax import (
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 
-def structural_tag(tag: str, *, any_whitespace: bool = True) -> Grammar:
+def structural_tag(tag: str, json_of: Callable[[str], Grammar] = json_schema) -> Grammar:
     """The grammar of a structural tag.
 
     Args:
         tag: its JSON text.
-        any_whitespace: in JSON values between tags.
+        json_of: what reads the JSON schemas between tags.
 
     Raises:
         ConstraintError: it is malformed.
@@ -49,11 +49,11 @@ def structural_tag(tag: str, *, any_whitespace: bool = True) -> Grammar:
     try:
         parsed = json.loads(tag)
         if "structures" in parsed:
-            return _Tags(any_whitespace).grammar(_of_old(parsed))
+            return _Tags(json_of).grammar(_of_old(parsed))
         xgrammar.Grammar.from_structural_tag(tag)
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConstraintError(f"This is not a structural tag: {error}") from error
-    return _Tags(any_whitespace).grammar(parsed["format"])
+    return _Tags(json_of).grammar(parsed["format"])
 
 
 def _of_old(parsed: dict[str, Any]) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def _of_old(parsed: dict[str, Any]) -> dict[str, Any]:
 class _Tags:
     """Formats, one method a kind; what must be a rule becomes one."""
 
-    def __init__(self, any_whitespace: bool) -> None:
-        self._any_whitespace = any_whitespace
+    def __init__(self, json_of: Callable[[str], Grammar]) -> None:
+        self._json_of = json_of
         self._rules: dict[str, Node] = {}
 
     def grammar(self, form: dict[str, Any]) -> Grammar:
@@ -91,8 +91,7 @@ class _Tags:
             case "const_string":
                 return text(form["value"])
             case "json_schema" if form.get("style", "json") == "json" and not form.get("any_order"):
-                schema = json.dumps(form["json_schema"])
-                return self._embedded(json_schema(schema, any_whitespace=self._any_whitespace))
+                return self._embedded(self._json_of(json.dumps(form["json_schema"])))
             case "regex":
                 return regex(form["pattern"])
             case "grammar":

@@ -17,6 +17,7 @@ from vllm_diffusion.constrain.language.syntax import (
     Repeat,
     Sequence,
     Text,
+    mark,
 )
 from vllm_diffusion.errors import ConstraintError
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.constrain.language.syntax import Grammar, Node
 
+
+_ID_BYTES = len(mark(0)) - len(MARK)
 
 _MANY_TEXTS = 64
 """Of a choice that is written by rules for what its texts share."""
@@ -158,6 +161,11 @@ class _Writer:
 
 
 def _quoted(value: bytes) -> str:
+    if MARK in value:
+        head, _, rest = value.partition(MARK)
+        token = f"Token({int.from_bytes(rest[:_ID_BYTES], 'big')})"
+        sides = [_quoted(side) for side in (head, rest[_ID_BYTES:]) if side]
+        return f"({' '.join([*sides[: bool(head)], token, *sides[bool(head) :]])})"
     try:
         characters = value.decode()
     except UnicodeDecodeError as error:

@@ -1,12 +1,13 @@
 """Soundness: what a schema's automaton accepts is valid; and known valid texts are accepted."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.schemas import TABLE, J, N, S, arr, obj, string
-from helpers.spelling import END, VOCABULARY, Walk, accepts, spelled
+from helpers.spelling import END, VOCABULARY, Walk, accepts, after, spelled
 from jsonschema import Draft202012Validator
 
 from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
@@ -39,14 +40,27 @@ def test_what_is_accepted_is_valid(name):
         assert list(validator.iter_errors(json.loads(text))) == [], text
 
 
+SPACINGS = (
+    {},
+    {"indent": 2},
+    {"indent": 4},
+    {"separators": (",", ":")},
+    {"separators": (",\n", ":")},
+)
+DEEP = re.compile(r"\n {9}")
+"""An indentation that may stand nowhere where the depth is not known."""
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_known_texts(name):
     schema, valid, invalid = TABLE[name]
     automaton = compiled(schema)
     rng = np.random.default_rng(0)
     for instance in valid:
-        for spacing in ({}, {"indent": 2}, {"separators": (" ,\n", "\t:")}):
+        for spacing in SPACINGS:
             text = json.dumps(instance, ensure_ascii=False, **spacing)
+            if DEEP.search(text):
+                continue
             for _ in range(3):
                 assert accepts(automaton, spelled(text, rng)), text
     for instance in invalid:
@@ -94,6 +108,70 @@ def test_without_white_space():
         text = walk.text(free)
         dense = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
         assert text == dense
+
+
+WORD = {"enum": ["a", "b"]}
+
+
+def test_white_space_is_a_pretty_printer_s():
+    schema = arr(obj({"a": WORD, "b": arr(WORD, maxItems=2)}, ["a", "b"]), maxItems=2)
+    automaton = compiled(schema)
+    rng = np.random.default_rng(0)
+    value = [{"a": "b", "b": ["a", "a"]}, {"a": "a", "b": []}]
+    for spacing in ({}, {"indent": 2}, {"indent": 4}, {"indent": "\t"}, {"separators": (",", ":")}):
+        assert accepts(automaton, spelled(json.dumps(value, **spacing), rng))
+    for text in ("[ {", "[\n  {", "[\n\t{", '[{"a": ', '[{\n        "a"'):
+        assert after(automaton, spelled(text, rng)) is not None, text
+    for text in (
+        *(f'[{{"a": "a",{blanks}' for blanks in ("  ", "\n\n", "\n         ", "\n \t", "\t")),
+        "[   ",
+        " ",
+        '[{"a" ',
+        '[{"a":  ',
+        '[{"a":\n',
+    ):
+        assert after(automaton, spelled(text, rng)) is None, text
+
+
+def test_where_all_is_bounded_no_text_goes_on_for_ever():
+    schema = {
+        "type": "array",
+        "maxItems": 3,
+        "items": obj({"a": WORD, "b": {"$ref": "#/$defs/b"}}, ["a"]),
+        "$defs": {"b": arr(WORD, maxItems=2)},
+    }
+    automaton = compiled(schema)
+    onward = np.zeros(automaton.num_states, dtype=bool)
+    onward[automaton.start] = True
+    for _ in range(automaton.num_states):
+        reached = np.zeros_like(onward)
+        reached[automaton.target[onward[automaton.source]]] = True
+        onward = reached
+    assert not onward.any()
+
+
+def test_nested_references_are_indented_as_deep_as_they_stand():
+    leaf = obj({"a": WORD}, ["a"])
+    schema = {
+        "$defs": {"leaf": leaf},
+        **obj({"x": {"$ref": "#/$defs/leaf"}, "y": arr({"$ref": "#/$defs/leaf"})}),
+    }
+    automaton = compiled(schema)
+    rng = np.random.default_rng(0)
+    text = json.dumps({"x": {"a": "b"}, "y": [{"a": "a"}]}, indent=4)
+    assert accepts(automaton, spelled(text, rng))
+    assert after(automaton, spelled('{"x": {\n         ', rng)) is None
+
+
+def test_white_space_by_a_pattern():
+    automaton = compiled(obj({"a": arr(WORD)}, ["a"]), whitespace_pattern=r"[\s]{0,2}|x")
+    rng = np.random.default_rng(0)
+    for text in ('{"a":["a"]}', '{ \n"a"\t\t: [\r"a"  ,"b"] }'):
+        assert accepts(automaton, spelled(text, rng))
+    for text in ("{   ", "{x", "{\x0b"):
+        assert after(automaton, spelled(text, rng)) is None
+    dense = compiled(arr(WORD), whitespace_pattern="x", any_whitespace=False)
+    assert after(dense, spelled("[ ", rng)) is None
 
 
 @pytest.mark.parametrize(

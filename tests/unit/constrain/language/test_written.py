@@ -9,12 +9,16 @@ from helpers.spelling import END, VOCABULARY, Walk
 from xgrammar.testing import _is_grammar_accept_string
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
+from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.constrain.language.syntax import (
     NOTHING,
     Chars,
     Grammar,
     Text,
+    choice,
+    mark,
+    sequence,
 )
 from vllm_diffusion.constrain.language.written import written
 from vllm_diffusion.errors import ConstraintError
@@ -69,7 +73,7 @@ def test_a_long_list_is_written_by_what_its_values_share():
         assert not _is_grammar_accept_string(grammar, other)
 
 
-@pytest.mark.parametrize("node", [NOTHING, Text(b"\xff")])
+@pytest.mark.parametrize("node", [NOTHING, Text(b"\xc3")])
 def test_what_cannot_be_written(node):
     with pytest.raises(ConstraintError):
         written(Grammar({"only": node}, "only"))
@@ -79,4 +83,16 @@ def test_names_of_rules_do_not_matter():
     rules = {"a b": Chars(((97, 98),)), "root": Text(b"other")}
     assert _is_grammar_accept_string(
         xgrammar.Grammar.from_ebnf(written(Grammar(rules, "a b"))), "b"
+    )
+
+
+def test_a_special_token_is_written_by_its_id():
+    node = sequence(Text(b"a" + mark(7) + mark(258) + b"b"), choice(Text(mark(9)), Text(b"c")))
+    text = written(Grammar({"only": node}, "only"))
+    again = grammar_of("grammar", text)
+    assert Networks(again, max_states=99).automaton(0).accepts(b"a" + mark(7) + mark(258) + b"bc")
+    assert (
+        Networks(again, max_states=99)
+        .automaton(0)
+        .accepts(b"a" + mark(7) + mark(258) + b"b" + mark(9))
     )
