@@ -13,6 +13,7 @@ from vllm_diffusion.constrain.automaton.classes import Limits, token_automaton
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.language.kinds import grammar_of
+from vllm_diffusion.constrain.language.room import shortest, within
 from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.constrain.automaton.dfa import Dfa
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+    from vllm_diffusion.constrain.language.syntax import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ def compile_constraint(
     end_ids: Sequence[int],
     any_whitespace: bool = True,
     whitespace_pattern: str | None = None,
+    room: int | None = None,
     limits: Limits | None = None,
     cache: AutomatonCache = _CACHE,
 ) -> TokenAutomaton:
@@ -93,6 +96,8 @@ def compile_constraint(
         end_ids: the tokens that end an output; at least one.
         any_whitespace: between the parts of JSON values as pretty printers write; else none.
         whitespace_pattern: a regular expression for that white space, instead.
+        room: bytes that a text can have at most; bounds beyond it are taken for none, so that the
+            automaton accepts longer texts that are not the constraint's. None: any number.
         limits: on the size of the automaton.
         cache: where compiled constraints are kept.
 
@@ -102,7 +107,7 @@ def compile_constraint(
     """
     limits = limits or Limits()
     spacing = any_whitespace, whitespace_pattern
-    key = kind, text, vocabulary.fingerprint, tuple(end_ids), *spacing, limits
+    key = kind, text, vocabulary.fingerprint, tuple(end_ids), *spacing, room, limits
     over_tokens = partial(
         token_automaton,
         vocabulary=vocabulary,
@@ -115,6 +120,9 @@ def compile_constraint(
             grammar = grammar_of(
                 kind, text, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
             )
+            if room is not None:
+                _require_room(grammar, room)
+                grammar = within(grammar, room)
             networks = Networks(grammar, max_states=limits.states)
             outcome = _deepest(networks, over_tokens, limits.depth)
         except RecursionError:
@@ -126,6 +134,15 @@ def compile_constraint(
         # A new one every time: an exception that is raised again grows its traceback.
         raise type(outcome)(str(outcome))
     return outcome
+
+
+def _require_room(grammar: Grammar, room: int) -> None:
+    least = shortest(grammar)
+    if least is not None and least > room:
+        raise ConstraintError(
+            f"the shortest text of the constraint has {least} bytes, more than the tokens that "
+            "max_tokens and max_model_len leave can write"
+        )
 
 
 def _deepest(

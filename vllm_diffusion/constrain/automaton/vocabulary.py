@@ -29,6 +29,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.node)
 
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return len(self.levels) - 2
+
     def text(self, token: int) -> bytes:
         """The bytes that a token writes."""
         node, reverse = int(self.node[token]), bytearray()

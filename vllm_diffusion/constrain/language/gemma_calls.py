@@ -17,20 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
-from vllm_diffusion.constrain.language.formats import FORMATS
-from vllm_diffusion.constrain.language.numeric import between, bounds
-from vllm_diffusion.constrain.language.regex import regex
-from vllm_diffusion.constrain.language.syntax import (
-    Chars,
-    Choice,
-    Repeat,
-    Text,
-    without,
-)
-from vllm_diffusion.constrain.language.syntax import (
-    Sequence as Parts,
-)
-from vllm_diffusion.constrain.language.written import expression
+from vllm_diffusion.constrain.language.gemma_text import matching, number
+from vllm_diffusion.constrain.language.syntax import text
+from vllm_diffusion.constrain.language.written import MOST_TIMES, expression
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -108,10 +97,14 @@ def call_grammar(
         several: more than one call may stand there.
 
     Raises:
-        ConstraintError: a strict tool's schema says what the grammar cannot.
+        ConstraintError: a strict tool's schema says what the grammar cannot, or a tool's schema
+            what nobody could.
     """
     writer = _Writer(tokens)
-    calls = " | ".join(writer.call(function) for function in functions)
+    try:
+        calls = " | ".join(writer.call(function) for function in functions)
+    except RecursionError as error:
+        raise ConstraintError("A tool's parameters nest too deep.") from error
     some = "call+" if several else "call"
     if required:
         root = some
@@ -172,6 +165,19 @@ class _Writer:
                 '"strict" to false.'
             ) from error
 
+    def _counts(self, schema: Mapping[str, Any], what: str, path: str) -> tuple[int, int | None]:
+        """Fewest and most of something; any where a loose tool's contradict."""
+        least, most = int(schema.get(f"min{what}", 0)), schema.get(f"max{what}")
+        if least > MOST_TIMES:
+            raise ConstraintError(f"A tool's {path} has min{what} {least}: no answer is so long.")
+        if most is not None and least > most:
+            if self._strict:
+                raise ConstraintError(
+                    f"A strict tool's {path} has min{what} {least} above max{what} {int(most)}."
+                )
+            return 0, None
+        return least, None if most is None or most > MOST_TIMES else int(most)
+
     def _value(self, schema: Any, path: str) -> str:
         """An expression for the values that a schema allows."""
         if not isinstance(schema, dict):
@@ -210,7 +216,7 @@ class _Writer:
                 self._object(properties, schema, path) if properties else self._open(schema, path)
             )
         if kind in {"integer", "number"} and _BOUNDS & schema.keys():
-            kept = self._kept(lambda: _number(schema, whole=kind == "integer"), path)
+            kept = self._kept(lambda: number(schema, whole=kind == "integer"), path)
             return kept or _SIMPLE[kind]
         return _SIMPLE.get(kind, "value")
 
@@ -225,11 +231,11 @@ class _Writer:
         return f'("{{" ({pair} ("," {pair})*)? "}}")'
 
     def _string(self, schema: Mapping[str, Any], path: str) -> str:
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        least, most = self._counts(schema, "Length", path)
         if {"pattern", "format"} & schema.keys():
-            text = self._kept(lambda: _matching(schema), path)
-            if text is not None:
-                return f"({self._quote} {text} {self._quote})"
+            kept = self._kept(lambda: matching(schema), path)
+            if kept is not None:
+                return f"({self._quote} {kept} {self._quote})"
         if not least and most is None:
             return "string"
         times = f"{{{least},{'' if most is None else most}}}"
@@ -237,13 +243,13 @@ class _Writer:
         return f"({self._quote} [^<]{times} {self._quote})"
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str:
-        least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
+        least, most = self._counts(schema, "Items", path)
         if "prefixItems" in schema:
             return self._tuple(schema, path, least, most)
         item = self._value(schema.get("items", True), f"{path}.items")
         if most == 0:
             return '"[]"'
-        behind = f"{{{max(least - 1, 0)},{'' if most is None else int(most) - 1}}}"
+        behind = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
         items = f'{item} ("," {item}){behind}'
         return f'("[" {items} "]")' if least else f'("[" ({items})? "]")'
 
@@ -257,9 +263,11 @@ class _Writer:
                 )
             return "array"
         content = ""
-        prefix = list(enumerate(schema["prefixItems"]))[: None if most is None else int(most)]
+        prefix = list(enumerate(schema["prefixItems"]))[:most]
         if least > len(prefix):
-            raise ConstraintError(f"A tool's {path} asks for more items than it has.")
+            if self._strict:
+                raise ConstraintError(f"A strict tool's {path} asks for more items than it has.")
+            return "array"
         for index, item in reversed(prefix):
             part = self._value(item, f"{path}.prefixItems.{index}")
             content = f"""{'"," ' if index else ""}{part} {content}"""
@@ -319,7 +327,12 @@ class _Writer:
             return f'("{{" {_listed(pairs)} "}}")'
         if isinstance(value, list):
             return f'("[" {_listed(map(self._literal, value))} "]")'
-        return _text(json.dumps(value))
+        try:
+            return _text(json.dumps(value, allow_nan=False))
+        except ValueError as error:
+            raise ConstraintError(
+                f"A tool's value {value!r} cannot be written: {error}."
+            ) from error
 
     def _new_rule(self, kind: str) -> str:
         name = f"{kind}_{len(self.rules)}"
@@ -345,47 +358,11 @@ def _of_object(schema: Mapping[str, Any]) -> bool:
     return bool(schema.get("type", "object") == "object")
 
 
-def _number(schema: Mapping[str, Any], *, whole: bool) -> Node:
-    """Numbers between bounds."""
-    step = schema.get("multipleOf")
-    if step is not None and not (whole and step == 1):
-        raise ConstraintError("'multipleOf' is kept for 1 and integers alone")
-    low, high = bounds(schema)
-    return between(low, high, whole=whole)
-
-
-def _matching(schema: Mapping[str, Any]) -> Node:
-    """The text of a string with a pattern or a format."""
-    together = [key for key in ("pattern", "format", "minLength", "maxLength") if key in schema]
-    if len(together) > 1:
-        raise ConstraintError(f"it has {' and '.join(together)} together")
-    if "pattern" in schema:
-        return _unmarked(regex(schema["pattern"], search=True))
-    if schema["format"] not in FORMATS:
-        raise ConstraintError(f"the format {schema['format']!r} is not one of {', '.join(FORMATS)}")
-    return _unmarked(regex(FORMATS[schema["format"]]))
-
-
-def _unmarked(node: Node) -> Node:
-    """What a node reads where no "<" may stand, which could begin what ends a string."""
-    match node:
-        case Chars(ranges):
-            return Chars(without(ranges, ((ord("<"), ord("<")),)))
-        case Text(value) if b"<" in value:
-            raise ConstraintError('the text of a pattern has "<" in it')
-        case Parts(parts):
-            return Parts(tuple(map(_unmarked, parts)))
-        case Choice(options):
-            return Choice(tuple(map(_unmarked, options)))
-        case Repeat(part, least, most):
-            return Repeat(_unmarked(part), least, most)
-    return node
-
-
 def _listed(parts: Any) -> str:
     return ' "," '.join(parts) or '""'
 
 
 def _text(value: str) -> str:
     """A literal in EBNF; every escape of JSON is one there."""
+    text(value)  # refuses what UTF-8 cannot spell
     return json.dumps(value, ensure_ascii=False)

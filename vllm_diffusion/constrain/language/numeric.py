@@ -6,7 +6,8 @@ Digit by digit: as long as what is written equals a bound's digits, the bound li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal, localcontext
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.constrain.language.syntax import (
@@ -21,6 +22,7 @@ from vllm_diffusion.constrain.language.syntax import (
     sequence,
     text,
 )
+from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 # cannot be passed that way, unless it is no double.
 _SIGNIFICANT = 15
 _LARGEST_EXACT = 1 << 53
+
+# Ends beyond these are as good as none to who sends the bounds of a double, as .NET and Java do: a
+# state a digit is too much for them. Whole numbers of 256 bits are kept.
+_MOST_DIGITS = 80
+_LARGE = Decimal(10) ** 21
+_MOST_PLACES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,9 @@ class Bound:
     @classmethod
     def of(cls, number: float, *, exclusive: bool = False) -> Bound:
         """The bound that a JSON number means to who compares doubles, and big whole numbers."""
-        whole = isinstance(number, int) or number.is_integer()
+        if number in {inf, -inf}:
+            raise ConstraintError(f"the bound {number} is no number")
+        whole = number == int(number)
         return cls(Decimal(int(number)) if whole else Decimal(repr(number)), exclusive)
 
     @property
@@ -52,20 +62,65 @@ class Bound:
 
     def negated(self) -> Bound:
         """The same bound seen from the other side of zero."""
-        return Bound(-self.value, self.exclusive)
+        # A minus sign would round to the digits of the context.
+        return Bound(self.value.copy_negate() if self.value else self.value, self.exclusive)
 
 
 def bounds(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:
-    """The ends of the range that a JSON schema of numbers names; None: unbounded on that side."""
-    lows = [Bound.of(schema["minimum"])] if "minimum" in schema else []
-    if "exclusiveMinimum" in schema:
-        lows.append(Bound.of(schema["exclusiveMinimum"], exclusive=True))
-    highs = [Bound.of(schema["maximum"])] if "maximum" in schema else []
-    if "exclusiveMaximum" in schema:
-        highs.append(Bound.of(schema["exclusiveMaximum"], exclusive=True))
+    """The ends of the range that a JSON schema of numbers names; None: unbounded on that side.
+
+    An end of very many digits is taken a little further in.
+
+    Raises:
+        ConstraintError: no numbers of a length that can be kept are in it.
+    """
+    lows = [
+        Bound.of(schema[key], exclusive=key != "minimum")
+        for key in ("minimum", "exclusiveMinimum")
+        if key in schema and schema[key] != -inf
+    ]
+    highs = [
+        Bound.of(schema[key], exclusive=key != "maximum")
+        for key in ("maximum", "exclusiveMaximum")
+        if key in schema and schema[key] != inf
+    ]
     low = max(lows, key=lambda bound: (bound.value, bound.exclusive), default=None)
     high = min(highs, key=lambda bound: (bound.value, not bound.exclusive), default=None)
-    return low, high
+    return _narrowed(low, high)
+
+
+def _narrowed(low: Bound | None, high: Bound | None) -> tuple[Bound | None, Bound | None]:
+    """A range inside, of fewer digits where they are very many.
+
+    Raises ConstraintError where nothing would be left of a range that is not empty.
+    """
+    near_low, near_high = low and _inward(low, up=True), high and _inward(high, up=False)
+    if near_low == low and near_high == high:
+        return low, high
+    if _is_empty(near_low, near_high) and not _is_empty(low, high):
+        raise ConstraintError("the bounds leave only numbers of very many digits")
+    return near_low, near_high
+
+
+def _is_empty(low: Bound | None, high: Bound | None) -> bool:
+    if low is None or high is None:
+        return False
+    return low.value > high.value or (low.value == high.value and (low.exclusive or high.exclusive))
+
+
+def _inward(bound: Bound, *, up: bool) -> Bound:
+    """An end that is not further out, of a number of digits that can be kept."""
+    if not up:
+        return _inward(bound.negated(), up=True).negated()
+    if bound.value >= Decimal(10) ** _MOST_DIGITS:
+        raise ConstraintError(f"the bound {bound.value:.3e} has more digits than can be kept")
+    if bound.value <= -(Decimal(10) ** _MOST_DIGITS):
+        return Bound(-_LARGE)
+    with localcontext() as context:
+        context.prec = 2 * _MOST_DIGITS + _MOST_PLACES
+        context.rounding = ROUND_CEILING
+        value = bound.value.quantize(Decimal(1).scaleb(-_MOST_PLACES))
+    return bound if value == bound.value else Bound(value or Decimal(0))
 
 
 def between(low: Bound | None, high: Bound | None, *, whole: bool) -> Node:

@@ -157,7 +157,11 @@ class _Translation:
         step = schema.get("multipleOf")
         if step is not None and not (whole and step == 1):
             self._problems.append(f"{path} has 'multipleOf'")
-        low, high = bounds(schema)
+        try:
+            low, high = bounds(schema)
+        except ConstraintError as error:
+            self._problems.append(f"{path}: {error}")
+            return NOTHING
         if low is None and high is None:
             return write.INTEGER if whole else write.NUMBER
         return between(low, high, whole=whole)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.language.syntax import Grammar, Node
 
 
+MOST_TIMES = (1 << 31) - 1
+"""As often as xgrammar can count; no text has a part more often."""
+
 _ID_BYTES = len(mark(0)) - len(MARK)
 
 _MANY_TEXTS = 64
@@ -120,7 +123,10 @@ class _Writer:
             case Repeat(part, least, most):
                 if not _has_text(part, self.names):
                     return '""'
-                return f"({self.node(part)}){{{least},{'' if most is None else most}}}"
+                if least > MOST_TIMES:
+                    raise ConstraintError(f"A part is asked for {least} times: no text is so long.")
+                last = "" if most is None or most > MOST_TIMES else most
+                return f"({self.node(part)}){{{least},{last}}}"
             case Call(rule):
                 return self.names[rule]
 

@@ -198,3 +198,78 @@ def test_what_cannot_be_kept_is_refused_of_a_strict_tool_alone(property_: dict[s
     with pytest.raises(ConstraintError, match="strict tool's"):
         takes("", tool(schema))
     assert takes(call(""), tool(schema, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("property_", "kept", "refused"),
+    [
+        ({"type": "string", "maxLength": 5.0}, ["'abcde'"], ["'abcdef'"]),
+        (
+            {"type": "array", "items": {"type": "null"}, "maxItems": 1.0},
+            ["[null]"],
+            ["[null,null]"],
+        ),
+        ({"type": "string", "maxLength": 10**30}, ["'abc'"], ["1"]),
+        (
+            {
+                "type": "number",
+                "minimum": -1.7976931348623157e308,
+                "maximum": 1.7976931348623157e308,
+            },
+            ["-1.5", "100000"],
+            ["'a'"],
+        ),
+        ({"type": "number", "minimum": 5e-324}, ["0.5"], ["0", "-1"]),
+        ({"type": "integer", "minimum": 0, "maximum": 1e300}, ["12"], ["-1"]),
+        (
+            {"type": "integer", "minimum": 0, "maximum": 2**256 - 1},
+            [str(2**256 - 1)],
+            [str(2**256)],
+        ),
+        ({"oneOf": [{"const": "a", "title": "A"}, {"const": 3}]}, ["'a'", "3"], ["'b'"]),
+    ],
+)
+def test_bounds_as_other_languages_write_them(
+    property_: dict[str, Any], kept: list[str], refused: list[str]
+) -> None:
+    test_what_pydantic_says_of_a_value(property_, kept, refused)
+
+
+@pytest.mark.parametrize(
+    ("property_", "name"),
+    [
+        ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength 5 above maxLength 2"),
+        ({"type": "array", "minItems": 5, "maxItems": 2.0}, "minItems 5 above maxItems 2"),
+        ({"type": "array", "prefixItems": [True], "minItems": 2}, "more items than it has"),
+        ({"type": "number", "minimum": 1e300}, "more digits than can be kept"),
+    ],
+)
+def test_contradicting_bounds_are_named_or_left_out(property_: dict[str, Any], name: str) -> None:
+    schema = {"type": "object", "properties": {"a": property_, "b": {"type": "integer"}}}
+    with pytest.raises(ConstraintError, match=name):
+        takes("", tool(schema))
+    assert takes(call("b:3"), tool(schema, strict=False))
+    assert not takes(call("b:'x'"), tool(schema, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("property_", "problem"),
+    [
+        ({"enum": ["\ud800"]}, "surrogate"),
+        ({"const": float("inf")}, "cannot be written"),
+        ({"type": "string", "minLength": 10**30}, "no answer is so long"),
+    ],
+)
+def test_what_nobody_can_write_is_refused(property_: dict[str, Any], problem: str) -> None:
+    schema = {"type": "object", "properties": {"a": property_}}
+    for strict in (True, False):
+        with pytest.raises(ConstraintError, match=problem):
+            takes("", tool(schema, strict=strict))
+
+
+def test_parameters_that_nest_too_deep_are_refused() -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(2000):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(ConstraintError, match="nest too deep"):
+        takes("", tool(schema))

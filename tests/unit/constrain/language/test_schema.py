@@ -200,6 +200,8 @@ REFUSED = {
     "overlap": ({"oneOf": [J, N]}, ["#/oneOf: a value may fit options 0 and 1"]),
     "overlap of objects": ({"oneOf": [obj({"a": J}), obj({"b": J})]}, ["options 0 and 1"]),
     "lookahead": (string(pattern="(?=a)b"), ["lookaround"]),
+    "bounds too large": ({**N, "minimum": 1e300}, ["#: the bound 1.000e+300 has more digits"]),
+    "bounds too small": ({**N, "exclusiveMinimum": 0, "maximum": 1e-310}, ["very many digits"]),
     "bad pattern": (string(pattern=r"\p{L}"), ["is not a 'regex'"]),
     "remote": ({"$ref": "https://a.b/c"}, ["leads outside"]),
     "address inside": (arr({"$id": "https://a.b/c", **J}), ["#/items has '$id'"]),
