@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from _report import Value, finish, parser, print_table
@@ -93,9 +93,17 @@ def corpus(file: Path, most: int) -> Iterator[Case]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.filename.endswith(".json") and info.file_size <= most:
-                schema = json.loads(archive.read(info))
+                schema = cast("Any", _read(archive.read(info)))
                 if isinstance(schema, dict) and {"$schema", "type", "properties"} & schema.keys():
                     yield Case(name=Path(info.filename).stem, schema=schema)
+
+
+def _read(data: bytes) -> object:
+    """JSON; None where it is none, as some pages that the package kept."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
 
 
 def ours(tokens: list[bytes]) -> Callable[[Case], Outcome]:

@@ -219,4 +219,115 @@ TABLE = {
         [{}, {"a": None}],
         [{"a": ""}],
     ),
+    "not a type": ({"not": {"type": ["string", "object"]}}, [1, None, [], True], ["a", {}]),
+    "not a value": (
+        {"type": ["string", "integer", "null"], "not": {"enum": ["a", "b", 3, 5]}},
+        ["", "ab", 4, 2, 6, None],
+        ["a", "b", 3, 5],
+    ),
+    "not a pattern": (string(pattern="a", **{"not": {"pattern": r"\d"}}), ["a", "xa"], ["a1", ""]),
+    "forbidden name": (obj({"a": J, "b": {"not": {}}}), [{}, {"a": 1}], [{"a": 1, "b": 2}]),
+    "not both": (
+        {**obj({"a": J, "b": J}), "not": {"required": ["a", "b"]}},
+        [{}, {"a": 1}, {"b": 1}],
+        [{"a": 1, "b": 2}],
+    ),
+    "if": (
+        {
+            **obj({"kind": {"enum": ["x", "y"]}, "n": {}}, ["kind", "n"]),
+            "if": {"properties": {"kind": {"const": "x"}}},
+            "then": {"properties": {"n": J}},
+            "else": {"properties": {"n": S}},
+        },
+        [{"kind": "x", "n": 1}, {"kind": "y", "n": "1"}],
+        [{"kind": "x", "n": "1"}, {"kind": "y", "n": 1}],
+    ),
+    "dependent names": (
+        obj({"a": J, "b": J, "c": J}, dependentRequired={"a": ["b"], "b": []}),
+        [{}, {"b": 1}, {"a": 1, "b": 2}, {"c": 3}],
+        [{"a": 1}, {"a": 1, "c": 1}],
+    ),
+    "dependent schema": (
+        obj({"a": J, "b": J}, dependentSchemas={"a": {"properties": {"b": {"minimum": 5}}}}),
+        [{"b": 1}, {"a": 1, "b": 5}, {"a": 1}],
+        [{"a": 1, "b": 4}],
+    ),
+    "one of what overlaps": (
+        {"oneOf": [{**J, "minimum": 3}, {**J, "maximum": 7}]},
+        [2, 8, -5],
+        [3, 5, 7],
+    ),
+    "one of what is there": (
+        {**obj({"a": J, "b": J}), "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        [{"a": 1}, {"b": 1}],
+        [{}, {"a": 1, "b": 1}],
+    ),
+    "pattern and length": (
+        string(pattern="^[a-z]+(-[a-z]+)*$", minLength=3, maxLength=6),
+        ["abc", "ab-cde"],
+        ["ab", "abcdefg", "ab-"],
+    ),
+    "format and pattern": (
+        string(format="date", pattern="^202"),
+        ["2024-02-29"],
+        ["1999-01-01", "2023-02-29"],
+    ),
+    "two patterns": ({"allOf": [string(pattern="a"), string(pattern='"')]}, ['"a'], ["a", '"']),
+    "a format of nobody": (string(format="colour"), ["", "red"], [1]),
+    "multiples": ({**J, "multipleOf": 7, "minimum": 0, "maximum": 50}, [0, 7, 49], [8, 56, -7]),
+    "multiples of either sign": ({**N, "multipleOf": 2.5}, [0, 5, -10], [1, -3]),
+    "patterns of names": (
+        {
+            **obj({"ab": {"minimum": 3}}),
+            "patternProperties": {"^a": J, "b$": {"maximum": 9}},
+            "additionalProperties": B,
+        },
+        [{"ab": 4}, {"a": 99}, {"b": 1.5}, {"ab": 3, "axb": 5, "c": True}],
+        [{"ab": 2}, {"ab": 10}, {"a": 1.5}, {"c": 1}, {"axb": 10}],
+    ),
+    "names of some length": (
+        {**obj({"a": J}, additionalProperties=J), "propertyNames": {"maxLength": 2}},
+        [{"a": 1}, {"bc": 1}],
+        [{"abc": 1}],
+    ),
+    "contains": (arr({"type": ["integer", "string"]}, contains=S), [["a"], [1, "a"]], [[], [1]]),
+    "contains some": (
+        arr({"type": ["integer", "string"]}, contains=S, minContains=1, maxContains=2, maxItems=4),
+        [["a"], [1, "a", 2, "b"]],
+        [[1], ["a", "b", "c"]],
+    ),
+    "unique": (
+        arr({"enum": ["a", "b", "c"]}, uniqueItems=True, minItems=1),
+        [["b"], ["c", "a", "b"]],
+        [[], ["a", "a"]],
+    ),
+    "many unique": (
+        arr({"enum": list(range(12))}, uniqueItems=True, maxItems=3),
+        [[], [0, 4, 11]],
+        [[3, 3], [1, 2, 3, 4]],
+    ),
+    "closed parts": (
+        {"allOf": [obj({"a": J, "b": J}, additionalProperties=False), obj({"a": {"minimum": 3}})]},
+        [{"a": 3}],
+        [{"a": 2}, {"b": "x"}],
+    ),
+    "evaluated by parts": (
+        {"allOf": [obj({"a": J})], "properties": {"b": S}, "unevaluatedProperties": False},
+        [{"a": 1}, {"b": ""}, {}],
+        [{"c": 1}],
+    ),
+    "tuples together": (
+        {"allOf": [arr(J, prefixItems=[N]), arr(prefixItems=[{"minimum": 1}, {"maximum": 5}])]},
+        [[1.5, 5], [1]],
+        [[0.5], [1, 6], [1, 1.5]],
+    ),
+    "anchors": (
+        {
+            "$id": "https://a.b/c",
+            "$defs": {"d": {"$id": "e", "$anchor": "f", **obj({"x": {"$ref": "#f"}})}},
+            "$ref": "e#f",
+        },
+        [{}, {"x": {"x": {}}}],
+        [{"x": 1}],
+    ),
 }

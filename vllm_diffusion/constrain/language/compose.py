@@ -10,41 +10,51 @@ from __future__ import annotations
 from collections import Counter
 from functools import reduce
 from itertools import combinations
+from math import lcm
 from typing import Any
-from urllib.parse import unquote
 
 from jsonschema import Draft202012Validator
 
-Schema = dict[str, Any] | bool
+from vllm_diffusion.constrain.language.addresses import Schema, followed
+from vllm_diffusion.constrain.language.negation import (
+    CONDITIONS,
+    NEGATED,
+    Negation,
+    NegationError,
+)
 
 OF_TYPE = {
     "object": {
         *("properties", "required", "additionalProperties", "patternProperties"),
         *("propertyNames", "minProperties", "maxProperties", "unevaluatedProperties"),
     },
-    "array": {"items", "prefixItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems"},
-    "string": {"minLength", "maxLength", "pattern", "format"},
+    "array": {
+        *("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems"),
+        *("contains", "minContains", "maxContains"),
+    },
+    "string": {"minLength", "maxLength", "pattern", "format", "$also"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-TYPES = ("object", "array", "string", "number", "boolean", "null")
-REFUSED = {
-    *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"),
-    *("contains", "minContains", "maxContains", "$dynamicRef", "$recursiveRef", "$id"),
-}
-_APPLIED = {"$ref", "allOf", "anyOf", "oneOf"}
+REFUSED = {"$dynamicRef", "$recursiveRef", "$id"}
+_APPLIED = {"$ref", "allOf", "anyOf", "oneOf"} | CONDITIONS
 # Everything else says nothing about what is valid.
-_ASSERTED = {"type", "enum", "const"} | _APPLIED | REFUSED | set().union(*OF_TYPE.values())
+_ASSERTED = {"type", "enum", "const"} | _APPLIED | REFUSED | {NEGATED}
+_ASSERTED = _ASSERTED.union(*OF_TYPE.values())
 
 # Keywords that look at what stands beside them in the same part.
-_LOOKS_AT_NAMES = {"additionalProperties", "unevaluatedProperties"}
-_LOOKS_AT_ITEMS = {"items", "unevaluatedItems"}
+_LOOKS_AT_NAMES = {"additionalProperties"}
+_LOOKS_AT_ITEMS = {"items"}
 
 _LARGER = {"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"}
 _SMALLER = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"}
 
+# What is left to say of what no part speaks of -> the keyword that says so of a flat schema.
+_EVALUATED = {"unevaluatedProperties": "additionalProperties", "unevaluatedItems": "items"}
+
 # References within references: deeper ones go round in a circle.
 _DEEPEST = 32
 _MOST_ALTERNATIVES = 256
+_MOST_LOOKED_AT = 100_000
 
 
 class Composition:
@@ -59,13 +69,15 @@ class Composition:
         self._root = root
         self._problems = problems
         self._validator = Draft202012Validator(root)
+        self._looked_at = 0
+        self._negation = Negation(self.resolved)
 
     def resolved(self, pointer: str) -> Schema:
         """The schema that a JSON pointer, as in ``#/$defs/name``, leads to."""
         if pointer != "#" and not pointer.startswith("#/"):
             self._problems.append(f"$ref {pointer!r} leads outside of the schema")
             return False
-        target = _followed(self._root, pointer)
+        target = followed(self._root, pointer)
         if not isinstance(target, dict | bool):
             self._problems.append(f"$ref {pointer!r} leads nowhere")
             return False
@@ -81,10 +93,10 @@ class Composition:
             return None
         [(key, value)] = keywords.items()
         if key == "oneOf":
-            self._require_apart(value, path)
+            return "anyOf", self._one_of(value, path)
         if key == "allOf" and len(value) == 1:
             return "anyOf", value
-        return (key, value) if key in {"$ref", "anyOf", "oneOf"} else None
+        return (key, value) if key in {"$ref", "anyOf"} else None
 
     def finite(self, schema: dict[str, Any]) -> list[Any] | None:
         """The values of a schema that lists them, those that its other keywords allow."""
@@ -95,7 +107,7 @@ class Composition:
         others = {key: value for key, value in asserted(schema).items() if key != listed}
         if not others:
             return values
-        validator = self._validator.evolve(schema=others)
+        validator = self._validator.evolve(schema=_plain(others))
         return [value for value in values if validator.is_valid(value)]
 
     def _listed_by(self, schema: dict[str, Any]) -> tuple[str | None, list[Any]]:
@@ -126,27 +138,56 @@ class Composition:
             return [schema] if schema else []
         own = {key: value for key, value in asserted(schema).items() if key not in _APPLIED}
         if own.keys() == asserted(schema).keys():
-            return [schema]
-        if depth > _DEEPEST:
+            return [_closed(schema, schema)] if _EVALUATED.keys() & own.keys() else [schema]
+        self._looked_at += 1
+        if depth > _DEEPEST or self._looked_at > _MOST_LOOKED_AT:
             self._problems.append(f"{path} is defined by itself")
             return []
+        # What parts evaluate is known when they are one.
+        late = {key: own.pop(key) for key in _EVALUATED if key in own}
         parts: list[list[Schema]] = [[own or True]]
         if "$ref" in schema:
             parts.append([self.resolved(schema["$ref"])])
-        parts += [[part] for part in schema.get("allOf", [])]
-        parts += [schema[key] for key in ("anyOf", "oneOf") if key in schema]
+        parts += [[part] for part in (*schema.get("allOf", []), *self._conditions(schema, path))]
+        if "anyOf" in schema:
+            parts.append(schema["anyOf"])
+        if "oneOf" in schema:
+            parts.append(self._one_of(schema["oneOf"], path))
         flat = [
             [one for part in options for one in self.alternatives(part, path, depth + 1)]
             for options in parts
         ]
-        if "oneOf" in schema:
-            self._require_apart(schema["oneOf"], path)
-        return reduce(lambda left, right: self._products(left, right, path), flat)
+        merged = reduce(lambda left, right: self._products(left, right, path), flat)
+        return [self._evaluated(each, late, path) for each in merged] if late else merged
 
-    def strings(self, naming: Schema, path: str) -> Schema:
-        """A schema for names, which are strings whatever it says."""
-        merged = self._merged({"type": "string"}, naming, path)
-        return {**naming, "type": "string"} if isinstance(naming, dict) else merged
+    def _evaluated(self, schema: Schema, late: dict[str, Any], path: str) -> Schema:
+        """A flat schema with what its ``unevaluated`` keywords say of the rest."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"enum": []}
+        if NEGATED in schema:
+            self._problems.append(f"{path} has {next(iter(late))!r} beside a negation")
+        return _closed(schema, late)
+
+    def _conditions(self, schema: dict[str, Any], path: str) -> list[Schema]:
+        try:
+            return self._negation.conditions(schema)
+        except NegationError as error:
+            keys = " and ".join(repr(key) for key in schema if key in CONDITIONS)
+            self._problems.append(f"{path} has {keys}, and what {error} excludes cannot be said")
+            return [False]
+
+    def names(self, naming: Schema, also: list[Any], path: str) -> Schema:
+        """A schema for names, which are strings whatever it says, with more to obey."""
+        string: dict[str, Any] = {"type": "string", **({"$also": also} if also else {})}
+        return (
+            string
+            if naming is True
+            else {"anyOf": self._products([string], self.alternatives(naming, path), path)}
+        )
+
+    def may_be(self, naming: Schema, value: Any) -> bool:
+        """Whether a value is valid for a schema."""
+        return naming is True or bool(self._validator.evolve(schema=naming).is_valid(value))
 
     def _products(self, left: list[Schema], right: list[Schema], path: str) -> list[Schema]:
         if len(left) * len(right) > _MOST_ALTERNATIVES:
@@ -160,13 +201,18 @@ class Composition:
         if isinstance(one, bool) or isinstance(other, bool):
             return (one and other) if isinstance(one, bool) else (other and one)
         one, other = _listed(asserted(one)), _listed(asserted(other))
-        if not _independent(one, other) or not _independent(other, one):
+        if not (_independent(one, other) and _independent(other, one)):
+            one, other = _filled(one, other), _filled(other, one)
+        if not (_independent(one, other) and _independent(other, one)):
             self._problems.append(
                 f"{path} is made of parts one of which closes an object or array that another fills"
             )
         merged = dict(one)
         for key, value in other.items():
-            if key in merged and merged[key] != value:
+            if key in {"pattern", "format"} and merged.get(key, value) != value:
+                more = [{key: value}]
+                merged["$also"] = self._both("$also", merged.get("$also", []), more, path)
+            elif key in merged and merged[key] != value:
                 merged[key] = self._both(key, merged[key], value, path)
             else:
                 merged[key] = value
@@ -183,34 +229,51 @@ class Composition:
                 return _common_types(one, other)
             case "required":
                 return [*one, *(name for name in other if name not in one)]
-            case "properties":
+            case "properties" | "patternProperties":
                 both = {name: {"allOf": [one[name], other[name]]} for name in one if name in other}
                 return {**one, **other, **both}
             case "items" | "additionalProperties" | "propertyNames":
                 return {"allOf": [one, other]}
-            case "uniqueItems":
+            case "prefixItems":
+                longer = one if len(one) > len(other) else other
+                parts = [{"allOf": [*pair]} for pair in zip(one, other, strict=False)]
+                return [*parts, *longer[len(parts) :]]
+            case "multipleOf" if float(one).is_integer() and float(other).is_integer():
+                return lcm(int(one), int(other))
+            case "uniqueItems" | "$negated":
                 return True
+            case "$also":
+                return [*one, *(each for each in other if each not in one)]
             case "enum":
                 known = set(map(identity, other))
                 return [value for value in one if identity(value) in known]
         self._problems.append(f"{path} is made of parts with different {key!r}")
         return one
 
-    def _require_apart(self, options: list[Schema], path: str) -> None:
-        """Refuse ``oneOf`` unless no value fits two options."""
+    def _one_of(self, options: list[Schema], path: str) -> list[Schema]:
+        """Options of which a value fits one: each without those that it may have in common."""
         finite = [self.finite(each) if isinstance(each, dict) else None for each in options]
-        values = [value for values in finite for value in values or ()]
-        if len(set(map(identity, values))) < len(values):
-            self._problems.append(f"{path}/oneOf: a value stands in two options")
+        counts = Counter(identity(value) for values in finite for value in values or ())
         flat = [self.alternatives(option, path) for option in options]
+        others: list[list[Schema]] = [[] for _ in options]
         for (i, left), (j, right) in combinations(enumerate(flat), 2):
-            if finite[i] is not None and finite[j] is not None:
+            both_listed = finite[i] is not None and finite[j] is not None
+            if both_listed and max(counts.values(), default=1) == 1:
                 continue
-            if not all(self._apart(one, other) for one in left for other in right):
+            if all(self._apart(one, other) for one in left for other in right):
+                continue
+            try:
+                others[i].append(self._negation.negated(options[j]))
+                others[j].append(self._negation.negated(options[i]))
+            except NegationError:
                 self._problems.append(
                     f"{path}/oneOf: a value may fit options {i} and {j} (say anyOf, or tell them "
                     "apart by type or by a required property with different constants)"
                 )
+        return [
+            {"allOf": [option, *more]} if more else option
+            for option, more in zip(options, others, strict=True)
+        ]
 
     def _apart(self, one: Schema, other: Schema, *, deep: bool = True) -> bool:
         """Whether it is plain that no value fits two flat schemas."""
@@ -218,7 +281,7 @@ class Composition:
             return one is False or other is False
         for values, schema in ((self.finite(one), other), (self.finite(other), one)):
             if values is not None:
-                validator = self._validator.evolve(schema=schema)
+                validator = self._validator.evolve(schema=_plain(schema))
                 return not any(map(validator.is_valid, values))
         if "type" not in one or "type" not in other:
             return False
@@ -235,48 +298,6 @@ class Composition:
             if all(self._apart(a, b, deep=False) for a in left for b in right):
                 return True
         return False
-
-
-def circular(root: Schema) -> set[str]:
-    """The references of a schema that lead back to themselves."""
-    leads = {pointer: _references(_followed(root, pointer)) for pointer in _references(root)}
-    found = set()
-    for start, first in leads.items():
-        pending = [*first]
-        seen = {*pending}
-        for pointer in pending:
-            more = leads[pointer] - seen
-            seen |= more
-            pending += more
-        if start in seen:
-            found.add(start)
-    return found
-
-
-def _references(schema: Any) -> set[str]:
-    """Every ``$ref`` in a schema."""
-    found: set[str] = set()
-    pending = [schema]
-    for part in pending:
-        if isinstance(part, dict):
-            if isinstance(part.get("$ref"), str):
-                found.add(part["$ref"])
-            pending += part.values()
-        elif isinstance(part, list):
-            pending += part
-    return found
-
-
-def _followed(root: Any, pointer: str) -> Any:
-    """What a JSON pointer leads to; None: nothing."""
-    target = root
-    for part in unquote(pointer).split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        try:
-            target = target[int(key) if isinstance(target, list) else key]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return target
 
 
 def asserted(schema: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +333,37 @@ def _common_types(one: str | list[str], other: str | list[str]) -> list[str]:
         if "integer" in left and "number" in right and "integer" not in common:
             common.append("integer")
     return common
+
+
+def _plain(schema: Schema) -> Schema:
+    """A flat schema as a validator reads it."""
+    if isinstance(schema, bool) or "$also" not in schema:
+        return schema
+    others = {key: value for key, value in schema.items() if key != "$also"}
+    return {**others, "allOf": schema["$also"]}
+
+
+def _closed(schema: dict[str, Any], late: dict[str, Any]) -> Schema:
+    """A flat schema that says of the rest what ``unevaluated`` keywords do."""
+    rest = {_EVALUATED[key]: late[key] for key in _EVALUATED if key in late}
+    return {**rest, **{key: value for key, value in schema.items() if key not in _EVALUATED}}
+
+
+def _filled(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The same schema, with what it says of the rest said of the names and places of another."""
+    missing = len(other.get("prefixItems", ())) - len(one.get("prefixItems", ()))
+    if "items" in one and missing > 0:
+        one = {**one, "prefixItems": [*one.get("prefixItems", ()), *[one["items"]] * missing]}
+    names = [name for name in other.get("properties", {}) if name not in one.get("properties", {})]
+    if "additionalProperties" not in one or not names or "patternProperties" in one:
+        return one
+    return {
+        **one,
+        "properties": {
+            **one.get("properties", {}),
+            **dict.fromkeys(names, one["additionalProperties"]),
+        },
+    }
 
 
 def _independent(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """The ``format`` of a JSON schema's string -> a regular expression that nothing else matches.
 
 Narrower than the standards where a reader would stumble: no leap seconds, no year 0, no quoted mail
-boxes, no URI without an authority. A day that does not exist is not a date.
+boxes, no URI without an authority, ASCII where a format lets all characters stand. A day that does
+not exist is not a date.
 """
 
 from __future__ import annotations
@@ -45,15 +46,31 @@ def _ipv6() -> str:
     return "|".join(options)
 
 
+_POINTER = r"(?:/(?:[^~/]|~[01])*)*"
+_URI = rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(?::[1-9]\d{{0,3}})?(?:/{_PATH})?(?:\?{_QUERY})?(?:#{_QUERY})?"
+_RELATIVE = rf"(?:{_URI}|/?[A-Za-z0-9._~-]+(?:/[A-Za-z0-9._~-]+)*(?:\?{_QUERY})?(?:#{_QUERY})?)"
+_EMAIL = rf"{_ATOM}(?:\.{_ATOM})*@{_NAME}(?:\.{_NAME})+"
+
 FORMATS = {
     "date": _DATE,
     "time": _TIME,
     "date-time": rf"{_DATE}T{_TIME}",
     "duration": _DURATION,
-    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_NAME}(?:\.{_NAME})+",
+    "email": _EMAIL,
     "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
+    "idn-email": _EMAIL,
+    "idn-hostname": rf"{_LABEL}(?:\.{_LABEL})*",
     "ipv4": rf"{_OCTET}(?:\.{_OCTET}){{3}}",
     "ipv6": _ipv6(),
-    "uri": rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(?::[1-9]\d{{0,3}})?(?:/{_PATH})?(?:\?{_QUERY})?(?:#{_QUERY})?",
+    "iri": _URI,
+    "iri-reference": _RELATIVE,
+    "json-pointer": _POINTER,
+    "relative-json-pointer": rf"(?:0|[1-9]\d*)(?:#|{_POINTER})",
+    "uri": _URI,
+    "uri-reference": _RELATIVE,
+    "uri-template": _URI,
     "uuid": r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
 }
+
+UNSUPPORTED = {"regex"}
+"""Formats of the standard that no automaton can follow; what is in neither says nothing."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
+from vllm_diffusion.constrain.language.formats import FORMATS, UNSUPPORTED
 from vllm_diffusion.constrain.language.gemma_text import matching, number
 from vllm_diffusion.constrain.language.syntax import text
 from vllm_diffusion.constrain.language.written import MOST_TIMES, expression
@@ -232,6 +233,8 @@ class _Writer:
 
     def _string(self, schema: Mapping[str, Any], path: str) -> str:
         least, most = self._counts(schema, "Length", path)
+        if schema.get("format") not in {None, *FORMATS, *UNSUPPORTED}:  # says nothing
+            schema = {key: value for key, value in schema.items() if key != "format"}
         if {"pattern", "format"} & schema.keys():
             kept = self._kept(lambda: matching(schema), path)
             if kept is not None:

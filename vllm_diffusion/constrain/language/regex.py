@@ -24,6 +24,7 @@ from vllm_diffusion.constrain.language.syntax import (
     Sequence,
     complement,
     merged,
+    optional,
     sequence,
 )
 from vllm_diffusion.errors import ConstraintError
@@ -57,13 +58,14 @@ _BEGINNING = {sre.AT_BEGINNING, sre.AT_BEGINNING_STRING}
 _END = {sre.AT_END, sre.AT_END_STRING}
 
 
-def regex(expression: str, *, search: bool = False) -> Node:
+def regex(expression: str, *, search: bool = False, wide: bool = False) -> Node:
     """What a regular expression matches.
 
     Args:
         expression: in the dialect of Python's ``re``.
         search: a match anywhere will do, as in a JSON schema's ``pattern``, unless anchors say
             otherwise; else the whole text must match.
+        wide: what any dialect matches, for what must not match; else what all of them do.
 
     Raises:
         ConstraintError: it does not parse, or uses what no automaton can follow.
@@ -75,7 +77,8 @@ def regex(expression: str, *, search: bool = False) -> Node:
     flags = parsed.state.flags
     if flags & (re.IGNORECASE | re.MULTILINE | re.LOCALE):
         raise ConstraintError(_unsupported(expression, "the flags i, m and L"))
-    return _Translation(expression, bool(flags & re.DOTALL)).whole(list(parsed), search=search)
+    dot_is_all = bool(flags & re.DOTALL) or wide
+    return _Translation(expression, dot_is_all, wide).whole(list(parsed), search=search)
 
 
 def _unsupported(expression: str, what: str) -> str:
@@ -93,8 +96,9 @@ def _unicode(letter: str) -> Ranges:
 class _Translation:
     """From the parser's items, (operator, argument), to nodes."""
 
-    def __init__(self, expression: str, dot_is_all: bool) -> None:
+    def __init__(self, expression: str, dot_is_all: bool, wide: bool) -> None:
         self._expression = expression
+        self._wide = wide
         self._dot = Chars(complement(() if dot_is_all else ((0x0A, 0x0A),)))
 
     def whole(self, items: list[Any], *, search: bool) -> Node:
@@ -113,7 +117,9 @@ class _Translation:
         while items and items[-1][0] is sre.AT and items[-1][1] in _END:
             items, ends = items[:-1], True
         before = EMPTY if starts or not search else ANYTHING
-        behind = EMPTY if ends or not search else ANYTHING
+        # Python lets $ stand before a last line break.
+        end = optional(Chars(((0x0A, 0x0A),))) if self._wide else EMPTY
+        behind = end if ends or not search else ANYTHING
         return sequence(before, self._sequence(items), behind)
 
     def _sequence(self, items: Any) -> Node:
@@ -142,8 +148,7 @@ class _Translation:
         what = _REFUSED.get(operator, str(operator))
         raise ConstraintError(_unsupported(self._expression, what))
 
-    @staticmethod
-    def _set(items: Any) -> Chars:
+    def _set(self, items: Any) -> Chars:
         negated = any(operator is sre.NEGATE for operator, _ in items)
         ranges: list[tuple[int, int]] = []
         for operator, argument in items:
@@ -154,7 +159,7 @@ class _Translation:
             elif operator is sre.CATEGORY:
                 letter, inside = _CATEGORY[argument]
                 # Where dialects differ, what is read at last is what all of them read.
-                wide = inside == negated
+                wide = (inside == negated) != self._wide
                 known = _unicode(letter) if wide else _ASCII[letter]
                 ranges += known if inside else complement(known)
         return Chars(complement(ranges) if negated else merged(ranges))

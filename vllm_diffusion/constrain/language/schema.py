@@ -9,23 +9,26 @@ so, an array with ``prefixItems`` no others without ``items``, and keywords of o
 from __future__ import annotations
 
 import json
+import re
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
 from vllm_diffusion.constrain.language import json_text as write
+from vllm_diffusion.constrain.language.addresses import Schema, circular, located
+from vllm_diffusion.constrain.language.arrays import containing, distinct
 from vllm_diffusion.constrain.language.compose import (
     OF_TYPE,
     REFUSED,
-    TYPES,
     Composition,
-    Schema,
-    circular,
+    identity,
 )
-from vllm_diffusion.constrain.language.formats import FORMATS
+from vllm_diffusion.constrain.language.negation import TYPES
 from vllm_diffusion.constrain.language.numeric import between, bounds
-from vllm_diffusion.constrain.language.regex import regex
+from vllm_diffusion.constrain.language.regular import Multiples, together
+from vllm_diffusion.constrain.language.strings import text_of
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
@@ -41,6 +44,8 @@ from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from vllm_diffusion.constrain.language.numeric import Bound
 
 ANY_VALUE, ANY_ARRAY, ANY_OBJECT = "any value", "any array", "any object"
 
@@ -68,11 +73,18 @@ def json_schema(
         raise ConstraintError(f"This is not a JSON schema: {error}.") from error
     try:
         layout = write.Layout(any_whitespace=any_whitespace, pattern=whitespace_pattern)
-        return _Translation(parsed, layout).grammar()
+        return _Translation(located(parsed), layout).grammar()
     except RecursionError as error:
         raise ConstraintError(
             "The JSON schema nests too deep, or merges a part with itself without end."
         ) from error
+
+
+_MOST_PATTERNS = 3
+_MOST_CONTAINED = 9
+_MOST_COUNTED = 100
+_LARGEST_STEP = 1000
+_LARGEST_DENOMINATOR = 1024
 
 
 class _Translation:
@@ -81,8 +93,6 @@ class _Translation:
     def __init__(self, root: Schema, layout: write.Layout) -> None:
         self._layout = layout
         self._problems: list[str] = []
-        if isinstance(root, dict):  # its own address does not matter: nothing is looked up there
-            root = {key: value for key, value in root.items() if key != "$id"}
         self._compose = Composition(root, self._problems)
         self._circular = circular(root)
         self._rules: dict[str, Node] = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
@@ -154,11 +164,10 @@ class _Translation:
         return Call(name)
 
     def _number(self, schema: dict[str, Any], path: str, *, whole: bool) -> Node:
-        step = schema.get("multipleOf")
-        if step is not None and not (whole and step == 1):
-            self._problems.append(f"{path} has 'multipleOf'")
         try:
             low, high = bounds(schema)
+            if "multipleOf" in schema:
+                return self._multiples(schema["multipleOf"], low, high, path)
         except ConstraintError as error:
             self._problems.append(f"{path}: {error}")
             return NOTHING
@@ -166,31 +175,27 @@ class _Translation:
             return write.INTEGER if whole else write.NUMBER
         return between(low, high, whole=whole)
 
-    def _string(self, schema: dict[str, Any], path: str) -> Node:
-        least, most = _counts(schema, "Length")
-        named = [key for key in ("pattern", "format") if key in schema]
-        if not named:
-            return sequence(write.QUOTE, Repeat(write.CHARACTER, *_span(least, most)), write.QUOTE)
-        if len(named) > 1 or least or most is not None:
-            together = [
-                key for key in ("pattern", "format", "minLength", "maxLength") if key in schema
-            ]
-            self._problems.append(f"{path} has {' and '.join(map(repr, together))} together")
-            return NOTHING
-        if "pattern" in schema:
-            return self._pattern(schema["pattern"], path)
-        if schema["format"] not in FORMATS:
-            known = ", ".join(sorted(FORMATS))
-            self._problems.append(f"{path} has the format {schema['format']!r}, not one of {known}")
-            return NOTHING
-        return write.string(regex(FORMATS[schema["format"]]))
+    def _multiples(self, step: float, low: Bound | None, high: Bound | None, path: str) -> Node:
+        """Whole numbers that a number divides; multiples that are no whole numbers are left out."""
+        numerator, denominator = step.as_integer_ratio()
+        if denominator > _LARGEST_DENOMINATOR or numerator > _LARGEST_STEP:
+            raise ConstraintError(f"has 'multipleOf' {step}, which is kept up to {_LARGEST_STEP}")
+        bounded = low is not None or high is not None
+        digits = between(low, high, whole=True) if bounded else write.INTEGER
+        if numerator == 1:
+            return digits
+        rules = together([digits, Multiples(numerator)], prefix=f"{path} step {len(self._rules)}")
+        self._rules.update(rules)
+        return Call(next(iter(rules)))
 
-    def _pattern(self, pattern: str, path: str) -> Node:
+    def _string(self, schema: dict[str, Any], path: str) -> Node:
         try:
-            return write.string(regex(pattern, search=True))
+            node, rules = text_of(schema, f"{path} text {len(self._rules)}")
         except ConstraintError as error:
             self._problems.append(f"{path}: {str(error).removesuffix('.')}")
             return NOTHING
+        self._rules.update(rules)
+        return node
 
     def _array(self, schema: dict[str, Any], path: str) -> Node:
         """What stands between the brackets."""
@@ -198,7 +203,9 @@ class _Translation:
         least, most = _counts(schema, "Items")
         items = schema.get("items", schema.get("unevaluatedItems", not prefix))
         if schema.get("uniqueItems") and (most is None or most > 1):
-            self._problems.append(f"{path} has 'uniqueItems'")
+            return self._distinct(items, prefix, (least, most), path)
+        if "contains" in schema and (schema.get("minContains", 1) or "maxContains" in schema):
+            return self._containing(schema, items, prefix, (least, most), path)
         if items is False:
             most = len(prefix) if most is None else min(len(prefix), most)
         item = EMPTY if items is False else self._node(items, f"{path}/items")
@@ -213,6 +220,58 @@ class _Translation:
             stop = [EMPTY] if index >= least else []
             content = choice(*stop, sequence(part, content))
         return content
+
+    def _part(self, item: Node, first: bool) -> Node:
+        return item if first else self._layout.behind_comma(item)
+
+    def _distinct(
+        self, items: Schema, prefix: list[Schema], span: tuple[int, int | None], path: str
+    ) -> Node:
+        """Items of which none comes twice, of listed values alone."""
+        flat = self._compose.alternatives(items, path)
+        listed = [self._compose.finite(each) if isinstance(each, dict) else None for each in flat]
+        if prefix or any(values is None for values in listed):
+            self._problems.append(f"{path} has 'uniqueItems' of items that are not of an enum")
+            return NOTHING
+        values = {identity(value): value for values in listed for value in values or ()}
+        nodes = [self._layout.value(value) for value in values.values()]
+        name = f"{path} distinct {len(self._rules)}"
+        self._rules.update(rules := distinct(name, nodes, self._part, *span))
+        return Call(next(iter(rules)))
+
+    def _containing(
+        self,
+        schema: dict[str, Any],
+        items: Schema,
+        prefix: list[Schema],
+        span: tuple[int, int | None],
+        path: str,
+    ) -> Node:
+        """Items some of which satisfy ``contains``."""
+        inner = schema["contains"]
+        least, most = int(schema.get("minContains", 1)), schema.get("maxContains")
+        if (
+            prefix
+            or max(least, most or 0) > _MOST_CONTAINED
+            or max(span[0], span[1] or 0) > _MOST_COUNTED
+        ):
+            self._problems.append(f"{path} has 'contains' beside prefixItems, or large counts")
+            return NOTHING
+        where = f"{path}/contains"
+        matching = self._node({"allOf": [items, inner]}, where)
+        other: Node = NOTHING
+        if most is not None:
+            other = self._node({"allOf": [items, {"not": inner}]}, where)
+        kinds = matching, other, self._node(items, f"{path}/items")
+        rules = containing(
+            f"{path} contains {len(self._rules)}",
+            self._part,
+            kinds,
+            matching=(least, None if most is None else int(most)),
+            items=span,
+        )
+        self._rules.update(rules)
+        return Call(next(iter(rules)))
 
     def _object(self, schema: dict[str, Any], path: str) -> Node | None:
         """What stands between the braces; None: anything."""
@@ -229,41 +288,44 @@ class _Translation:
         if extra is not None and least > max(1, len(required)):
             # A name may come twice, and counts once.
             self._problems.append(f"{path} has 'minProperties' beside names that are left open")
-        members = [
-            (
-                self._layout.member(
-                    write.literal(name), self._node(value, f"{path}/properties/{name}")
-                ),
-                name in required,
-            )
-            for name, value in properties.items()
-        ]
+        patterns = schema.get("patternProperties", {})
+        members = []
+        for name, value in properties.items():
+            told_too = [part for pattern, part in patterns.items() if re.search(pattern, name)]
+            if not self._compose.may_be(schema.get("propertyNames", True), name):
+                told_too = [False]
+            part: Schema = {"allOf": [value, *told_too]} if told_too else value
+            node = self._node(part, f"{path}/properties/{name}")
+            members.append((self._layout.member(write.literal(name), node), name in required))
         return self._members(members, extra, least, most, path)
 
     def _extra(
         self, schema: dict[str, Any], names: frozenset[str], told: Schema | None, path: str
     ) -> Node | None:
         """A member that ``properties`` does not name; None: there is none."""
-        patterns = schema.get("patternProperties", {})
-        naming = schema.get("propertyNames")
-        if patterns:
-            if names or naming is not None or len(patterns) > 1 or told not in {None, False}:
-                self._problems.append(
-                    f"{path} has 'patternProperties' beside another keyword or pattern for names"
-                )
-                return None
-            [(pattern, value)] = patterns.items()
-            where = f"{path}/patternProperties/{pattern}"
-            return self._layout.member(self._pattern(pattern, where), self._node(value, where))
-        if naming is not None and names:
-            self._problems.append(f"{path} has 'propertyNames' beside named properties")
-        others = not names if told is None else told
-        if others is False:
+        patterns = list(schema.get("patternProperties", {}).items())
+        naming = schema.get("propertyNames", True)
+        others = not (names or patterns) if told is None else told
+        if naming is False or (others is False and not patterns):
             return None
-        key = write.string_except(names)
-        if naming not in (None, True):
-            key = self._node(self._compose.strings(naming, path), f"{path}/propertyNames")
-        return self._layout.member(key, self._node(others, f"{path}/additionalProperties"))
+        if len(patterns) > _MOST_PATTERNS:
+            self._problems.append(f"{path} has more than {_MOST_PATTERNS} 'patternProperties'")
+            return None
+        options = []
+        for chosen in product((True, False), repeat=len(patterns)):
+            parts = [part for (_, part), is_so in zip(patterns, chosen, strict=True) if is_so]
+            if False in parts or (not any(chosen) and others is False):
+                continue
+            also: list[Any] = [
+                {"pattern": pattern} if is_so else {"not": {"pattern": pattern}}
+                for (pattern, _), is_so in zip(patterns, chosen, strict=True)
+            ]
+            also += [{"not": {"enum": sorted(names)}}] * bool(names)
+            key = self._node(self._compose.names(naming, also, path), f"{path}/propertyNames")
+            where = f"{path}/patternProperties" if parts else f"{path}/additionalProperties"
+            value = self._node({"allOf": parts} if parts else others, where)
+            options.append(self._layout.member(key, value))
+        return Choice(tuple(options))
 
     def _members(
         self,
