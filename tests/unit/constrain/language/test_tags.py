@@ -109,7 +109,11 @@ def test_free_text_stops_before_any_occurrence():
         ),
         ({"type": "nonsense"}, ConstraintError, "not a structural tag"),
         ({"structures": [{}], "triggers": []}, ConstraintError, "not a structural tag"),
-        (tag({"type": "json_schema", "json_schema": {"not": {}}}), ConstraintError, "has 'not'"),
+        (
+            tag({"type": "json_schema", "json_schema": {"multipleOf": 1001}}),
+            ConstraintError,
+            "has 'multipleOf' 1001",
+        ),
     ],
 )
 def test_what_is_refused(form, error, message):
