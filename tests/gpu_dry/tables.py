@@ -14,7 +14,7 @@ Reports = "Mapping[str, dict[str, Any]]"
 
 def of(reports: Reports) -> Iterator[str]:
     """Whatever the reports have, one line after the other."""
-    for table in (_budgets, _choices, _kernels, _values):
+    for table in (_budgets, _choices, _kernels, _values, _options):
         lines = list(table(reports))
         if len(lines) > 2:
             yield ""
@@ -92,7 +92,7 @@ def _values(reports: Reports) -> Iterator[str]:
     yield from _head("run", "attention", "equal tokens", "replays", "pushed out", "seconds")
     expected = reports.get("values-reference", {}).get("answers", {})
     for job, report in reports.items():
-        if job.startswith("values-") and "replays" in report:
+        if job.startswith("values-") and "replays" in report and job != "values-options":
             pairs = [
                 pair
                 for name, answer in report["answers"].items()
@@ -102,3 +102,11 @@ def _values(reports: Reports) -> Iterator[str]:
             equal = f"{sum(a == b for a, b in pairs)} / {len(pairs)}"
             counts = report["replays"], report["preemptions"], report["seconds"]
             yield _row(job.removeprefix("values-"), *report["attention"], equal, *counts)
+
+
+def _options(reports: Reports) -> Iterator[str]:
+    yield from _head("asked alone", "steps", "waits a step", "for")
+    for asked in reports.get("values-options", {}).get("rounds", []):
+        waits = asked["waits"]
+        each = f"{sum(waits.values()) / asked['steps']:.3g}"
+        yield _row(*asked["names"], asked["steps"], each, ", ".join(waits))
