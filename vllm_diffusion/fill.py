@@ -159,21 +159,22 @@ def _template(template: Sequence[str | int], tokenizer: Tokenizer, frame: Frame,
     parts = [(part, _ids(tokenizer, part)) for part in template if isinstance(part, str)]
     whole = "".join(part for part, _ in parts), [token for _, ids in parts for token in ids]
     problems = _unwritable([*parts, whole], tokenizer, frame)
-    rows: list[int] = []
-    pieces = iter(parts)
-    for part in template:
-        rows += [-1] * part if isinstance(part, int) else next(pieces)[1]
-    holes, need = rows.count(-1), len(rows) + 1
+    holes = sum(part for part in template if isinstance(part, int))
+    need = holes + sum(len(ids) for _, ids in parts) + 1
     room = min(frame.width, frame.left)
     if need > room or need > frame.max_tokens:
         problems.append(
-            f"diffusion_template needs {need} tokens ({len(rows) - holes} of text, {holes} of "
+            f"diffusion_template needs {need} tokens ({need - 1 - holes} of text, {holes} of "
             f"holes, 1 for the end), but the canvas has {frame.width}, max_model_len leaves "
             f"{frame.left} behind the prompt, and max_tokens is {frame.max_tokens}; long text "
             "before the first hole belongs into the prompt"
         )
     if problems:
         raise ParamsError("; ".join(problems))
+    rows: list[int] = []
+    pieces = iter(parts)
+    for part in template:
+        rows += [-1] * part if isinstance(part, int) else next(pieces)[1]
     return _held(_ended(rows, end, frame.pad, multiple_of=room)[:room], need, frame.pad, -1)
 
 

@@ -68,6 +68,10 @@ def test_a_template_fits_the_room_that_max_model_len_leaves() -> None:
     assert shown(rows(frame(left=6), template=("ab", 3))) == "ab___$"
 
 
+def test_a_hole_of_any_size_is_refused_without_being_made():
+    assert "(2 of text, 1000000000000 of holes" in refusal(template=("ab", 10**12))
+
+
 @pytest.mark.parametrize("tight", [{"left": 5}, {"width": 5}, {"max_tokens": 5}], ids=str)
 def test_a_template_that_does_not_fit_is_refused_with_the_numbers(tight: dict[str, int]) -> None:
     fits = frame(**{name: value + 1 for name, value in tight.items()})

@@ -29,8 +29,9 @@ class GrammarCompiler:
     """Compiles grammars for one vocabulary and keeps them; may be shared by threads.
 
     Args:
-        vocabulary: what every token id writes; empty for one that writes nothing, as special tokens
-            do, which no grammar can say. As long as the model's vocabulary.
+        vocabulary: what every token id writes; a special one its ``mark``, so that a grammar can
+            ask for it by its id, Token(48), and in no other way; empty for one that no grammar can
+            ask for. As long as the model's vocabulary.
         threads: that compile one grammar.
         cache_bytes: that compiled grammars may take, roughly.
     """

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
-from vllm_diffusion.constrain.language.syntax import mark
 from vllm_diffusion.errors import AutomatonError
 
 if TYPE_CHECKING:
@@ -121,9 +120,7 @@ def parsers_of(tokenizer: Any, vocab_size: int) -> GrammarCompiler:
     from vllm_diffusion.constrain.grammar import GrammarCompiler
 
     vocabulary = _vocabulary(tokenizer, vocab_size)
-    texts = (vocabulary.text(token) for token in range(len(vocabulary)))
-    # What marks a special token in an automaton's texts is nothing that xgrammar knows.
-    return GrammarCompiler([b"" if text == mark(id_) else text for id_, text in enumerate(texts)])
+    return GrammarCompiler([vocabulary.text(token) for token in range(len(vocabulary))])
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary, vocabulary_of
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
+from vllm_diffusion.constrain.grammar import GrammarCompiler
 from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, call_grammar
+from vllm_diffusion.constrain.language.syntax import MARK
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
 
@@ -274,3 +277,31 @@ def test_parameters_that_nest_too_deep_are_refused() -> None:
         schema = {"type": "object", "properties": {"a": schema}}
     with pytest.raises(ConstraintError, match="nest too deep"):
         takes("", tool(schema))
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_parser_takes_the_tokens_that_the_automaton_takes(required: bool) -> None:
+    tools = [tool(), tool({"type": "object"}, name="open", strict=False)]
+    grammar = call_grammar(tools, TOKENS, required=required, several=True)
+    automaton = compile_constraint("grammar", grammar, vocabulary=vocabulary(), end_ids=[1])
+    walk, read = Walk(automaton), vocabulary()
+    parsers = GrammarCompiler([read.text(token) for token in range(len(read))], threads=1)
+    compiled = parsers.compile("grammar", grammar)
+    rng, calls = random.Random(0), 0
+    for _ in range(8):
+        guard, state = parsers.guard(compiled, end_tokens=[1]), automaton.start
+        for _ in range(60):
+            legal = set(guard.legal().nonzero()[:, 0].tolist())
+            taken = {token for token in range(len(read)) if walk.step(state, token) != DEAD}
+            # It nests deeper than the automaton, and agrees where that has not ended.
+            assert taken <= legal
+            assert legal - taken <= {token for token in legal if read.text(token)[:1] in b"{["}
+            special = [token for token in taken if read.text(token).startswith(MARK)]
+            token = rng.choice(special if special and rng.random() < 0.5 else sorted(taken))
+            assert guard.walk([token]) == 1
+            state = walk.step(state, token)
+            calls += token == TOKENS.end
+            if state == automaton.end:
+                assert guard.is_over()
+                break
+    assert calls > 2
