@@ -220,12 +220,12 @@ def head(folder: Path, found: Findings, bounded: Bounded, *, dry: bool) -> None:
 
 
 def estimate_of(gpu: str, roofline: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """By rows, what `head.py --roofline` says of this GPU; nothing if it does not know it."""
+    """By rows, what `head.py --roofline` says of the plain head on a GPU, if it knows it."""
     found: dict[int, dict[str, float]] = {}
     for key, value in roofline.items():
-        parts = key.split(".", 2)
-        if len(parts) == 3 and parts[0] in gpu and parts[1].isdigit():
-            found.setdefault(CANVAS * int(parts[1]), {})[parts[2]] = value
+        parts = key.split(".", 3)
+        if len(parts) == 4 and parts[0] == "bf16" and parts[1] in gpu and parts[2].isdigit():
+            found.setdefault(CANVAS * int(parts[2]), {})[parts[3]] = value
     return found
 
 

@@ -288,10 +288,10 @@ CHAT = {"model": "tiny", "messages": MESSAGES}
             {
                 "response_format": {
                     "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {"type": "object", "not": {}}},
+                    "json_schema": {"name": "x", "schema": {"multipleOf": 1001}},
                 }
             },
-            "has 'not'",
+            "has 'multipleOf' 1001",
         ),
         ("chat/completions", {"logit_bias": {"600": 1.0}}, "600"),
         ("chat/completions", {"vllm_xargs": {"diffusion_stpes": 8}}, "'diffusion_stpes'"),

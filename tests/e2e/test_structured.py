@@ -183,9 +183,9 @@ def test_responses_obey(client: OpenAI) -> None:
     ).output
     assert call.type == "function_call"
     Visit.model_validate_json(call.arguments)
-    form["schema"] = {"not": {}}
+    form["schema"] = {"multipleOf": 1001}
     for stream in (False, True):
-        with pytest.raises(BadRequestError, match="'not'"):
+        with pytest.raises(BadRequestError, match="'multipleOf'"):
             client.responses.create(text={"format": form}, stream=stream, **asked)
 
 
@@ -205,10 +205,10 @@ def test_messages_obey(tooled: Server) -> None:
         assert answer["stop_reason"] == "tool_use"
         for block in answer["content"]:
             assert Visit.model_validate(block["input"])
-    form["schema"] = {"not": {}}
+    form["schema"] = {"multipleOf": 1001}
     refused = message(output_config={"format": form})
     assert refused.status_code == 400
-    assert "'not'" in refused.json()["error"]["message"]
+    assert "'multipleOf'" in refused.json()["error"]["message"]
 
 
 def visits(calls: Any) -> list[Visit]:

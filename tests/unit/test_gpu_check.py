@@ -163,7 +163,14 @@ def test_the_estimate_beside_a_measured_head_is_that_of_its_gpu_and_rows():
 
     flat = _roofline.flat(
         [
-            {"GPU": name, "canvases": canvases, "head ms": 1.5 * canvases, "ratio": 1.1}
+            {
+                "form": form,
+                "GPU": name,
+                "canvases": canvases,
+                "head ms": (1.5 if form == "bf16" else 1.2) * canvases,
+                "ratio": 1.1,
+            }
+            for form in _roofline.FORMS
             for name in _roofline.GPUS
             for canvases in _roofline.CANVASES
         ]

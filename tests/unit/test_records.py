@@ -28,6 +28,7 @@ RECORDS = [
     records.Rewrite,
     records.TokenScores,
     records.Truncation,
+    records.Wish,
 ]
 
 
