@@ -45,6 +45,7 @@ from _cell import measure
 from _native_host import has_gpu, pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tiny_checkpoint import (
+    RELEASED,
     TinySpec,
     make_tiny_checkpoint,
     make_weightless_checkpoint,
@@ -70,25 +71,7 @@ SIZES = {
         sliding_window=64,
         max_steps=16,
     ),
-    "released": TinySpec(
-        canvas=256,
-        hidden=2816,
-        layers=6,
-        vocab=262144,
-        heads=16,
-        kv_heads=8,
-        head_dim=256,
-        full_kv_heads=2,
-        full_head_dim=512,
-        intermediate=2112,
-        experts=128,
-        experts_per_token=8,
-        expert_intermediate=704,
-        sliding_window=1024,
-        max_positions=262144,
-        dtype="bfloat16",
-        max_steps=16,
-    ),
+    "released": replace(RELEASED, max_steps=16),
 }
 """0.4 million weights, where a step is all overhead; 15 million, where it computes; and the
 released model's widths, its 30 layers cut to 6, one of which is full as every sixth is there."""

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.testing.quantised import Form, _plain_linears, _quantisation_config
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, _config, _generation_config
+from vllm_diffusion.testing.tiny_checkpoint import RELEASED, _config, _generation_config
 from vllm_diffusion.testing.tiny_tokenizer import (
     build_tokenizer,
     write_json,
@@ -19,27 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gpu_dry.graphs import Machine
-
-# The released model's text part, but for its depth: one full layer behind five sliding ones is
-# every kind of layer it has, and layers of a kind launch the same kernels.
-RELEASED: Final = TinySpec(
-    canvas=256,
-    hidden=2816,
-    layers=6,
-    vocab=262144,
-    heads=16,
-    kv_heads=8,
-    head_dim=256,
-    full_kv_heads=2,
-    full_head_dim=512,
-    intermediate=2112,
-    experts=128,
-    experts_per_token=8,
-    expert_intermediate=704,
-    sliding_window=1024,
-    max_positions=262144,
-    dtype="bfloat16",
-)
 
 COMMON: Final[dict[str, Any]] = {
     "load_format": "dummy",

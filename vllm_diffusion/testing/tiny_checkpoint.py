@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from tokenizers import Tokenizer
 
@@ -95,6 +95,28 @@ class TinySpec:
             else "sliding_attention"
             for layer in range(1, self.layers + 1)
         ]
+
+
+# The released model's text part, but for its depth: one full layer behind five sliding ones is
+# every kind of layer it has, and layers of a kind launch the same kernels.
+RELEASED: Final = TinySpec(
+    canvas=256,
+    hidden=2816,
+    layers=6,
+    vocab=262144,
+    heads=16,
+    kv_heads=8,
+    head_dim=256,
+    full_kv_heads=2,
+    full_head_dim=512,
+    intermediate=2112,
+    experts=128,
+    experts_per_token=8,
+    expert_intermediate=704,
+    sliding_window=1024,
+    max_positions=262144,
+    dtype="bfloat16",
+)
 
 
 def make_tiny_checkpoint(path: str | Path, spec: TinySpec | None = None) -> Path:
