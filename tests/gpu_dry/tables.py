@@ -48,6 +48,10 @@ def _budgets(reports: Reports) -> Iterator[str]:
             for count in map(str, COUNTED):
                 if run == "bf16-text" and count in found.get("canvases", ()):
                     yield _row(gpu, count, name, *_costs(found["canvases"][count]))
+            fused = [step for step in found.get("fused", ()) if step["steps"] == 1]
+            if fused:  # the dearest, behind the step of the prompt
+                dearest = max(fused[1:], key=lambda step: step["launches"]["all"])
+                yield _row(gpu, f"{count}, a commit beside one", name, *_costs(dearest))
 
 
 def _costs(steps: Mapping[str, Any]) -> Iterator[str]:
