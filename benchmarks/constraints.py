@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import _report
 
-from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 from vllm_diffusion.errors import ConstraintError
 
@@ -210,9 +210,7 @@ def main() -> None:
         for _ in range(1 if options.quick else 5):
             begin = time.perf_counter(), time.process_time()
             try:
-                automaton = compile_constraint(
-                    kind, text, vocabulary=vocabulary, end_ids=[END], cache=AutomatonCache(0)
-                )
+                automaton = compile_constraint(kind, text, vocabulary=vocabulary, end_ids=[END])
             except ConstraintError as error:
                 print(f"{name}: {error}")
                 break

@@ -39,7 +39,7 @@ from _report import Value, finish, parser, print_table
 from constraints import END, SPECIAL, synthetic_tokens
 from jsonschema import Draft202012Validator
 
-from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
@@ -119,9 +119,7 @@ def ours(tokens: list[bytes]) -> Callable[[Case], Outcome]:
         begin = time.perf_counter()
         kept: Any
         try:
-            kept = compile_constraint(
-                "json", text, vocabulary=vocabulary, end_ids=[END], cache=AutomatonCache(0)
-            )
+            kept = compile_constraint("json", text, vocabulary=vocabulary, end_ids=[END])
         except AutomatonError:
             outcome.by_parser = True
             kept = parsers.compile("json", text)

@@ -9,18 +9,20 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from vllm.config import StructuredOutputsConfig
 
+from vllm_diffusion.constrain.outcomes import KeptByAutomaton
 from vllm_diffusion.upstream import (
     canvas_text,
+    constraint_compiling,
     cpu_host,
     cpu_kernels,
     ledger,
-    structured_outputs,
     torch_companions,
     versions,
 )
@@ -286,29 +288,88 @@ def test_a_renderers_method_takes_its_request_first(name):
 @pytest.mark.parametrize("is_diffusion", [True, False])
 def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
     from vllm.renderers.online_renderer import OnlineRenderer
-    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from vllm_diffusion.engine import constraint_check
 
     async def preprocess_chat(_self, _request):
-        return "rendered"
+        return [], [{"prompt_token_ids": [5] * 10}]
 
-    seen = []
+    compiled = KeptByAutomaton(data=b"", tokens=1, in_room=False)
+    asked, future = [], Future()
 
-    def check(sampling, *_args):
-        seen.append((sampling.structured_outputs.choice, threading.current_thread()))
-        raise ValueError
+    def compiling(source, *, limit, **_):
+        asked.append((source.kind, source.text, source.end_ids, limit))
+        return future
 
     monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
-    monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
-    structured_outputs.compile_beside("preprocess_chat")
-    model = types.SimpleNamespace(is_diffusion=is_diffusion)
-    config = types.SimpleNamespace(model_config=model, structured_outputs_config=None)
-    inner = types.SimpleNamespace(config=config, get_tokenizer=lambda: None)
+    monkeypatch.setattr(constraint_check, "compiling", compiling)
+    monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
+    constraint_compiling.compile_beside("preprocess_chat")
+    model = types.SimpleNamespace(
+        is_diffusion=is_diffusion,
+        max_model_len=50,
+        get_vocab_size=lambda: 9,
+        try_get_generation_config=dict,
+    )
+    told = StructuredOutputsConfig()
+    config = types.SimpleNamespace(model_config=model, structured_outputs_config=told)
+    tokenizer = types.SimpleNamespace(eos_token_id=1)
+    inner = types.SimpleNamespace(config=config, get_tokenizer=lambda: tokenizer)
     renderer = types.SimpleNamespace(model_config=model, renderer=inner)
-    asked = StructuredOutputsParams(choice=["a"])
-    request = types.SimpleNamespace(extract_structured_outputs=lambda: asked, stop_token_ids=[])
-    assert asyncio.run(OnlineRenderer.preprocess_chat(renderer, request)) == "rendered"
-    assert [choice for choice, _ in seen] == [["a"]] * is_diffusion
-    assert threading.current_thread() not in [thread for _, thread in seen]
+    request = types.SimpleNamespace(
+        extract_structured_outputs=lambda: StructuredOutputsParams(json={"type": "null"}),
+        stop_token_ids=[4, 77],
+    )
+
+    async def served():
+        task = asyncio.ensure_future(OnlineRenderer.preprocess_chat(renderer, request))
+        await asyncio.sleep(0.05)
+        waited = not task.done()
+        future.set_result(compiled)
+        await task
+        return waited
+
+    assert asyncio.run(served()) is is_diffusion
+    text = '{"type": "null"}'
+    assert asked == [("json", text, (1, 4), 40)] * is_diffusion
+
+
+def test_checks_look_at_what_their_own_request_had_compiled(monkeypatch):
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    from vllm_diffusion.engine import constraint_check
+
+    calls = []
+
+    def compiling(*_, **__):
+        calls.append(future := Future())
+        future.set_result(KeptByAutomaton(data=bytes([len(calls)]), tokens=1, in_room=False))
+        return future
+
+    monkeypatch.setattr(constraint_check, "compiling", compiling)
+    monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
+    model = types.SimpleNamespace(max_model_len=50, get_vocab_size=lambda: 9)
+    engine = model, StructuredOutputsConfig(), None
+
+    def sampling(regex):
+        return SamplingParams(structured_outputs=StructuredOutputsParams(regex=regex))
+
+    async def served(own, other):
+        await constraint_check.compile_first(sampling(own), *engine)
+        return [
+            constraint_check.constraint_for(sampling(each), *engine).data[0]
+            for each in (own, own, other)
+        ]
+
+    async def both():
+        return await asyncio.gather(served("a", "b"), served("c", "a"))
+
+    # Looked up by the request that had it compiled, asked for anew by any other.
+    (first, again, other), (second, same, others) = asyncio.run(both())
+    assert first == again != other
+    assert second == same != others
+    assert len(calls) == 4
 
 
 REPLIES = {

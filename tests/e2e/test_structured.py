@@ -266,7 +266,7 @@ def test_a_constraint_behind_thinking(client: OpenAI) -> None:
     ("body", "problem"),
     [
         ({"structured_outputs": {"regex": "a{300}"}}, "the shortest text of the constraint"),
-        ({"structured_outputs": {"regex": "(a"}}, "regex"),
+        ({"structured_outputs": {"regex": "(a"}}, "regular expression"),
         (
             {"structured_outputs": {"choice": ["a"]}, "bad_words": ["about the sea"]},
             "bad_words of several tokens",

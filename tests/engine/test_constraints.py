@@ -400,11 +400,21 @@ def test_a_reasoning_parser_that_fits_no_token_of_the_model(
     assert texts(generate(llm, "hello", choice=["yes"])) == ["yes"]
 
 
-def test_vllms_own_checks_still_run(llm: LLM) -> None:
+def test_a_request_says_what_its_white_space_is(llm: LLM) -> None:
+    schema = {"type": "array", "items": {"const": 1}, "minItems": 3, "maxItems": 3}
+    for options, text in (
+        ({"disable_any_whitespace": True}, "[1,1,1]"),
+        ({"whitespace_pattern": " "}, "[ 1 , 1 , 1 ]"),
+    ):
+        asked = StructuredOutputsParams(json=schema, **options)
+        assert texts(generate(llm, "hello", structured_outputs=asked)) == [text]
+
+
+def test_what_vllm_would_refuse_is_refused_too(llm: LLM) -> None:
     assert "cannot be an empty list" in refusal(llm, choice=[])
 
 
-def test_vllms_own_refusal_without_a_tokenizer(llm: LLM) -> None:
+def test_without_a_tokenizer_there_are_no_constraints(llm: LLM) -> None:
     config = llm.llm_engine.vllm_config
     sampling = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes"]))
     with pytest.raises(VLLMValidationError, match="requires a tokenizer"):

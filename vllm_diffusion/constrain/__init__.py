@@ -7,5 +7,6 @@ order; window -> the same for one tile of the vocabulary; table -> every slot's 
 ``records.Rewrite``.
 
 A text that must obey: language -> a constraint as a grammar; automaton -> as an automaton that
-canvases are conditioned on; grammar, guard -> on the host, as a parser that corrects them.
+canvases are conditioned on; grammar, guard -> on the host, as a parser that corrects them; outcomes
+-> which of the two, or neither; compile_pool, compile_process -> who finds out, when and where.
 """

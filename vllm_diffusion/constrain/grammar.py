@@ -8,6 +8,7 @@ of it), so results are kept; xgrammar does both, and is the only thing that this
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import xgrammar
@@ -20,6 +21,9 @@ from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+    from vllm_diffusion.constrain.language.syntax import Grammar
 
 CACHE_BYTES: Final = 256 << 20
 """Compiled grammars that are kept, about; each takes up to a few MB at 262144 tokens."""
@@ -70,20 +74,25 @@ class GrammarCompiler:
             ConstraintError: the text is no constraint of this kind, or xgrammar cannot follow it,
                 or no token of the vocabulary can begin it.
         """
+        return self.compile_rules(rules_of(kind, text, any_whitespace=any_whitespace))
+
+    def compile_rules(self, rules: xgrammar.Grammar) -> xgrammar.CompiledGrammar:
+        """The same of what ``rules_of`` gives.
+
+        Raises:
+            ConstraintError: xgrammar cannot follow them, or no token of the vocabulary can begin.
+        """
         try:
-            compiled = self._compiler.compile_grammar(
-                _grammar(kind, text, any_whitespace=any_whitespace)
-            )
-        # What xgrammar raises is as various as what it reads.
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            compiled = self._compiler.compile_grammar(rules)
+        except (RuntimeError, ValueError) as error:
             raise ConstraintError(
-                f"The constraint {kind} cannot be read: {reason(error)}"
+                f"The grammar of the constraint cannot be followed: {reason(error)}"
             ) from error
         mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
         matcher = xgrammar.GrammarMatcher(compiled)
         matcher.fill_next_token_bitmask(mask)
         if not mask.any() and not matcher.is_completed():
-            raise ConstraintError(f"No token of the vocabulary can begin what {kind} asks for.")
+            raise ConstraintError("No token of the vocabulary can begin what the grammar asks for.")
         return compiled
 
     def guard(
@@ -112,11 +121,36 @@ class GrammarCompiler:
         )
 
 
-def _grammar(kind: str, text: str, *, any_whitespace: bool) -> xgrammar.Grammar:
-    if kind == "grammar":
-        return parsed(text)
-    if kind == "structural_tag":
-        return xgrammar.Grammar.from_structural_tag(text)
-    # xgrammar reads the others too, but not all that a schema says.
-    rules = grammar_of(kind, text, any_whitespace=any_whitespace)
-    return xgrammar.Grammar.from_ebnf(written(rules))
+def rules_of(
+    kind: str, text: str, *, any_whitespace: bool = True, grammar: Grammar | None = None
+) -> xgrammar.Grammar:
+    """A constraint as xgrammar takes it.
+
+    Args:
+        kind: a field of vLLM's ``StructuredOutputsParams``.
+        text: what it holds, as JSON where it is no text.
+        any_whitespace: between the parts of JSON values; else none.
+        grammar: the translation of both, where there is one: xgrammar reads all kinds too, but not
+            all that a schema says.
+
+    Raises:
+        ConstraintError: the text is no constraint of this kind, or xgrammar cannot read it.
+    """
+    try:
+        if grammar is None and kind == "grammar":
+            return parsed(text)
+        if grammar is None and kind == "structural_tag":
+            return xgrammar.Grammar.from_structural_tag(text)
+        grammar = grammar or grammar_of(kind, text, any_whitespace=any_whitespace)
+        return xgrammar.Grammar.from_ebnf(written(grammar))
+    # What xgrammar raises is as various as what it reads.
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ConstraintError(f"The constraint {kind} cannot be read: {reason(error)}") from error
+
+
+@lru_cache(maxsize=2)
+def compiler_of(vocabulary: Vocabulary, *, threads: int = 4) -> GrammarCompiler:
+    """The compiler of a vocabulary, made once."""
+    return GrammarCompiler(
+        [vocabulary.text(token) for token in range(len(vocabulary))], threads=threads
+    )

@@ -1,9 +1,9 @@
-"""Constraints where vLLM compiles them: in the engine's own thread pool, off the hot path.
+"""Constraints where vLLM asks for them: in the engine's own thread pool, off the hot path.
 
-    request -> checked where it enters       ``engine.constraint_check``
-            -> compiled again, from a cache  ``ConstraintBackend``, asked by vLLM
-            -> sent with the request         ``attach``, when the worker does not know it
-            -> slots of the worker           ``attached``
+    request -> compiled where it enters  ``engine.constraint_check``
+            -> received as such          ``ConstraintBackend``, asked by vLLM
+            -> sent with the request     ``attach``, when the worker does not know it
+            -> slots of the worker       ``attached``
 
 vLLM's own net stays under it: every token that leaves is looked at once more on the host, and a
 request whose tokens break its constraint ends with an error. What vLLM does for models that write
@@ -13,7 +13,6 @@ token by token, a mask for every position, is never asked for.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.thinking import behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.engine.compiler import guard_of, kept_by, parsers_of
+from vllm_diffusion.engine.compiler import guard_of, parsers_of, received
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -202,23 +201,15 @@ class ConstraintBackend(StructuredOutputBackend):
         grammar_spec: str,
         stop_token_ids: set[int] | None = None,
     ) -> ConstraintGrammar:
-        """Compile; the request has been let in, so this finds what its check left in the cache.
+        """Take what was compiled where the request entered.
 
         Raises:
-            ConstraintError: only if the check was left out.
+            ConstraintError: only if its check was left out.
         """
-        ends = frozenset(stop_token_ids or ())
-        kept = kept_by(
-            (request_type, grammar_spec),
-            ends,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            config=self.vllm_config.structured_outputs_config,
-        )
-        text = f"{request_type.name} {sorted(ends)} {grammar_spec}"
-        name = hashlib.sha256(text.encode()).hexdigest()
+        del request_type, stop_token_ids
+        kept, end_ids, name = received(grammar_spec)
         if isinstance(kept, TokenAutomaton):
-            return AutomatonGrammar(kept, ends, name=name)
+            return AutomatonGrammar(kept, end_ids, name=name)
         guard = guard_of(kept, parsers_of(self.tokenizer, self.vocab_size))
         return ParserGrammar(kept, guard, name=name)
 

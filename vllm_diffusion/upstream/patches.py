@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from vllm_diffusion.upstream import (
     canvas_text,
+    constraint_compiling,
     cpu_host,
     cpu_kernels,
     gemma_tools,
@@ -190,7 +191,7 @@ SERVING_PATCHES: Final = (
         upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
         remove_when="a model class can check its own requests beside their prompts",
         applies=_always,
-        install=structured_outputs.leave_room,
+        install=constraint_compiling.send_compiled,
         needed=canvas_text.requests_lack_a_hook,
     ),
     Patch(
@@ -213,8 +214,8 @@ SERVING_PATCHES: Final = (
             upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.add_request",
             remove_when="vLLM checks requests outside of the event loop",
             applies=_always,
-            install=partial(structured_outputs.compile_beside, name),
-            needed=structured_outputs.requests_are_checked_in_the_loop,
+            install=partial(constraint_compiling.compile_beside, name),
+            needed=constraint_compiling.requests_are_checked_in_the_loop,
         )
         for name in ("preprocess_chat", "preprocess_completion")
     ),

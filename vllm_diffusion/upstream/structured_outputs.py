@@ -1,21 +1,19 @@
 """A constraint is checked where its request enters: it compiles, and fits what may be written.
 
-vLLM refuses every constraint of a diffusion model. Here its own checks run without that one, then
-ours, and everything that is wrong is said at once. What depends on the prompt, how many tokens are
-left behind it, is checked where the prompt is known.
+vLLM refuses every constraint of a diffusion model, and others by what its own backends cannot keep.
+Here ours are checked by what is asked of ours, and everything that is wrong is said at once. What
+depends on the prompt, how many tokens are left behind it, is checked where the prompt is known.
 
 Also here: how vLLM says that a request thinks before its constraint begins.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import inspect
+import json
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.errors import ParamsError
 
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_diffusion.engine.constraints import Thinking
-
-# All that vLLM's own check asks of a model's config.
-_TOKEN_BY_TOKEN: Final = SimpleNamespace(is_diffusion=False)
 
 
 def take_constraints() -> None:
@@ -47,17 +42,23 @@ def take_constraints() -> None:
             return
         if self.structured_outputs is None:
             return
+        if tokenizer is None:
+            raise VLLMValidationError(
+                "a constraint requires a tokenizer, and skip_tokenizer_init leaves it out"
+            )
         problems = []
         try:
             parse_for(self, model_config)
         except ParamsError as error:
             problems.append(str(error))
         try:
-            original(self, _TOKEN_BY_TOKEN, structured_outputs_config, tokenizer)
             if structured_outputs_config is not None:
-                completed = _completed(self, model_config, tokenizer)
+                self.structured_outputs = as_text(self.structured_outputs)
                 problems += constraint_problems(
-                    completed, model_config, structured_outputs_config, tokenizer
+                    completed(self, model_config, tokenizer),
+                    model_config,
+                    structured_outputs_config,
+                    tokenizer,
                 )
         except (ValueError, VLLMValidationError) as error:
             problems.append(str(error))
@@ -67,30 +68,35 @@ def take_constraints() -> None:
     SamplingParams._validate_structured_outputs = _validate_structured_outputs
 
 
-def _completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
+def as_text(asked: Any) -> Any:
+    """The same constraint, a JSON schema as text: that is looked at, copied and sent many times.
+
+    Args:
+        asked: vLLM's StructuredOutputsParams.
+
+    Raises:
+        VLLMValidationError: it is nested too deep, or asks for nothing.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import check_json_nesting
+
+    check_json_nesting(asked.json)
+    check_json_nesting(asked.structural_tag, structural_tag=True)
+    if asked.json_object is False:
+        raise VLLMValidationError("structured_outputs.json_object is true or left out, not false")
+    if asked.json is None or isinstance(asked.json, str):
+        return asked
+    return replace(asked, json=json.dumps(asked.json))
+
+
+def completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
     """A copy that knows the ids of end tokens and bad words, as the engine's core will see it."""
-    completed = sampling.clone()
-    completed.update_from_generation_config(
+    copy = sampling.clone()
+    copy.update_from_generation_config(
         model_config.try_get_generation_config(), tokenizer.eos_token_id
     )
-    completed.update_from_tokenizer(tokenizer)
-    return completed
-
-
-def leave_room() -> None:
-    """Make `InputProcessor.process_inputs` look whether a constrained text fits behind a prompt."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    original = InputProcessor.process_inputs
-
-    @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if request.sampling_params is not None:
-            check_room(self, request.sampling_params, len(request.prompt_token_ids or ()))
-        return request
-
-    InputProcessor.process_inputs = process_inputs
+    copy.update_from_tokenizer(tokenizer)
+    return copy
 
 
 def check_room(
@@ -109,6 +115,7 @@ def check_room(
     """
     from vllm.exceptions import VLLMValidationError
 
+    from vllm_diffusion.engine.compiler import vocabulary_for
     from vllm_diffusion.engine.constraint_check import constraint_for, no_room
 
     model = input_processor.model_config
@@ -117,72 +124,10 @@ def check_room(
     left = model.max_model_len - prompt_length
     limit = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
     config, tokenizer = input_processor.structured_outputs_config, input_processor.tokenizer
-    kept = constraint_for(_completed(sampling, model, tokenizer), model, config, tokenizer)
-    if problem := no_room(kept, limit, thinks=thinks):
+    kept = constraint_for(completed(sampling, model, tokenizer), model, config, tokenizer)
+    longest = vocabulary_for(tokenizer, model.get_vocab_size()).longest
+    if problem := no_room(kept, limit, longest=longest, thinks=thinks):
         raise VLLMValidationError(problem)
-
-
-def compile_beside(name: str) -> None:
-    """Make a method of `OnlineRenderer` compile the constraint of its request in a thread.
-
-    The checks of a request run in the event loop, before its answer begins. With the automaton in
-    the cache by then, they take no time from other clients.
-
-    And refuse there what the parameters of the request will not tell any more.
-
-    Args:
-        name: of an async method that takes the request first and is awaited before the checks.
-    """
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    original = vars(OnlineRenderer)[name]
-
-    @functools.wraps(original)
-    async def compiling(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = await original(self, request, *args, **kwargs)
-        if self.model_config.is_diffusion and hasattr(request, "extract_structured_outputs"):
-            _refuse_beams(request)
-            await asyncio.to_thread(_compile, self.renderer, request)
-        return result
-
-    setattr(OnlineRenderer, name, compiling)
-
-
-def _refuse_beams(request: Any) -> None:
-    """A beam is written token by token, and vLLM's parameters of beams have no constraint."""
-    from vllm.exceptions import VLLMValidationError
-
-    if vars(request).get("use_beam_search") and request.extract_structured_outputs() is not None:
-        raise VLLMValidationError(
-            "use_beam_search and a constraint (response_format, structured_outputs or tools that "
-            "must be called) exclude each other: beams are not held to it"
-        )
-
-
-def _compile(renderer: Any, request: Any) -> None:
-    """Leave the automaton of a request in the cache; whatever is wrong is said by its checks."""
-    from vllm.sampling_params import SamplingParams
-
-    with contextlib.suppress(Exception):
-        constraint = request.extract_structured_outputs()
-        if constraint is not None:
-            sampling = SamplingParams(
-                # vLLM's check may write into it.
-                structured_outputs=replace(constraint),
-                stop_token_ids=request.stop_token_ids,
-            )
-            config = renderer.config
-            sampling._validate_structured_outputs(
-                config.model_config, config.structured_outputs_config, renderer.get_tokenizer()
-            )
-
-
-def requests_are_checked_in_the_loop() -> bool:
-    """Whether a rendered request still enters the engine in the event loop."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    source = inspect.getsource(AsyncLLM.add_request)
-    return "request = self.input_processor.process_inputs(\n" in source
 
 
 def diffusion_is_refused() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import TYPE_CHECKING
 
 from vllm_diffusion.constrain.language.ebnf import ebnf
 from vllm_diffusion.constrain.language.regex import regex
@@ -11,6 +12,9 @@ from vllm_diffusion.constrain.language.schema import json_schema
 from vllm_diffusion.constrain.language.syntax import Choice, Grammar, text
 from vllm_diffusion.constrain.language.tags import structural_tag
 from vllm_diffusion.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
@@ -32,12 +36,19 @@ def grammar_of(
         whitespace_pattern: a regular expression for that white space, instead.
 
     Raises:
-        ConstraintError: it is malformed or not supported.
+        ConstraintError: it is malformed, not supported, or nested too deep to be read.
         AutomatonError: it makes sense, but says what no automaton is built for.
     """
     json_of = partial(
         json_schema, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
     )
+    try:
+        return _read(kind, source, json_of)
+    except RecursionError:
+        raise ConstraintError("The constraint is nested too deep.") from None
+
+
+def _read(kind: str, source: str, json_of: Callable[[str], Grammar]) -> Grammar:
     match kind:
         case "json":
             return json_of(source)
@@ -61,4 +72,6 @@ def _choices(source: str) -> list[str]:
         choices = None
     if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
         raise ConstraintError(f"The choices must be a JSON list of strings, not {source!r}.")
+    if not choices:
+        raise ConstraintError("The choices cannot be an empty list: nothing satisfies it.")
     return choices

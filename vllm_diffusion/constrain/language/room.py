@@ -22,6 +22,7 @@ from vllm_diffusion.constrain.language.syntax import (
     Sequence,
     Text,
 )
+from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +32,23 @@ def shortest(grammar: Grammar) -> int | None:
     """Bytes of the shortest text that a grammar reads; None: it reads none."""
     length = _lengths(grammar)[grammar.root]
     return None if length == inf else int(length)
+
+
+def fitting(grammar: Grammar, room: int | None) -> Grammar:
+    """A grammar for texts of at most ``room`` bytes, see ``within``; None: of any length.
+
+    Raises:
+        ConstraintError: its shortest text is longer.
+    """
+    if room is None:
+        return grammar
+    least = shortest(grammar)
+    if least is not None and least > room:
+        raise ConstraintError(
+            f"the shortest text of the constraint has {least} bytes, more than the tokens that "
+            "max_tokens and max_model_len leave can write"
+        )
+    return within(grammar, room)
 
 
 def within(grammar: Grammar, room: int) -> Grammar:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, Walk, accepts, spelled
 
-from vllm_diffusion.constrain.automaton import compile as compile_module
 from vllm_diffusion.constrain.automaton.classes import Limits
-from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.constrain.language.syntax import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
@@ -15,9 +14,8 @@ from vllm_diffusion.testing import tiny_tokenizer
 ARITHMETIC = 'root ::= sum\nsum ::= sum "+" atom | atom\natom ::= [0-9]+ | "(" sum ")"'
 
 
-def compiled(kind, text, cache=None, **options):
-    cache = AutomatonCache(0) if cache is None else cache
-    options = {"vocabulary": VOCABULARY, "end_ids": [END], "cache": cache, **options}
+def compiled(kind, text, **options):
+    options = {"vocabulary": VOCABULARY, "end_ids": [END], **options}
     return compile_constraint(kind, text, **options)
 
 
@@ -116,41 +114,6 @@ def test_one_clear_error(kind, text, message):
 def test_what_is_too_large_says_so_at_once(kind, text):
     with pytest.raises(AutomatonError, match="more than"):
         compiled(kind, text, limits=Limits(states=20))
-
-
-@pytest.mark.parametrize("text", ["(a", "(a|b)*a(a|b){14}"])
-def test_what_does_not_compile_is_found_out_once(text, monkeypatch):
-    cache, compilations = AutomatonCache(1 << 20), []
-    read = compile_module.grammar_of
-
-    def counted(*args, **options):
-        compilations.append(args)
-        return read(*args, **options)
-
-    monkeypatch.setattr(compile_module, "grammar_of", counted)
-    said = []
-    for _ in range(3):
-        with pytest.raises(ConstraintError) as refused:
-            compiled("regex", text, cache)
-        said.append((type(refused.value), str(refused.value)))
-        assert len(refused.traceback) <= 4, "an exception that is raised again grows"
-    assert len(compilations) == 1
-    assert len(set(said)) == 1
-
-
-def test_the_cache_keeps_what_fits():
-    size = compiled("regex", "a{1}").nbytes
-    cache = AutomatonCache(3 * size + 500)
-    first = compiled("regex", "a{1}", cache)
-    assert compiled("regex", "a{1}", cache) is first
-    for number in range(2, 8):
-        compiled("regex", f"a{{{number}}}", cache)
-        assert cache.nbytes <= 3 * size + 500
-    assert 1 <= len(cache) <= 3
-    assert compiled("regex", "a{1}", cache) is not first
-    recent = compiled("regex", "a{7}", cache)
-    assert compiled("regex", "a{7}", cache) is recent
-    assert len(AutomatonCache(0)) == 0
 
 
 def test_a_tokenizer_with_marked_spaces_and_bytes_to_fall_back_on():

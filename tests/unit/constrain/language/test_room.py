@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.spelling import END, VOCABULARY, accepts, spelled
 
-from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.constrain.language.room import shortest, within
@@ -14,9 +14,7 @@ from vllm_diffusion.errors import AutomatonError, ConstraintError
 
 
 def compiled(kind, text, room):
-    return compile_constraint(
-        kind, text, vocabulary=VOCABULARY, end_ids=[END], room=room, cache=AutomatonCache(0)
-    )
+    return compile_constraint(kind, text, vocabulary=VOCABULARY, end_ids=[END], room=room)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from helpers.schemas import TABLE, J, N, S, arr, obj, string
 from helpers.spelling import END, VOCABULARY, Walk, accepts, after, spelled
 from jsonschema import Draft202012Validator
 
-from vllm_diffusion.constrain.automaton.compile import AutomatonCache, compile_constraint
+from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.schema import json_schema
 from vllm_diffusion.constrain.language.written import written
@@ -23,7 +23,6 @@ def compiled(schema, **options):
         json.dumps(schema),
         vocabulary=VOCABULARY,
         end_ids=[END],
-        cache=AutomatonCache(0),
         **options,
     )
 
