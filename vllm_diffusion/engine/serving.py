@@ -109,6 +109,8 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         if cuda.chosen():
             logger.info("The head runs in CUDA on GPUs, not in Triton.")
         vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
+        generation = vllm_config.model_config.try_get_generation_config()
+        vllm_config.model_config.hf_config.end_token_ids = generation.get("eos_token_id")
         memory = head_memory(_ours(vllm_config))
         vllm_config.model_config.hf_config.head_memory_mb = memory
         form = head_weights(_ours(vllm_config))

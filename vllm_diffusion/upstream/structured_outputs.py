@@ -92,9 +92,9 @@ def as_text(asked: Any) -> Any:
 def completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
     """A copy that knows the ids of end tokens and bad words, as the engine's core will see it."""
     copy = sampling.clone()
-    copy.update_from_generation_config(
-        model_config.try_get_generation_config(), tokenizer.eos_token_id
-    )
+    # vLLM would read the file for every request.
+    end_ids = model_config.hf_config.end_token_ids
+    copy.update_from_generation_config({"eos_token_id": end_ids}, tokenizer.eos_token_id)
     copy.update_from_tokenizer(tokenizer)
     return copy
 
