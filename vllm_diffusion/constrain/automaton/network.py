@@ -80,8 +80,9 @@ class Networks:
             )
             for draft in drafts
         ]
-        self._join()
-        self._refuse_left_recursion(names)
+        if self.recursive:
+            self._join()
+            self._refuse_left_recursion(names)
 
     @property
     def recursive(self) -> bool:

@@ -73,5 +73,5 @@ def _choices(source: str) -> list[str]:
     if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
         raise ConstraintError(f"The choices must be a JSON list of strings, not {source!r}.")
     if not choices:
-        raise ConstraintError("The choices cannot be an empty list: nothing satisfies it.")
+        raise ConstraintError("Nothing satisfies these choices: they cannot be an empty list.")
     return choices
