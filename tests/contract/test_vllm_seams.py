@@ -6,9 +6,11 @@ be called at all. A failure here after raising the vLLM pin says where to look f
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import pkgutil
+import textwrap
 from typing import Any
 
 import pytest
@@ -231,16 +233,6 @@ ATTRIBUTES = {
     "vllm.v1.worker.gpu.mm.encoder_cache.EncoderCache": ["self.mm_features"],
 }
 
-GEMMA_IMAGE_PATH = [
-    "_parse_and_validate_image_input",
-    "_parse_and_validate_video_input",
-    "_parse_and_validate_multimodal_inputs",
-    "_encoder_chunk",
-    "_process_image_input",
-    "_process_video_input",
-    "embed_multimodal",
-]
-
 
 def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
@@ -274,11 +266,56 @@ def test_an_object_we_are_handed_has_the_attributes_we_read(owner: str) -> None:
     assert [name for name in ATTRIBUTES[owner] if name not in source] == []
 
 
-def test_gemma_still_has_the_image_path_we_borrow() -> None:
-    gemma = resolve_obj_by_qualname(
-        "vllm.model_executor.models.gemma4_mm.Gemma4ForConditionalGeneration"
+def borrowed_from_vllm(owner: type) -> dict[str, Any]:
+    """Functions in the body of a class that were written for another one."""
+    functions = {name: getattr(owner, name) for name, value in vars(owner).items()}
+    return {
+        name: function
+        for name, function in functions.items()
+        if inspect.isfunction(function) and function.__module__.startswith("vllm.")
+    }
+
+
+def asked_of_self(function: Any) -> set[str]:
+    """Names that a method reads or calls on its first argument."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(tree, ast.FunctionDef)
+    if not tree.args.args:
+        return set()
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == tree.args.args[0].arg
+        and isinstance(node.ctx, ast.Load)
+    }
+
+
+def set_on_self(owner: type) -> set[str]:
+    """Names that the methods of a class assign on `self`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner))))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and isinstance(node.ctx, ast.Store)
+    }
+
+
+def test_a_method_we_borrow_finds_everything_it_asks_of_itself() -> None:
+    ours = resolve_obj_by_qualname(
+        "vllm_diffusion.models.diffusion_gemma.model.DiffusionGemmaForBlockDiffusion"
     )
-    assert [name for name in GEMMA_IMAGE_PATH if not hasattr(gemma, name)] == []
+    borrowed = borrowed_from_vllm(ours)
+    assert "embed_multimodal" in borrowed
+    assert "vision_tower" in asked_of_self(borrowed["_process_image_input"])
+    present = set(dir(ours)) | set_on_self(ours)
+    # No input of a request leads there: DiffusionGemma hears nothing.
+    sound = {"_parse_and_validate_audio_input", "_process_audio_input"}
+    missing = {name: asked_of_self(method) - present - sound for name, method in borrowed.items()}
+    assert {name: names for name, names in missing.items() if names} == {}
 
 
 def test_the_runner_hands_the_sampler_what_compute_logits_gave() -> None:

@@ -42,7 +42,10 @@ from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
-from vllm_diffusion.models.diffusion_gemma.processing import DiffusionGemmaProcessingInfo
+from vllm_diffusion.models.diffusion_gemma.processing import (
+    DiffusionGemmaProcessingInfo,
+    tower_config,
+)
 from vllm_diffusion.models.diffusion_gemma.reload import pack_experts_again
 from vllm_diffusion.models.diffusion_gemma.weights import (
     MAPPER,
@@ -93,6 +96,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         Gemma4ForConditionalGeneration._parse_and_validate_multimodal_inputs
     )
     _encoder_chunk = staticmethod(Gemma4ForConditionalGeneration._encoder_chunk)
+    if hasattr(Gemma4ForConditionalGeneration, "_get_max_soft_tokens"):  # from vLLM 0.33 on
+        _get_max_soft_tokens = Gemma4ForConditionalGeneration._get_max_soft_tokens
     _process_image_input = Gemma4ForConditionalGeneration._process_image_input
     _process_video_input = Gemma4ForConditionalGeneration._process_video_input
     embed_multimodal = Gemma4ForConditionalGeneration.embed_multimodal
@@ -108,7 +113,8 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """The text a chat message's image or video stands as; ``i`` is its number, unused."""
         del i
-        placeholders = {"image": "<image_soft_token>", "video": "<|video|>"}
+        # What Gemma 4's processor looks for, and puts the soft tokens in the place of.
+        placeholders = {"image": "<|image|>", "video": "<|video|>"}
         if modality not in placeholders:
             raise ValueError(f"DiffusionGemma reads images and video, got {modality!r}")
         return placeholders[modality]
@@ -176,17 +182,17 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
 
     def _build_vision(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Gemma 4's vision tower and the projection into the text embedding space."""
-        config = vllm_config.model_config.hf_config
         self._enable_mm_lora = False  # read by the borrowed image path
-        if config.vision_config is None:
+        config = tower_config(vllm_config.model_config)
+        if config is None:
             self.vision_tower = None
             self.embed_vision = None
             return
-        quant = self._tower_quantisation(vllm_config.quant_config, config.vision_config)
+        quant = self._tower_quantisation(vllm_config.quant_config, config)
         with self._mark_tower_model(vllm_config, {"image", "video"}):  # type: ignore[operator]
-            self.vision_tower = AutoModel.from_config(config=config.vision_config)
+            self.vision_tower = AutoModel.from_config(config=config)
             self.embed_vision = Gemma4MultimodalEmbedder(
-                config.vision_config,
+                config,
                 vllm_config.model_config.hf_text_config,
                 quant_config=quant,
                 prefix=maybe_prefix(prefix, "embed_vision"),
