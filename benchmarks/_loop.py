@@ -31,6 +31,7 @@ from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasBatch
 from vllm_diffusion.step import advance
+from vllm_diffusion.testing.reference import CACHE
 from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
 from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
 from vllm_diffusion.tune.compare import Outcome, repeated_share
@@ -124,11 +125,11 @@ class Prefix:
             config=self._config,
             inputs_embeds=torch.empty(*ids.shape, 0),
             attention_mask=torch.ones(self._branches, self.length, dtype=torch.bool),
-            past_key_values=self.cache,
             position_ids=position,
+            **{CACHE: self.cache},
         )
         output = self._encoder(
-            input_ids=ids, attention_mask=masks, past_key_values=self.cache, position_ids=position
+            input_ids=ids, attention_mask=masks, position_ids=position, **{CACHE: self.cache}
         )
         own = output.last_hidden_state[0]
         before = torch.cat([own[:1] if self._last is None else self._last, own[:-1]])
@@ -258,8 +259,8 @@ class CanvasLoop:
         self._soft = pool.soft_embedding
         output = self._decoder(
             decoder_input_ids=pool.tokens,
-            past_key_values=prefix.cache,
             decoder_position_ids=self._positions(prefix.length, 1),
+            **{CACHE: prefix.cache},
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -28,6 +28,7 @@ from vllm_diffusion.upstream.patches import (
 from vllm_diffusion.upstream.versions import (
     OFF_SWITCH,
     TESTED,
+    TESTED_TRANSFORMERS,
     InstalledVllm,
     check_version,
     installed_vllm,
@@ -105,6 +106,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
     vllm = installed_vllm()
     findings = [
         *check_packages(),
+        *check_transformers(_version("transformers")),
         *check_vllm(vllm),
         *check_alias(inspect_alias()),
         *check_plugin(environ, _entry_points("vllm.general_plugins")),
@@ -124,11 +126,21 @@ def check_packages() -> list[Finding]:
     """Name the versions of everything that matters besides vLLM."""
     found = [f"vllm-diffusion {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "transformers", "triton"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
+        version = _version(name)
+        found.append(f"{name} {version}" if version else f"no {name}")
     return [Finding(Level.OK, ", ".join(found))]
+
+
+def check_transformers(version: str | None) -> list[Finding]:
+    """Whether answers were compared with this version's model; vLLM says which it needs."""
+    if version is None or TESTED_TRANSFORMERS.contains(version, prereleases=True):
+        return []
+    return [
+        Finding(
+            Level.NOTE,
+            f"transformers {version} was not compared with; tested with {TESTED_TRANSFORMERS}",
+        )
+    ]
 
 
 def check_vllm(vllm: InstalledVllm | None) -> list[Finding]:
@@ -335,6 +347,14 @@ def check_host() -> list[Finding]:
 def _allowed(environ: Mapping[str, str]) -> list[str] | None:
     """Return the names `VLLM_PLUGINS` allows, as vLLM reads it; `None` allows all."""
     return environ[ALLOW_LIST].split(",") if ALLOW_LIST in environ else None
+
+
+def _version(name: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:

@@ -64,7 +64,6 @@ class PackedPass(nn.Module):
                 position_embeddings=angles[kind],
                 attention_mask=masks[kind],
                 position_ids=rows.position,
-                past_key_values=None,
             )
         logits = self.model.lm_head(self.encoder.norm(hidden)).float()
         return torch.tanh(logits / self.softcap) * self.softcap

@@ -21,6 +21,7 @@ from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.head.sample import sample_rows
 from vllm_diffusion.records import Noise
+from vllm_diffusion.testing.reference import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -133,8 +134,8 @@ class Oracle:
             with recorder.watching():
                 self.model.generate(
                     torch.tensor([list(prompt)], device=self.model.device),
-                    past_key_values=cache,
                     max_new_tokens=canvases * self.canvas_length,
+                    **{CACHE: cache},
                     **(overrides or {}),
                     **(inputs or {}),
                 )
@@ -159,11 +160,11 @@ class Oracle:
             config=self.model.config,
             inputs_embeds=torch.empty(1, ids.shape[1], 0),
             attention_mask=torch.ones_like(ids, dtype=torch.bool),
-            past_key_values=cache,
             position_ids=positions,
+            **{CACHE: cache},
         )
         output = encoder(
-            input_ids=ids, attention_mask=masks, past_key_values=cache, position_ids=positions
+            input_ids=ids, attention_mask=masks, position_ids=positions, **{CACHE: cache}
         )
         return OracleRun(
             prompt=tuple(tokens),
@@ -270,7 +271,7 @@ class _Recorder:
         self.hidden.append(_kept(output.last_hidden_state[0]))
 
     def _prepare_denoiser_inputs(self, **kwargs: Any) -> Any:
-        self._start = kwargs["past_key_values"].get_seq_length()
+        self._start = kwargs[CACHE].get_seq_length()
         self._step = -1
         self._steps = []
         return type(self.model)._prepare_denoiser_inputs(self.model, **kwargs)

