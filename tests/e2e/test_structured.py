@@ -279,6 +279,10 @@ def test_a_constraint_behind_thinking(client: OpenAI) -> None:
             {"structured_outputs": {"choice": ["a"]}, "use_beam_search": True, "n": 2},
             "use_beam_search and a constraint",
         ),
+        (
+            {"allowed_token_ids": [300], "use_beam_search": True, "n": 2},
+            "use_beam_search and allowed_token_ids",
+        ),
     ],
 )
 def test_a_clients_mistake_is_told_at_once(

@@ -44,13 +44,22 @@ def compile_beside(name: str) -> None:
 
 
 def _refuse_beams(request: Any) -> None:
-    """A beam is written token by token, and vLLM's parameters of beams have no constraint."""
+    """A beam is written token by token, and vLLM drops what its parameters of beams lack.
+
+    From 0.33 on they have `allowed_token_ids`, which vLLM refuses for diffusion models.
+    """
     from vllm.exceptions import VLLMValidationError
 
-    if vars(request).get("use_beam_search") and request.extract_structured_outputs() is not None:
+    if not vars(request).get("use_beam_search"):
+        return
+    if request.extract_structured_outputs() is not None:
         raise VLLMValidationError(
             "use_beam_search and a constraint (response_format, structured_outputs or tools that "
             "must be called) exclude each other: beams are not held to it"
+        )
+    if request.allowed_token_ids is not None:
+        raise VLLMValidationError(
+            "use_beam_search and allowed_token_ids exclude each other: beams are not held to them"
         )
 
 
