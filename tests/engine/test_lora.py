@@ -26,6 +26,7 @@ from vllm_diffusion.engine.lora_experts import AdaptedExperts
 from vllm_diffusion.testing.adapters import (
     DECODER,
     ENCODER,
+    ONE_STACK,
     changes,
     merge_adapter,
     write_adapter,
@@ -51,6 +52,7 @@ FILES: dict[str, dict[str, Any]] = {
     "decoder": {"seed": 3, "size": 0.15, "trees": (DECODER,)},
     "encoder": {"seed": 4, "trees": (ENCODER,), "only": ("self_attn",)},
     "conditioning": {"seed": 5, "only": ("self_conditioning",), "size": 0.05},
+    "stack": {"seed": 7, "size": 0.15, "trees": (ONE_STACK,), "only": ("self_attn", "mlp.")},
     "down": {"seed": 6, "only": ("experts.down_proj", "router"), "alike": False},
 }
 IDS = {name: number for number, name in enumerate(FILES, start=1)}
@@ -105,7 +107,8 @@ def adapted_oracle(checkpoint: Path, adapter: Path) -> Oracle:
         DECODER: oracle.model.model.decoder,
     }
     for tree, root in trees.items():
-        for name, change in changes(adapter, tree, SPEC.experts).items():
+        own = changes(adapter, tree, SPEC.experts) | changes(adapter, ONE_STACK, SPEC.experts)
+        for name, change in own.items():
             path, _, last = name.rpartition(".")
             module = root.get_submodule(path)
             setattr(module, last, nn.Parameter(module.get_parameter(last).detach() + change))
@@ -314,15 +317,15 @@ def test_every_problem_is_in_one_message(
     write_adapter(tmp_path, parity_checkpoint, options={"use_dora": True, "bias": "all"})
     file = tmp_path / "adapter_model.safetensors"
     factors = load_file(file)
-    factors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 64)
-    factors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.ones(64, 4)
+    factors["base_model.model.model.blocks.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 64)
+    factors["base_model.model.model.blocks.0.self_attn.q_proj.lora_B.weight"] = torch.ones(64, 4)
     save_file(factors, file)
     message = refused(tmp_path)
     for part in (
         "use_dora is not served",
         "bias is not served",
         "modules the model does not have",
-        "model.layers.0.self_attn.q_proj",
+        "model.blocks.0.self_attn.q_proj",
     ):
         assert part in message
 

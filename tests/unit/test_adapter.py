@@ -18,10 +18,10 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     AdapterBase,
     adaptable,
     check_adapter,
-    placed_at,
     read_adapter,
 )
-from vllm_diffusion.testing.adapters import DECODER, ENCODER, changes, write_adapter
+from vllm_diffusion.models.diffusion_gemma.adapter_names import placed_at
+from vllm_diffusion.testing.adapters import DECODER, ENCODER, ONE_STACK, changes, write_adapter
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
 
 if TYPE_CHECKING:
@@ -125,6 +125,61 @@ def test_one_tree_alone_leaves_the_other_the_base_model(
     adapter: Adapter = read_adapter(write(trees=(DECODER,)), base, FP32)
     assert not adapter.text
     assert adapter.canvas
+
+
+AUTOMODEL = "automodel_peft_config.json"
+
+
+@pytest.mark.parametrize(
+    ("what", "prefix"),
+    [
+        ({"trees": (ONE_STACK,)}, True),
+        ({"trees": (DECODER,), "options": {"shared_stack": True}}, True),
+        ({"trees": (DECODER,)}, True),
+        ({"trees": (DECODER,)}, False),  # of a quantised base model
+    ],
+)
+def test_factors_of_one_stack_serve_both_kinds_of_row(
+    base: AdapterBase,
+    write: Callable[..., Path],
+    what: dict[str, Any],
+    prefix: bool,
+) -> None:
+    alike = read_adapter(write(), base, FP32)
+    folder = write(**what)
+    if "options" not in what:
+        (folder / AUTOMODEL).write_text("{}")
+    if not prefix:
+        factors = load_file(folder / WEIGHTS)
+        bare = {name.removeprefix("base_model.model."): each for name, each in factors.items()}
+        save_file(bare, folder / WEIGHTS)
+    coverage = check_adapter(folder, base)
+    assert (coverage.text, coverage.canvas, coverage.shared) == (True, True, True)
+    one = read_adapter(folder, base, FP32)
+    for ours, theirs in ((one.text, alike.text), (one.canvas, alike.canvas)):
+        assert ours.keys() == theirs.keys()
+        for path, parts in ours.items():
+            for part, same in zip(parts, theirs[path], strict=True):
+                assert (part is None) == (same is None)
+                if part is not None:
+                    torch.testing.assert_close(product(part), product(same))
+
+
+def test_what_a_user_says_of_the_stack_wins(base: AdapterBase, write: Callable[..., Path]) -> None:
+    folder = write(trees=(DECODER,), options={"shared_stack": False})
+    (folder / AUTOMODEL).write_text("{}")
+    coverage = check_adapter(folder, base)
+    assert (coverage.text, coverage.canvas, coverage.shared) == (False, True, False)
+    assert "shared_stack must be true or false, got 'yes'" in problem(
+        write(options={"shared_stack": "yes"}), base
+    )
+
+
+def test_factors_of_one_stack_beside_those_of_a_tree_are_refused(
+    base: AdapterBase, write: Callable[..., Path]
+) -> None:
+    message = problem(write(options={"shared_stack": True}), base)
+    assert "factors given twice for the same rows: model.encoder.language_model.layers.0" in message
 
 
 @pytest.mark.parametrize(

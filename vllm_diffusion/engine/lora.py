@@ -18,10 +18,11 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     CONFIG,
     WEIGHTS,
     AdapterBase,
+    Coverage,
     adaptable,
     check_adapter,
-    placed_at,
 )
+from vllm_diffusion.models.diffusion_gemma.adapter_names import SHARED, placed_at
 from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
 from vllm_diffusion.upstream.lora import adapters_are_served
 
@@ -125,8 +126,31 @@ def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) ->
         return
     passed = (folder, *times, base.name, base.max_rank, base.targets)
     if passed not in _fitting:
-        check_adapter(folder, base)
+        _tell(request.lora_name, check_adapter(folder, base))
         _fitting.add(passed)
+
+
+def _tell(name: str, coverage: Coverage) -> None:
+    """Say which rows an adapter leaves as they are, or that one set of factors serves all."""
+    if not coverage.text:
+        logger.warning(
+            "The adapter %r has factors of the decoder alone: rows of prompts and commits run "
+            'unadapted. Where it was trained on one stack of layers, add "%s": true to its %s.',
+            name,
+            SHARED,
+            CONFIG,
+        )
+    elif not coverage.canvas:
+        logger.warning(
+            "The adapter %r has factors of the encoder alone: rows of canvases run unadapted.", name
+        )
+    elif coverage.shared:
+        logger.info(
+            "The adapter %r, made for %s, is of one stack of layers: its factors serve rows of "
+            "prompts, commits and canvases.",
+            name,
+            coverage.made_for,
+        )
 
 
 def _changed(folder: Path) -> tuple[int, int] | None:

@@ -35,9 +35,9 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.models.diffusion_gemma.adapter import (
     Adapter,
     Factors,
-    placed_at,
     read_adapter,
 )
+from vllm_diffusion.models.diffusion_gemma.adapter_names import placed_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 """Where Transformers holds the two trees of modules that share their weights."""
 
+ONE_STACK = "model."
+"""Where NeMo AutoModel holds the one stack of layers that stands for both."""
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "proj")
 """Last names of the linear modules; `proj` is the router's."""
 
@@ -48,7 +51,7 @@ def write_adapter(
         seed: of the factors.
         rank: of every module.
         alpha: PEFT's; factors are scaled by alpha / rank.
-        trees: `ENCODER`, `DECODER` or both.
+        trees: `ENCODER`, `DECODER` or both, or `ONE_STACK`.
         alike: give both trees the same factors.
         only: parts of names, of which a module must have one; empty takes all modules.
         size: of the change, against the weights of an initialised matrix.
@@ -95,7 +98,7 @@ def changes(adapter: str | Path, tree: str, experts: int) -> "dict[str, torch.Te
 
     Args:
         adapter: folder, of one rank and alpha for all modules.
-        tree: `ENCODER` or `DECODER`.
+        tree: one of those that `write_adapter` was given.
         experts: experts a layer.
     """
     import torch
@@ -109,6 +112,8 @@ def changes(adapter: str | Path, tree: str, experts: int) -> "dict[str, torch.Te
     for name, a in factors.items():
         module = name.removeprefix(f"base_model.model.{tree}")
         if module == name or not name.endswith(".lora_A.weight"):
+            continue
+        if tree == ONE_STACK and module.startswith(("encoder.", "decoder.")):
             continue
         module = module.removesuffix(".lora_A.weight")
         b = factors[name.replace("lora_A", "lora_B")]

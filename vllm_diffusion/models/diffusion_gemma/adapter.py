@@ -2,12 +2,8 @@
 
 Takes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Gives the low-rank
 factors of every module of ours, once for text rows (Transformers' encoder) and once for canvas rows
-(its decoder), or one `AdapterError` with every problem.
-
-Transformers holds encoder and decoder as two trees of modules that share their weights. PEFT wraps
-modules, so an adapter has factors of its own for each tree, and training sets them apart: an
-encoder is reached through the cache alone. Here one backbone serves both kinds of row, so the two
-are kept apart by row. An adapter may also name one tree only; the other then stays the base model.
+(its decoder), or one `AdapterError` with every problem. `adapter_names` says which rows a name is
+for.
 """
 
 from __future__ import annotations
@@ -22,6 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_diffusion.errors import AdapterError
+from vllm_diffusion.models.diffusion_gemma.adapter_names import (
+    BOTH,
+    CANVAS,
+    EXPERT_MATRICES,
+    SHARED,
+    TEXT,
+    factors_by_module,
+    is_of_images,
+    located,
+    placed_at,
+    shares_stack,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,30 +40,9 @@ if TYPE_CHECKING:
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 
-TEXT: Final = "text"
-CANVAS: Final = "canvas"
-
-_PREFIX: Final = "base_model.model."
-_TREES: Final = (
-    ("model.encoder.language_model.layers.", TEXT, "layers."),
-    ("model.decoder.layers.", CANVAS, "layers."),
-    ("model.decoder.self_conditioning.", CANVAS, "self_conditioning."),
-)
-_IMAGE_TREES: Final = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-_FACTOR: Final = re.compile(rf"^{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight$")
 _EXPERTS: Final = re.compile(r"^(layers\.\d+\.experts)(\.base_layer)?$")
 
-_PACKED: Final = {
-    "q_proj": ("qkv_proj", 0),
-    "k_proj": ("qkv_proj", 1),
-    "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
 _SLICES: Final = {"qkv_proj": 3, "gate_up_proj": 2}
-
-EXPERT_MATRICES: Final = ("gate_up_proj", "down_proj")
-"""The two tensors of a layer's experts, in the order of the served layer's parts."""
 
 # Options of PEFT that make more of an adapter than two factors a module.
 _EXTRAS: Final = (
@@ -122,10 +109,23 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Coverage:
+    """Which rows an adapter changes."""
+
+    text: bool
+    """Those of prompts and commits."""
+    canvas: bool
+    shared: bool
+    """Whether factors of one stack of layers serve both, see `adapter_names`."""
+    made_for: str
+    """The base model that the adapter names."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Pair:
     """Where the factors of one module stand in a file."""
 
-    side: str
+    sides: tuple[str, ...]
     module: str  # a key of AdapterBase.shapes
     a: str
     b: str
@@ -164,19 +164,16 @@ def adaptable(text_config: Any) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def placed_at(module: str) -> tuple[str, int]:
-    """The path in our model of a module named as in ``adaptable``, and its part there."""
-    parent, _, last = module.rpartition(".")
-    root = "" if module.startswith("self_conditioning.") else "model."
-    if parent.endswith(".experts"):
-        return root + parent, EXPERT_MATRICES.index(last)
-    packed, index = _PACKED.get(last, (last, 0))
-    return f"{root}{parent}.{packed}", index
-
-
-def check_adapter(folder: Path, base: AdapterBase) -> None:
+def check_adapter(folder: Path, base: AdapterBase) -> Coverage:
     """Raise `AdapterError` with everything that is wrong; reads names and shapes, few values."""
-    _opened(folder, base)
+    config, pairs = _opened(folder, base)
+    sides = {side for pair in pairs for side in pair.sides}
+    return Coverage(
+        text=TEXT in sides,
+        canvas=CANVAS in sides,
+        shared=any(pair.sides == BOTH for pair in pairs),
+        made_for=str(config.get("base_model_name_or_path")),
+    )
 
 
 def read_adapter(folder: Path, base: AdapterBase, dtype: torch.dtype) -> Adapter:
@@ -190,7 +187,7 @@ def read_adapter(folder: Path, base: AdapterBase, dtype: torch.dtype) -> Adapter
     Raises:
         AdapterError: a file is missing, damaged or does not fit; the message has all problems.
     """
-    pairs = _opened(folder, base)
+    _, pairs = _opened(folder, base)
     sides: dict[str, dict[str, list[Factors | None]]] = {TEXT: {}, CANVAS: {}}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for pair in pairs:
@@ -198,15 +195,16 @@ def read_adapter(folder: Path, base: AdapterBase, dtype: torch.dtype) -> Adapter
             path, index = placed_at(pair.module)
             last = path.rpartition(".")[2]
             parts = len(EXPERT_MATRICES) if last == "experts" else _SLICES.get(last, 1)
-            slices = sides[pair.side].setdefault(path, [None] * parts)
-            slices[index] = factors
             keys_are_values = pair.module.endswith(".k_proj") and (
                 pair.module.replace(".k_proj", ".v_proj") not in base.shapes
             )
-            if keys_are_values:
-                slices[2] = factors
-    for side in sides.values():
-        for path, slices in side.items():
+            for side in pair.sides:
+                slices = sides[side].setdefault(path, [None] * parts)
+                slices[index] = factors
+                if keys_are_values:
+                    slices[2] = factors
+    for paths in sides.values():
+        for path, slices in paths.items():
             if path.endswith(".experts"):  # vLLM's layer takes both of its matrices or none
                 names = [f"{path.removeprefix('model.')}.{name}" for name in EXPERT_MATRICES]
                 slices[:] = [
@@ -236,8 +234,8 @@ def _factors(pair: _Pair, file: Any, experts: int, dtype: torch.dtype) -> Factor
     return Factors(a=a.to(dtype).contiguous(), b=(b.float() * pair.scale).to(dtype).contiguous())
 
 
-def _opened(folder: Path, base: AdapterBase) -> list[_Pair]:
-    """The modules of a checked file."""
+def _opened(folder: Path, base: AdapterBase) -> tuple[dict[str, Any], list[_Pair]]:
+    """Configuration and modules of a checked adapter."""
     config, problems = _config(folder, base.max_rank)
     pairs: list[_Pair] = []
     if not (folder / WEIGHTS).is_file():
@@ -245,7 +243,8 @@ def _opened(folder: Path, base: AdapterBase) -> list[_Pair]:
     else:
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
-                pairs, wrong = _pairs(file, config, base)
+                shared = shares_stack(folder, config)
+                pairs, wrong = _pairs(file, config, base, shared=shared)
                 problems += wrong
         except SafetensorError as error:
             problems.append(f"{WEIGHTS} is damaged or incomplete ({error})")
@@ -255,7 +254,7 @@ def _opened(folder: Path, base: AdapterBase) -> list[_Pair]:
         raise AdapterError(
             f"the adapter in {folder} cannot be served on {base.name}: {'; '.join(problems)}."
         )
-    return pairs
+    return config, pairs
 
 
 def _config(folder: Path, max_rank: int) -> tuple[dict[str, Any], list[str]]:
@@ -274,6 +273,8 @@ def _config(folder: Path, max_rank: int) -> tuple[dict[str, Any], list[str]]:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         problems.append(f"init_lora_weights={start!r} changes the base model's weights too")
+    if not isinstance(config.get(SHARED, False), bool):
+        problems.append(f"{SHARED} must be true or false, got {config[SHARED]!r}")
     patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     if not all(_is_pattern(pattern) for pattern in patterns):
         problems.append("rank_pattern and alpha_pattern must map regular expressions to numbers")
@@ -299,31 +300,26 @@ def _is_pattern(pattern: object) -> bool:
 
 
 def _pairs(
-    file: Any, config: Mapping[str, Any], base: AdapterBase
+    file: Any, config: Mapping[str, Any], base: AdapterBase, *, shared: bool
 ) -> tuple[list[_Pair], list[str]]:
     """The modules that a file of factors adapts, and what does not fit."""
-    names: dict[str, dict[str, str]] = {}
-    strange: list[str] = []
-    for name in sorted(file.keys()):
-        if (match := _FACTOR.match(name)) is None:
-            strange.append(name)
-        else:
-            names.setdefault(match[1], {})[match[2]] = name
-    pairs, unknown, closed, shapes = [], [], [], []
+    names, strange = factors_by_module(file.keys())
+    pairs, unknown, closed, shapes, twice = [], [], [], [], []
+    given: set[tuple[str, str]] = set()
     for full, found in names.items():
-        if full.startswith(_IMAGE_TREES):
+        if is_of_images(full):
             # Trained on text, these keep their start, which changes nothing.
             if "B" in found and bool(file.get_tensor(found["B"]).any()):
                 closed.append(full)
             continue
-        side, module = _located(full)
+        sides, module = located(full, shared=shared)
         if len(found) < 2:  # noqa: PLR2004 - A and B
             shapes.append(f"{full} lacks lora_{'AB'.replace(next(iter(found)), '')}")
             continue
         a, b = (tuple(file.get_slice(found[factor]).get_shape()) for factor in "AB")
         if (experts := _EXPERTS.match(module)) is not None:
             module = f"{experts[1]}.{_expert_matrix(a, b, base, experts[1])}"
-        if module not in base.shapes:
+        if not sides or module not in base.shapes:
             unknown.append(full)
         elif not base.serves(module):
             closed.append(full)
@@ -331,7 +327,11 @@ def _pairs(
             rank, scale = _rank_and_scale(f"{_tree(full)}{module}", config)
             if wrong := _misfit(a, b, base, module, rank):
                 shapes.append(f"{full} {wrong}")
-            pairs.append(_Pair(side, module, found["A"], found["B"], scale))
+            places = {(side, module) for side in sides}
+            if places & given:
+                twice.append(full)
+            given |= places
+            pairs.append(_Pair(sides, module, found["A"], found["B"], scale))
     made_for = config.get("base_model_name_or_path")
     problems = [
         f"{what}: {_some(which)}"
@@ -340,18 +340,11 @@ def _pairs(
             (f"modules the model does not have (the adapter is for {made_for!r})", unknown),
             ("modules that are served without adapters", closed),
             ("factors of another shape", shapes),
+            ("factors given twice for the same rows", twice),
         )
         if which
     ]
     return pairs, problems
-
-
-def _located(full: str) -> tuple[str, str]:
-    """Kind of row and name below its tree of a module of Transformers' model."""
-    for prefix, side, below in _TREES:
-        if full.startswith(prefix):
-            return side, below + full.removeprefix(prefix)
-    return "", full
 
 
 def _tree(full: str) -> str:
