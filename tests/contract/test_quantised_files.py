@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from vllm_diffusion.errors import CheckpointError
 from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
-from vllm_diffusion.models.diffusion_gemma.weights import whole
+from vllm_diffusion.models.diffusion_gemma.weights import unquantised, whole
 from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
@@ -67,6 +67,25 @@ Check = Callable[..., Weights]
 def test_a_whole_file_passes_as_it_is(stored: Weights, checked: Check):
     assert checked(stored) == stored
     assert checked(stored, experts=None) == stored
+
+
+def test_a_quantised_router_or_head_is_named(stored: Weights, checked: Check):
+    """Every router, as a recipe without an ignore list leaves it, and a head of its own."""
+    assert dict(unquantised(stored.items(), "the model", known=())) == stored
+    routers = [name.removesuffix(".weight") for name in stored if "router.proj" in name]
+    parts = {name.rpartition(".")[2] for name in stored if name.startswith(f"{EXPERT}.")}
+    scales = [
+        f"{module}.{part}"
+        for module in (*routers, "lm_head")
+        for part in parts - {"weight"} or {"weight_scale"}
+    ]
+    bad = stored | dict.fromkeys(scales, stored[f"{routers[0]}.weight"])
+    with pytest.raises(CheckpointError, match="quantised where it cannot be served so") as caught:
+        # As it is loaded: what is found in the whole file comes after.
+        checked(dict(unquantised(bad.items(), "the model", known=())))
+    assert all(module in str(caught.value) for module in (*routers, "lm_head"))
+    # A head that has a place for its scales is the layers' business.
+    assert dict(unquantised(bad.items(), "the model", known=scales)) == bad
 
 
 def drop(*names: str) -> Callable[[Weights], Weights]:

@@ -267,6 +267,30 @@ def test_a_broken_file(what: str, plain: Path, tmp_path: Path, engine_pool: Engi
         engine_pool.get(folder, **ENGINE)
 
 
+@pytest.mark.parametrize("part", ["router.proj", "lm_head"])
+def test_a_quantised_router_or_head_is_one_error(
+    part: str, plain: Path, tmp_path: Path, engine_pool: EnginePool
+) -> None:
+    """As a recipe for all linear modules writes it that has no ignore list."""
+    folder = quantise_checkpoint(plain, tmp_path, "fp8-dynamic")
+    weights = load_file(folder / WEIGHTS)
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"].clone()
+    modules = [name.removesuffix(".weight") for name in weights if name.endswith(f"{part}.weight")]
+    for module in modules:
+        peaks = weights[f"{module}.weight"].float().abs().amax(1, keepdim=True)
+        scaled = weights[f"{module}.weight"].float() / (peaks / 448)
+        weights[f"{module}.weight"] = scaled.to(torch.float8_e4m3fn)
+        weights[f"{module}.weight_scale"] = (peaks / 448).to(torch.bfloat16)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    config["quantization_config"]["ignore"] = []
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantised where it cannot be served so") as caught:
+        engine_pool.get(folder, **ENGINE)
+    assert all(module in str(caught.value) for module in modules)
+
+
 def test_an_unknown_scheme(plain: Path, tmp_path: Path, engine_pool: EnginePool) -> None:
     folder = quantise_checkpoint(plain, tmp_path, "nvfp4")
     config = json.loads((folder / "config.json").read_text())

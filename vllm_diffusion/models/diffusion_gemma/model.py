@@ -53,6 +53,7 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     VESTIGIAL_PREFIXES,
     readable,
     refuse_missing,
+    unquantised,
     whole,
 )
 from vllm_diffusion.models.quantised.configuration import adopt, is_released
@@ -306,12 +307,14 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         """Load the released names; a file that holds one layer scalar serves both kinds of row.
 
         Raises:
-            CheckpointError: a file cannot be read, or a weight is in none of them.
+            CheckpointError: a file cannot be read, a weight is in none of them, or one is quantised
+                that is served plain.
         """
         if self.loads:
             pack_experts_again(self)
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=VESTIGIAL_PREFIXES)
-        weights = readable(weights, self.source)
+        head = {f"lm_head.{name}" for name, _ in self.lm_head.named_parameters()}
+        weights = unquantised(readable(weights, self.source), self.source, known=head)
         # Scales of other quantised files depend on their scheme; an update may bring a part.
         known = self.quant_config is None or self.released_quantisation
         if known and not self.loads:

@@ -74,6 +74,8 @@ _INPUT_SCALE = "input_scale"
 _TREE = re.compile(r"^model\.(decoder\.|encoder\.language_model\.)?")
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)$")
 _SINGLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_PLAIN = re.compile(r"(^|\.)(router\.proj|lm_head)$")
+_PLAIN_PARTS = {"weight", "bias"}
 _NO_FILE = "a file is missing or belongs to another model"
 
 
@@ -86,6 +88,34 @@ def readable(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tup
             f"a weight file of {source} cannot be read ({error}): it is damaged or incomplete; "
             "fetch the checkpoint again."
         ) from error
+
+
+def unquantised(
+    weights: Iterable[tuple[str, Tensor]], source: str, *, known: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same weights; raises `CheckpointError` where a router or the head is quantised.
+
+    Routers and, with the quantisations of the released files, the head are plain layers, which have
+    no place for scales: vLLM ends at the first of them, and names a module of its own.
+
+    Args:
+        weights: by the names in the file.
+        source: for the message.
+        known: names that the model has a place for, as a head has that its scheme quantises.
+    """
+    quantised: dict[str, None] = {}
+    for name, weight in weights:
+        module, _, part = name.rpartition(".")
+        if part not in _PLAIN_PARTS and _PLAIN.search(module) and name not in known:
+            quantised[module] = None
+        else:
+            yield name, weight
+    if quantised:
+        raise CheckpointError(
+            f"{source} is quantised where it cannot be served so: {_some(list(quantised))}. A "
+            "router and the head are served as plain matrices alone; quantise the model again with "
+            'both in the ignore list, as in ignore=["re:.*router.*", "lm_head"] of llm-compressor.'
+        )
 
 
 def refuse_missing(model: nn.Module, loaded: set[str], source: str) -> None:
@@ -155,9 +185,13 @@ def whole(
 
 def _lacking(lacks: str, missing: Sequence[str], why: str) -> CheckpointError:
     """The error that names what is in no file."""
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    named = ", ".join(missing[:_NAMED])
-    return CheckpointError(f"{lacks} {named}{more}: {why}; fetch the checkpoint again.")
+    return CheckpointError(f"{lacks} {_some(missing)}: {why}; fetch the checkpoint again.")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
