@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,18 @@ import pytest
 from helpers.engines import SERVER_OPTIONS
 from openai import NotFoundError, OpenAI
 
-from vllm_diffusion.testing.adapters import write_adapter
+from vllm_diffusion.testing.adapters import DECODER, ONE_STACK, write_adapter
 from vllm_diffusion.testing.server import serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_diffusion.testing.server import Server
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+    "WjR9awAAAABJRU5ErkJggg=="
+)
 FINETUNE = Path(__file__).parents[2] / "examples" / "lora" / "finetune.py"
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -26,27 +33,43 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of adapters: `first` and `second` fit, `large` has too high a rank."""
+    """A folder of adapters, of which `large` has too high a rank.
+
+    `stack`, `half` and `both` have the same factors: of one stack of layers, of the decoder alone,
+    of both trees.
+    """
     folder = tmp_path_factory.mktemp("adapters")
     write_adapter(folder / "first", tiny_checkpoint, seed=1)
     write_adapter(folder / "second", tiny_checkpoint, seed=2, alike=False)
     write_adapter(folder / "large", tiny_checkpoint, rank=64)
+    only = ("self_attn", "mlp.")
+    write_adapter(folder / "both", tiny_checkpoint, seed=3, only=only)
+    write_adapter(folder / "half", tiny_checkpoint, seed=3, only=only, trees=(DECODER,))
+    write_adapter(folder / "stack", tiny_checkpoint, seed=3, only=only, trees=(ONE_STACK,))
     return folder
 
 
 @pytest.fixture(scope="module")
-def raw(tiny_checkpoint: Path, adapters: Path) -> Iterator[httpx.Client]:
+def running(
+    tiny_checkpoint: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of a checkpoint without its processor's files, as a fine-tune may be."""
+    folder = tmp_path_factory.mktemp("text") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("processor_config.json"))
     options = ("--enable-lora", "--max-loras=2", "--lora-modules", f"first={adapters / 'first'}")
-    with (
-        serve(
-            tiny_checkpoint,
-            *SERVER_OPTIONS,
-            "--served-model-name=tiny",
-            *options,
-            environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
-        ) as running,
-        httpx.Client(base_url=running.url, timeout=60) as raw,
-    ):
+    with serve(
+        folder,
+        *SERVER_OPTIONS,
+        "--served-model-name=tiny",
+        *options,
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def raw(running: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, timeout=60) as raw:
         yield raw
 
 
@@ -77,6 +100,35 @@ def test_an_adapter_is_loaded_asked_by_name_and_unloaded(
     assert raw.post("/v1/unload_lora_adapter", json={"lora_name": "second"}).status_code == 200
     with pytest.raises(NotFoundError):
         answer(openai, "second")
+
+
+def test_factors_of_one_stack_serve_text_and_canvas_and_half_an_adapter_is_told(
+    running: Server, raw: httpx.Client, openai: OpenAI, adapters: Path
+) -> None:
+    answers = {}
+    for name in ("both", "half", "stack"):
+        load = {"lora_name": name, "lora_path": str(adapters / name)}
+        assert raw.post("/v1/load_lora_adapter", json=load).status_code == 200
+        answers[name] = [answer(openai, name) for _ in range(2)]
+        assert raw.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+    assert answers["stack"] == answers["both"]
+    assert answers["half"] != answers["both"]
+    half, stack = (line for line in running.log().splitlines() if "The adapter '" in line)
+    assert "'half' has factors of the decoder alone: rows of prompts and commits run" in half
+    assert "'stack', made for " in stack
+
+
+def test_without_processor_files_text_is_served_and_images_are_refused(
+    running: Server, raw: httpx.Client, openai: OpenAI
+) -> None:
+    """In vLLM a failed warm-up in the log, and status 500."""
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    asked = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": parts}]}
+    refused = raw.post("/v1/chat/completions", json=asked)
+    assert refused.status_code == 400
+    assert "this server takes no image" in refused.json()["error"]["message"]
+    assert answer(openai, "tiny")
+    assert running.log().count("serves text alone") == 1
 
 
 def test_an_adapter_that_does_not_fit_is_a_clients_mistake(

@@ -205,6 +205,34 @@ def test_a_scheduler_named_by_the_user_stays_with_a_warning(
     assert "WholeCanvasMixin" in warning
 
 
+def test_an_override_that_no_rule_reads_is_told(
+    tiny_checkpoint: Path, warnings_of_serving: list[str]
+):
+    """The recipe's command line; vLLM reads it neither."""
+    overrides = {"diffusion_sampler": "entropy_bound", "diffusion_entropy_bound": 0.3}
+    config = engine_config(tiny_checkpoint, hf_overrides=overrides)
+    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    assert rules.default.entropy_bound == 0.1
+    (warning,) = warnings_of_serving
+    assert "diffusion_sampler, diffusion_entropy_bound in --hf-overrides" in warning
+    assert "--additional-config" in warning
+
+
+def test_without_its_processors_files_a_checkpoint_serves_text_alone(
+    tiny_checkpoint: Path, tmp_path: Path, warnings_of_serving: list[str]
+):
+    options: dict[str, Any] = {"limit_mm_per_prompt": {}}
+    assert engine_config(tiny_checkpoint, **options).model_config.supports_multimodal_inputs
+    assert not warnings_of_serving
+    shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").unlink()
+    config = engine_config(tmp_path, **options)
+    assert not config.model_config.supports_multimodal_inputs
+    (warning,) = warnings_of_serving
+    assert f"{tmp_path} serves text alone, and requests with images or video are" in warning
+    assert "\n" not in warning
+
+
 def test_a_plain_configuration_warns_of_nothing(
     tiny_checkpoint: Path, warnings_of_serving: list[str]
 ):

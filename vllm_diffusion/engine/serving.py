@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.config.scheduler import SchedulerConfig
 from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
@@ -27,6 +28,7 @@ from vllm_diffusion.engine.graphs import choose_capture_sizes
 from vllm_diffusion.engine.lora import check_host, check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
+from vllm_diffusion.params import PREFIX
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
 from vllm_diffusion.trace.record import trace_folder
@@ -34,7 +36,7 @@ from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.patches import SERVING_PATCHES
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_diffusion.head.quantised import HeadForm
     from vllm_diffusion.records import ServedRules
@@ -80,6 +82,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         scheduler, attention = vllm_config.scheduler_config, vllm_config.attention_config
         asked_seqs = scheduler.max_num_seqs
         asked_attention = attention.backend or attention.flash_attn_version
+        cls._text_alone_without_processor(vllm_config.model_config)
         super().verify_and_update_config(vllm_config)
         if asked_attention is None:
             cls._attention_of_ranges(vllm_config)
@@ -103,6 +106,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             )
         check_options(vllm_config.lora_config)
         check_host(vllm_config)
+        cls._tell_unread_overrides(vllm_config.model_config)
         rules, origins = rules_of(vllm_config)
         if (folder := trace_folder(os.environ)) is not None:
             logger.info("Every request is recorded in %s.", folder)
@@ -152,6 +156,39 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             memory,
             ", ".join(ledger.active()),
         )
+
+    @staticmethod
+    def _text_alone_without_processor(model: ModelConfig) -> None:
+        """A checkpoint without its processor's files, as a fine-tune may be, still serves text.
+
+        vLLM would say that a warm-up failed, and end every request with an image by status 500.
+        """
+        multimodal = model.multimodal_config
+        if multimodal is None or model.skip_tokenizer_init or not model.supports_multimodal_inputs:
+            return
+        try:
+            # Kept, for whoever needs it later in this process.
+            MULTIMODAL_REGISTRY.get_processing_info(model).get_hf_processor()
+        except OSError as error:
+            multimodal.language_model_only = True
+            logger.warning(
+                "%s serves text alone, and requests with images or video are refused: its "
+                "processor cannot be loaded (%s)",
+                model.model,
+                str(error).partition("\n")[0],
+            )
+
+    @staticmethod
+    def _tell_unread_overrides(model: ModelConfig) -> None:
+        """Published command lines set the rule in ``--hf-overrides``, which no server reads."""
+        overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
+        if unread := [name for name in overrides if name.startswith(PREFIX)]:
+            logger.warning(
+                "%s in --hf-overrides changes no decoding rule: the one that is served follows. "
+                "Set its constants by name, as in --additional-config "
+                """'{"diffusion": {"entropy_bound": 0.3}}'.""",
+                ", ".join(unread),
+            )
 
     @staticmethod
     def _attention_of_ranges(vllm_config: VllmConfig) -> None:

@@ -40,6 +40,16 @@ class DiffusionGemmaProcessingInfo(Gemma4ProcessingInfo):
         """The checkpoint's config; raises if it is of another model."""
         return self.ctx.get_hf_config(DiffusionGemmaConfig)
 
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """Raise `ValueError` for more than are taken, and name why where that is none at all."""
+        if num_items and not self.ctx.get_mm_config().get_limit_per_prompt(modality):
+            raise ValueError(
+                f"this server takes no {modality}: it was started so (--limit-mm-per-prompt, "
+                "--language-model-only), or its checkpoint has no processor files and it serves "
+                "text alone; its log says which."
+            )
+        super().validate_num_items(modality, num_items)
+
     def has_audio(self) -> bool:
         """DiffusionGemma hears nothing."""
         return False
