@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -26,17 +26,13 @@ ENGINE = {
 TUNE = "import sys; from vllm_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def tune(*arguments: object) -> subprocess.CompletedProcess[str]:
+def tune(*arguments: object, engine: object = ENGINE) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", TUNE, "tune", str(CHECKPOINT), *map(str, arguments)]
-    command += ["--engine", json.dumps(ENGINE)]
-    return subprocess.run(
-        command,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    command += ["--engine", json.dumps(engine)]
+    run = subprocess.run(command, capture_output=True, check=False, timeout=500)
+    # By hand: as text, the returns that a bar begins with would be ends of lines.
+    out, err = run.stdout.decode(), run.stderr.decode()
+    return subprocess.CompletedProcess(command, run.returncode, out, err)
 
 
 def pairs(items):
@@ -79,6 +75,14 @@ def test_it_finds_a_rule_with_fewer_forwards(task, tmp_path):
     served = {name.removeprefix("diffusion_"): value for name, value in told["best"].items()}
     served = {"diffusion": {"head_weights": "nvfp4", **served}}
     assert f"for the engine: --additional-config '{json.dumps(served)}'" in run.stdout
+    # Two tables and the rule on stdout, one line and its bars on stderr; nothing of the engine's.
+    row = r"( *score %| *\d+\.\d).*"
+    for line in run.stdout.splitlines():
+        assert re.fullmatch(rf"|\d+ items|{row}|for (a request|the engine): .*", line), line
+    first, bars = run.stderr.split("\n", 1)
+    assert re.fullmatch(r"Starting the engine; its log is in \S+, or here with -v\.", first)
+    assert "reference: " in bars
+    assert "\n" not in bars
 
 
 @pytest.mark.slow
@@ -88,3 +92,18 @@ def test_what_an_engine_refuses_ends_it_in_one_line(task):
     assert run.stdout.splitlines()[-1] == (
         "the engine refuses: diffusion_stability_threshold must be at most the served 1, got 2"
     )
+    assert "INFO" not in run.stdout
+
+
+@pytest.mark.slow
+def test_an_engine_that_finds_too_little_memory_names_the_option_of_this_command(task):
+    # More than there is, on whatever host: some of it is in use.
+    run = tune("--task", task, engine={"max_model_len": 1024, "gpu_memory_utilization": 1.0})
+    assert run.returncode == 2
+    reason, way_out, log = run.stdout.splitlines()
+    assert reason.startswith(f"the engine of {CHECKPOINT} did not start: Available memory on node")
+    assert """--engine '{"max_model_len": 1024, "gpu_memory_utilization": 0.""" in way_out
+    assert '"kv_cache_memory_bytes": ' in way_out
+    file = Path(re.fullmatch(r"The log is in (\S+)\.", log)[1])
+    assert "Traceback" in file.read_text()
+    file.unlink()

@@ -17,7 +17,7 @@ from vllm_diffusion.telemetry import OPTION as TELEMETRY
 from vllm_diffusion.tune.compare import Outcome, repeated_share
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vllm_diffusion.tune.items import TaskItem, Verifier
 
@@ -51,6 +51,7 @@ class Answerer:
         try:
             self._rules = ServedRules.from_dict(config.denoising_rules)
         except AttributeError:
+            self.close()
             raise TuneError(f"{model} is not served by vllm-diffusion") from None
         self._verifier = verifier
         self._max_tokens = max_tokens
@@ -60,22 +61,33 @@ class Answerer:
         """The constants that these options are served with."""
         return requested_rule(admitted_params(options), self._rules)
 
-    def answer(self, items: Sequence[TaskItem], options: Mapping[str, Any]) -> list[Outcome]:
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def answer(
+        self, items: Sequence[TaskItem], options: Mapping[str, Any], bar: Callable[..., Any]
+    ) -> list[Outcome]:
         """Answer all items under the options of one arm, in order.
+
+        Args:
+            items: of the task.
+            options: of every request.
+            bar: what shows the progress, called as tqdm is.
 
         Raises:
             TuneError: the engine refuses these options, or an item.
         """
-        sampling = [
-            SamplingParams(
-                max_tokens=item.max_tokens or self._max_tokens,
-                seed=self._seed * 1_000_003 + number,
-                extra_args={**options, TELEMETRY: True},
-            )
-            for number, item in enumerate(items)
-        ]
         try:
-            outputs = self.llm.chat([item.messages for item in items], sampling, use_tqdm=False)
+            sampling = [
+                SamplingParams(
+                    max_tokens=item.max_tokens or self._max_tokens,
+                    seed=self._seed * 1_000_003 + number,
+                    extra_args={**options, TELEMETRY: True},
+                )
+                for number, item in enumerate(items)
+            ]
+            outputs = self.llm.chat([item.messages for item in items], sampling, use_tqdm=bar)
         except (ValueError, VLLMClientError) as error:  # what vLLM answers 400 to over HTTP
             raise TuneError(f"the engine refuses: {error}") from error
         return [

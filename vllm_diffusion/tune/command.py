@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import traceback
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError, TuneError
+from vllm_diffusion.tune.screen import screen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from vllm_diffusion.tune.answers import Answerer
     from vllm_diffusion.tune.compare import Outcome
-    from vllm_diffusion.tune.items import TaskItem
+    from vllm_diffusion.tune.items import TaskItem, Verifier
+    from vllm_diffusion.tune.screen import Screen
 
 SUMMARY: Final = "find the decoding rule with the fewest forwards that keeps a task's quality"
 
@@ -78,26 +82,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='arguments of LLM(), {"max_model_len": 4096}',
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the engine's log, not a file with it"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tune; 2 where the input is wrong."""
+    """Tune; 2 where the input is wrong or the engine does not start."""
     try:
-        _tune(options)
+        items, verifier, arms = _read(options)
+        with screen(verbose=options.verbose) as shown:
+            _tune(options, items, verifier, arms, shown)
     except (TuneError, ParamsError) as error:
         print(error)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 130
     return 0
 
 
-def _tune(options: argparse.Namespace) -> None:
+def _read(
+    options: argparse.Namespace,
+) -> tuple[list[TaskItem], Verifier, list[dict[str, Any]]]:
+    """What is to be tried, on what, judged by whom; all that can be wrong without an engine is."""
     from vllm_diffusion.denoise.presets import PRESETS
-    from vllm_diffusion.params import PREFIX
-    from vllm_diffusion.tune.arms import neighbours, parse_arm
+    from vllm_diffusion.tune.arms import parse_arm
     from vllm_diffusion.tune.items import load_items, load_verifier
 
     if options.search < 0 or (options.n is not None and options.n < 1) or options.max_tokens < 1:
         raise TuneError("--search must be at least 0, --n and --max-tokens at least 1")
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise TuneError(
+            f"--json {options.json} cannot be written: name a file of a folder there is"
+        )
     items = load_items(options.task)[: options.n]
     if options.search and len(items) < _SEARCHABLE:
         raise TuneError(
@@ -105,19 +123,71 @@ def _tune(options: argparse.Namespace) -> None:
             f"{_SEARCHABLE}, got {len(items)}"
         )
     verifier = load_verifier(options.verifier)
-    arms = [parse_arm(text) for text in options.arm or PRESETS]
+    return items, verifier, [parse_arm(text) for text in options.arm or PRESETS]
 
-    # Started last: it takes longest, and whatever the user mistyped has been said by now.
-    from vllm_diffusion.tune.answers import Answerer
 
-    answerer = Answerer(
-        options.model,
-        verifier,
-        engine=options.engine,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-    )
-    curve = _Curve(answerer, items[::2] if options.search else items, options.tolerance)
+def _tune(
+    options: argparse.Namespace,
+    items: Sequence[TaskItem],
+    verifier: Verifier,
+    arms: Sequence[dict[str, Any]],
+    shown: Screen,
+) -> None:
+    """Start an engine, and try."""
+    log = f"; its log is in {shown.log}, or here with -v" if shown.log else ""
+    shown.note(f"Starting the engine{log}.")
+    with _explained(f"the engine of {options.model} did not start", options, shown):
+        # Here, since vLLM logs while it is imported.
+        from vllm_diffusion.tune.answers import Answerer
+
+        answerer = Answerer(
+            options.model,
+            verifier,
+            engine=options.engine,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+        )
+    try:
+        with _explained("the run ended early", options, shown):
+            told, best = _tried(options, items, arms, answerer, shown)
+    finally:
+        answerer.close()
+    if options.json:
+        try:
+            options.json.write_text(json.dumps({**told, "best": best}, indent=2) + "\n")
+        except OSError as error:
+            raise TuneError(f"--json {options.json} cannot be written: {error}") from error
+
+
+@contextmanager
+def _explained(what: str, options: argparse.Namespace, shown: Screen) -> Iterator[None]:
+    """Turn whatever vLLM raises into a `TuneError` of one line; the log has the rest."""
+    from vllm_diffusion.tune.refusal import reason, way_out
+
+    try:
+        yield
+    except (TuneError, ParamsError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        told = reason(error, shown.log.read_text(errors="replace") if shown.log else "")
+        where = f"The log is in {shown.log}." if shown.log else ""
+        parts = [f"{what}: {told}", way_out(told, options.engine), where]
+        raise TuneError("\n".join(filter(None, parts))) from error
+
+
+def _tried(
+    options: argparse.Namespace,
+    items: Sequence[TaskItem],
+    arms: Sequence[dict[str, Any]],
+    answerer: Answerer,
+    shown: Screen,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All figures, and the options of the rule to recommend."""
+    from vllm_diffusion.params import PREFIX
+    from vllm_diffusion.tune.arms import neighbours
+
+    curve = _Curve(answerer, items[::2] if options.search else items, options.tolerance, shown)
     curve.extend(arms)
     best = curve.best()
     for _ in range(options.search):
@@ -130,28 +200,30 @@ def _tune(options: argparse.Namespace) -> None:
     arm = curve.arms[best]
     if options.search and best != baseline:
         # The best of many is best by luck too; on other items it is one against one.
-        other = _Curve(answerer, items[1::2], options.tolerance)
+        other = _Curve(answerer, items[1::2], options.tolerance, shown)
         other.extend([curve.arms[baseline], arm])
         told["confirmed"] = other.figures()
         arm = other.arms[other.best()]
     # What was tried on an engine is served with what else that engine had.
     served = {**_ours(options.engine), **{n.removeprefix(PREFIX): v for n, v in arm.items()}}
-    print(f"\nfor a request:  {json.dumps(arm)}")
-    print(f"for the engine: --additional-config '{json.dumps({'diffusion': served})}'")
-    if options.json:
-        options.json.write_text(json.dumps({**told, "best": arm}, indent=2) + "\n")
+    shown.say(f"\nfor a request:  {json.dumps(arm)}")
+    shown.say(f"for the engine: --additional-config '{json.dumps({'diffusion': served})}'")
+    return told, arm
 
 
 class _Curve:
     """Arms on the same items, each printed as it comes; the first is the baseline."""
 
-    def __init__(self, answerer: Answerer, items: Sequence[TaskItem], tolerance: float) -> None:
+    def __init__(
+        self, answerer: Answerer, items: Sequence[TaskItem], tolerance: float, shown: Screen
+    ) -> None:
         self.arms: dict[str, dict[str, Any]] = {}
         self._outcomes: dict[str, list[Outcome]] = {}
         self._answerer = answerer
         self._items = items
         self._tolerance = tolerance
-        print(f"\n{len(items)} items\n{_HEADER}", flush=True)
+        self._shown = shown
+        shown.say(f"\n{len(items)} items\n{_HEADER}")
 
     def extend(self, arms: Iterable[dict[str, Any]], *, may_be_refused: bool = False) -> None:
         """Try the arms that have not been; what an engine serves bounds some constants."""
@@ -162,13 +234,14 @@ class _Curve:
             if name in self.arms:
                 continue
             try:
-                self._outcomes[name] = self._answerer.answer(self._items, arm)
+                bar = self._shown.bar(name)
+                self._outcomes[name] = self._answerer.answer(self._items, arm, bar)
             except TuneError:
                 if not may_be_refused:
                     raise
                 continue
             self.arms[name] = arm
-            print(self._row(name), flush=True)
+            self._shown.say(self._row(name))
 
     def best(self) -> str:
         """The arm to recommend, see ``compare.recommended``."""

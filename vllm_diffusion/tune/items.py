@@ -44,7 +44,8 @@ def load_items(path: str | Path) -> list[TaskItem]:
             message names the lines.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold U+2028 and its like as they are.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TuneError(f"{path} cannot be read: {error}") from error
     items, problems = [], []
@@ -53,7 +54,7 @@ def load_items(path: str | Path) -> list[TaskItem]:
             continue
         try:
             items.append(_item(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {error}")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -25,6 +25,9 @@ def task(tmp_path):
         (["--search", "-1"], "at least 0"),
         (["--max-tokens", "0"], "at least 1"),
         (["--task", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--task", "."], ". cannot be read"),
+        (["--json", "."], "--json . cannot be written"),
+        (["--json", "nowhere/figures.json"], "--json nowhere/figures.json cannot be written"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_an_engine_starts(task, arguments, said, capsys):

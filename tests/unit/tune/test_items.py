@@ -34,6 +34,7 @@ def test_a_prompt_is_a_turn_or_a_conversation(tmp_path):
         ('{"prompt": [{"content": "x"}]}', "prompt must be"),
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be"),
         ('{"prompt": "a", "max_tokens": true}', "max_tokens must be"),
+        ("[" * 100_000, "recursion"),
         ('{"prompt": "a", "solution": 1}', "no solution; accepted: prompt, answer, max_tokens"),
     ],
 )
@@ -44,6 +45,15 @@ def test_a_wrong_line_is_named(tmp_path, line, said):
         load_items(file)
     assert "line 2" in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_a_file_is_as_editors_and_json_write_it(tmp_path):
+    """With a byte order mark, line ends of Windows, and separators that end no line of JSON."""
+    file = tmp_path / "task.jsonl"
+    text = "a\u2028b\u0085c"
+    lines = (f'{{"prompt": "{text}"}}', '{"prompt": "d"}')
+    file.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [item.messages[0]["content"] for item in load_items(file)] == [text, "d"]
 
 
 def test_all_wrong_lines_are_named_as_far_as_a_message_goes(tmp_path):
