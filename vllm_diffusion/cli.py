@@ -61,5 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except ImportError as error:
+        print(f"{error}: `vllm-diffusion doctor` says what is missing")
+        return 1
     return status

@@ -112,10 +112,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_plugin(environ, _entry_points("vllm.general_plugins")),
         *check_endpoints(environ, _entry_points("vllm.endpoint_plugins")),
         *check_environment(environ),
-        *check_row_pass(),
-        *check_chain(),
-        *check_packed_weights(),
-        *check_cuda_row_pass(environ),
+        *check_compiled(environ),
     ]
     if vllm is not None:
         findings += check_host()
@@ -255,6 +252,25 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
             )
         )
     return findings
+
+
+def check_compiled(environ: Mapping[str, str]) -> list[Finding]:
+    """Say which compiled parts are there; they are loaded by torch."""
+    try:
+        return [
+            *check_row_pass(),
+            *check_chain(),
+            *check_packed_weights(),
+            *check_cuda_row_pass(environ),
+        ]
+    except (ImportError, OSError) as error:
+        return [
+            Finding(
+                Level.PROBLEM,
+                f"torch does not import: {error}",
+                "install the torch that vLLM names, with vLLM (the extras cpu and cuda do)",
+            )
+        ]
 
 
 def check_row_pass() -> list[Finding]:

@@ -706,12 +706,22 @@ def test_no_cut_and_no_flipped_byte_goes_unnoticed(tmp_path: Path) -> None:
         assert to_bytes(read) == to_bytes(trace), f"byte {at}"
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04."])
+OTHERS = {
+    b"": "it is empty",
+    b"no archive": "it is no archive of arrays",
+    b"PK\x03\x04": "File is not a zip file",
+    b"\x93NUMPY": "it is no archive of arrays",
+    b"\x80\x04.": "it is no archive of arrays",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS)
 def test_another_file_is_no_trace(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes(content)
-    with pytest.raises(TraceError, match=r"a\.npz is not a whole trace of format 1"):
+    with pytest.raises(TraceError, match=r"a\.npz is not a whole trace of format 1") as caught:
         load(path)
+    assert f"{OTHERS[content]}. Record it again" in str(caught.value)
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_ARCHIVE: Final = b"PK"  # how every npz begins
+
 FORMAT: Final = 1
 """Raised when a field changes; a reader takes its own format alone."""
 
@@ -184,15 +186,14 @@ def load(path: Path | str) -> Trace:
     """
     content = Path(path).read_bytes()
     try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("one array instead of an archive of them")  # noqa: TRY004
-        with archive:
+        if not content.startswith(_ARCHIVE):  # numpy would speak of pickles
+            raise ValueError("it is no archive of arrays" if content else "it is empty")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return _parse(archive)
     except _DAMAGE as error:
         raise TraceError(
             f"{path} is not a whole trace of format {FORMAT}, which vllm-diffusion {__version__} "
-            f"reads: {error}. Record it again with VLLM_DIFFUSION_TRACE=DIR."
+            f"reads: {str(error).rstrip('.')}. Record it again with VLLM_DIFFUSION_TRACE=DIR."
         ) from error
 
 

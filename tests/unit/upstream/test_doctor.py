@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -131,6 +133,27 @@ def test_the_cuda_part_of_the_head_is_reported_where_it_is_asked_for(monkeypatch
     (finding,) = doctor.check_cuda_row_pass({"VLLM_DIFFUSION_HEAD": "tpu"})
     assert finding.level is Level.PROBLEM
     assert "expected triton or cuda" in finding.text
+
+
+def test_a_torch_that_does_not_import_is_said_by_every_command(tmp_path):
+    """In a process of its own: too much of this one has torch already."""
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "a"}')
+    start = "import sys; sys.modules['torch'] = None; from vllm_diffusion.cli import main; "
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        command = [sys.executable, "-c", f"{start}sys.exit(main({arguments!r}))"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        assert not done.stderr
+        return done.returncode, done.stdout.splitlines()
+
+    status, report = run("doctor")
+    assert status == 1
+    assert any(line.startswith("PROBLEM  torch does not import: ") for line in report)
+    for arguments in (("tune", "a-model", "--task", str(task)), ("trace", str(task))):
+        status, (line,) = run(*arguments)
+        assert status == 1
+        assert line.endswith("`vllm-diffusion doctor` says what is missing")
 
 
 def test_a_torch_told_to_load_no_backends_is_a_warning():
