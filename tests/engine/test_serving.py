@@ -109,6 +109,12 @@ def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
         serving.DiffusionGemmaServing._head_can_be("nvfp4", 40, 640, torch.bfloat16)
 
 
+def test_an_attention_that_this_host_has_not_is_refused(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="attention_backend=TRITON_ATTN is not for a CPU host"):
+        engine_config(tiny_checkpoint, attention_backend="TRITON_ATTN")
+    engine_config(tiny_checkpoint, attention_backend="CPU_ATTN")
+
+
 # ---- attention on GPUs ----
 
 

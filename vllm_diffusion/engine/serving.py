@@ -82,6 +82,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         scheduler, attention = vllm_config.scheduler_config, vllm_config.attention_config
         asked_seqs = scheduler.max_num_seqs
         asked_attention = attention.backend or attention.flash_attn_version
+        cls._attention_this_host_has(vllm_config)
         cls._text_alone_without_processor(vllm_config.model_config)
         super().verify_and_update_config(vllm_config)
         if asked_attention is None:
@@ -188,6 +189,21 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
                 "Set its constants by name, as in --additional-config "
                 """'{"diffusion": {"entropy_bound": 0.3}}'.""",
                 ", ".join(unread),
+            )
+
+    @staticmethod
+    def _attention_this_host_has(vllm_config: VllmConfig) -> None:
+        """A backend that is asked for on a CPU host and not there is refused: vLLM only logs it."""
+        asked = vllm_config.attention_config.backend
+        if (
+            current_platform.is_cpu()
+            and asked not in {None, AttentionBackendEnum.CPU_ATTN}
+            # vLLM's settings for Gemma name one themselves, when this config was made first.
+            and not hasattr(vllm_config.model_config.hf_config, "denoising_rules")
+        ):
+            raise ConfigError(
+                f"attention_backend={asked.name} is not for a CPU host, which has CPU_ATTN alone: "
+                "leave the option out."
             )
 
     @staticmethod
