@@ -1,5 +1,7 @@
 r"""How JSON values are written: syntax nodes for strings, numbers, names, and any value.
 
+``Layout`` is what a schema is translated by; calls in another form have another one.
+
 A string has one spelling, that of ``json.dumps(ensure_ascii=False)``: an escape stands only where
 JSON demands one. Otherwise "\u0061" could pass for a name other than "a", and lengths and
 patterns would have to see through escapes. Every string can still be written.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.syntax import (
@@ -31,6 +33,9 @@ from vllm_diffusion.constrain.language.syntax import (
     without,
 )
 from vllm_diffusion.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 _ESCAPED: Ranges = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 
@@ -95,17 +100,6 @@ def spelled(node: Node) -> Node:
 
 
 CHARACTER = characters(complement(()))
-STRING = sequence(QUOTE, Repeat(CHARACTER), QUOTE)
-
-
-def string(content: Node) -> Node:
-    """A string whose text, before escaping, a node reads."""
-    return sequence(QUOTE, spelled(content), QUOTE)
-
-
-def string_except(names: frozenset[str]) -> Node:
-    """Any string but these."""
-    return sequence(QUOTE, _other_than(names), QUOTE)
 
 
 def _other_than(names: frozenset[str]) -> Node:
@@ -127,7 +121,7 @@ _UNKNOWN_DEPTH = 2
 
 
 class Layout:
-    """Where white space may stand between the parts of a value that nests ``depth`` deep.
+    """How a value that nests ``depth`` deep is written, and where white space stands in it.
 
     Without a pattern: what pretty printers write. One blank behind a colon, a comma or a bracket,
     or behind the last two a line break and an indentation of at most four blanks or a tab a level.
@@ -139,6 +133,14 @@ class Layout:
             stand, instead; what it matches that is no white space does not count.
         depth: arrays and objects around the value; None: it may stand at several depths.
     """
+
+    number: Node = NUMBER
+    free: tuple[Node, ...] = ()
+    """What every string is that has no pattern."""
+    wanted: tuple[Node, ...] = ()
+    """What every string with a pattern is as well."""
+    unwanted: tuple[Node, ...] = ()
+    """What no string is."""
 
     def __init__(
         self, *, any_whitespace: bool = True, pattern: str | None = None, depth: int | None = 0
@@ -167,6 +169,42 @@ class Layout:
         """For what stands in an array or an object here."""
         return self.at(None if self.depth is None else self.depth + 1)
 
+    def naming(self) -> Layout:
+        """For the names of members."""
+        return self
+
+    def name(self, name: str) -> Node:
+        """A name of a member; ConstraintError where it cannot be written."""
+        return literal(name)
+
+    def ordered(self, members: Mapping[str, Any]) -> dict[str, Any]:
+        """Members in the order in which they are written."""
+        return dict(members)
+
+    def quoted(self, content: Node) -> Node:
+        """A string of this content."""
+        return sequence(QUOTE, content, QUOTE)
+
+    def spelled(self, node: Node) -> Node:
+        """What a node over plain characters reads, as it is written inside a string."""
+        return spelled(node)
+
+    def string(self, least: int, most: int | None) -> Node | None:
+        """Any string of so many characters; None: only an automaton of its own can say."""
+        return self.quoted(Repeat(CHARACTER, least, most))
+
+    def string_except(self, names: frozenset[str]) -> Node | None:
+        """Any string but these; None: as above."""
+        return self.quoted(_other_than(names))
+
+    def matching(self, node: Node) -> Node | None:
+        """A string whose text a node reads; None: as above."""
+        return self.quoted(self.spelled(node))
+
+    def narrowed(self, node: Node) -> Node | None:
+        """Some of the same where that automaton is too large; None: there is no such thing."""
+        return self.matching(node)
+
     def member(self, name: Node, value: Node) -> Node:
         """Name, colon and value."""
         return sequence(name, self._before, text(":"), self._colon, value)
@@ -192,11 +230,18 @@ class Layout:
         inner = self.deeper()
         match value:
             case dict():
-                parts = [inner.member(literal(name), inner.value(v)) for name, v in value.items()]
+                members = self.ordered(value).items()
+                parts = [
+                    inner.member(inner.name(name), inner.value(each)) for name, each in members
+                ]
                 return self.braces(inner.series(parts))
             case list():
                 return self.brackets(inner.series(list(map(inner.value, value))))
         return literal(value)
+
+    def values(self, values: Iterable[Any]) -> Node:
+        """One of some values."""
+        return Choice(tuple(map(self.value, values)))
 
     def series(self, parts: list[Node]) -> Node:
         """Parts with commas between."""
@@ -212,13 +257,23 @@ class Layout:
         several = sequence(part, more)
         return several if least else optional(several)
 
+    def any_string(self) -> Node:
+        """Any string at all."""
+        node = self.string(0, None)
+        assert node is not None
+        return node
+
     def any_rules(self, value: str, array: str, object_: str) -> dict[str, Node]:
         """Rules, by the names given, of any value, any array and any object."""
         several = self.at(None)
         return {
-            value: choice(STRING, NUMBER, BOOLEAN, NULL, Call(array), Call(object_)),
+            value: choice(
+                self.any_string(), self.number, BOOLEAN, NULL, Call(array), Call(object_)
+            ),
             array: several.brackets(several.listed(Call(value))),
-            object_: several.braces(several.listed(several.member(STRING, Call(value)))),
+            object_: several.braces(
+                several.listed(several.member(self.naming().any_string(), Call(value)))
+            ),
         }
 
 

@@ -1,4 +1,4 @@
-"""Decimal numbers between bounds -> syntax nodes.
+"""Decimal numbers between bounds, and multiples -> syntax nodes.
 
 Digit by digit: as long as what is written equals a bound's digits, the bound limits the next one.
 """
@@ -10,9 +10,11 @@ from decimal import ROUND_CEILING, Decimal, localcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from vllm_diffusion.constrain.language.regular import Multiples, together
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
+    Call,
     Chars,
     Choice,
     Node,
@@ -39,6 +41,9 @@ _MOST_DIGITS = 80
 _LARGE = Decimal(10) ** 21
 _MOST_PLACES = 20
 
+_LARGEST_STEP = 1000
+_LARGEST_DENOMINATOR = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -64,6 +69,38 @@ class Bound:
         """The same bound seen from the other side of zero."""
         # A minus sign would round to the digits of the context.
         return Bound(self.value.copy_negate() if self.value else self.value, self.exclusive)
+
+
+def number_of(
+    schema: Mapping[str, Any], prefix: str, *, whole: bool, any_integer: Node, any_number: Node
+) -> tuple[Node, dict[str, Node]]:
+    """What numbers of a schema look like, and rules that this calls.
+
+    Args:
+        schema: flat, of numbers.
+        prefix: of the names of the rules.
+        whole: without a fraction.
+        any_integer, any_number: what they look like without bounds.
+
+    Raises:
+        ConstraintError: it cannot be followed; why.
+    """
+    low, high = bounds(schema)
+    bounded = low is not None or high is not None
+    if "multipleOf" not in schema:
+        return between(
+            low, high, whole=whole
+        ) if bounded else any_integer if whole else any_number, {}
+    # Multiples that are no whole numbers are left out.
+    step = schema["multipleOf"]
+    numerator, denominator = step.as_integer_ratio()
+    if denominator > _LARGEST_DENOMINATOR or numerator > _LARGEST_STEP:
+        raise ConstraintError(f"has 'multipleOf' {step}, which is kept up to {_LARGEST_STEP}")
+    digits = between(low, high, whole=True) if bounded else any_integer
+    if numerator == 1:
+        return digits, {}
+    rules = together([digits, Multiples(numerator)], prefix=prefix)
+    return Call(next(iter(rules))), rules
 
 
 def bounds(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:

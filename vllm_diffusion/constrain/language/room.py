@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def shortest(grammar: Grammar) -> int | None:
     """Bytes of the shortest text that a grammar reads; None: it reads none."""
-    length = _lengths(grammar)[grammar.root]
+    length = lengths(grammar)[grammar.root]
     return None if length == inf else int(length)
 
 
@@ -53,7 +53,7 @@ def fitting(grammar: Grammar, room: int | None) -> Grammar:
 
 def within(grammar: Grammar, room: int) -> Grammar:
     """The same texts as far as they have at most ``room`` bytes, and perhaps longer ones."""
-    lengths = _lengths(grammar)
+    fewest = lengths(grammar)
 
     def node(old: Node) -> Node:
         match old:
@@ -63,8 +63,8 @@ def within(grammar: Grammar, room: int) -> Grammar:
                 return Choice(tuple(map(node, options)))
             case Repeat(part, least, most):
                 # Parts without text need not be counted: fewer of them read the same.
-                times = room // max(_shortest(part, lengths), 1)
-                if least > times and _shortest(part, lengths) > 0:
+                times = room // max(_shortest(part, fewest), 1)
+                if least > times and _shortest(part, fewest) > 0:
                     return NOTHING
                 most = None if most is not None and most >= max(times, least) else most
                 return Repeat(node(part), least, most)
@@ -73,7 +73,7 @@ def within(grammar: Grammar, room: int) -> Grammar:
     return Grammar({name: node(body) for name, body in grammar.rules.items()}, grammar.root)
 
 
-def _lengths(grammar: Grammar) -> dict[str, float]:
+def lengths(grammar: Grammar) -> dict[str, float]:
     """Bytes of the shortest text of every rule; inf: there is none.
 
     A rule is looked at again where what it calls has become shorter.
@@ -82,24 +82,24 @@ def _lengths(grammar: Grammar) -> dict[str, float]:
     for name, body in grammar.rules.items():
         for called in _called(body):
             callers.setdefault(called, set()).add(name)
-    lengths = dict.fromkeys(grammar.rules, inf)
+    fewest = dict.fromkeys(grammar.rules, inf)
     pending: list[tuple[float, str]] = []
     settled: set[str] = set()
     for name, body in grammar.rules.items():
-        lengths[name] = _shortest(body, lengths)
-        if lengths[name] < inf:
-            heappush(pending, (lengths[name], name))
+        fewest[name] = _shortest(body, fewest)
+        if fewest[name] < inf:
+            heappush(pending, (fewest[name], name))
     while pending:  # Knuth 1977: what is shortest of all can become no shorter
         _, name = heappop(pending)
         if name in settled:
             continue
         settled.add(name)
         for caller in callers.get(name, ()):
-            length = _shortest(grammar.rules[caller], lengths)
-            if length < lengths[caller]:
-                lengths[caller] = length
+            length = _shortest(grammar.rules[caller], fewest)
+            if length < fewest[caller]:
+                fewest[caller] = length
                 heappush(pending, (length, caller))
-    return lengths
+    return fewest
 
 
 def _called(node: Node) -> set[str]:

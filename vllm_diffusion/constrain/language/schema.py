@@ -23,11 +23,13 @@ from vllm_diffusion.constrain.language.compose import (
     OF_TYPE,
     REFUSED,
     Composition,
+    asserted,
     identity,
 )
+from vllm_diffusion.constrain.language.loose import looser
 from vllm_diffusion.constrain.language.negation import TYPES
-from vllm_diffusion.constrain.language.numeric import between, bounds
-from vllm_diffusion.constrain.language.regular import Multiples, together
+from vllm_diffusion.constrain.language.numeric import number_of
+from vllm_diffusion.constrain.language.objects import in_order
 from vllm_diffusion.constrain.language.strings import text_of
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
@@ -43,9 +45,7 @@ from vllm_diffusion.constrain.language.syntax import (
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from vllm_diffusion.constrain.language.numeric import Bound
+    from collections.abc import Callable, Iterable
 
 ANY_VALUE, ANY_ARRAY, ANY_OBJECT = "any value", "any array", "any object"
 
@@ -73,36 +73,50 @@ def json_schema(
         raise ConstraintError(f"This is not a JSON schema: {error}.") from error
     try:
         layout = write.Layout(any_whitespace=any_whitespace, pattern=whitespace_pattern)
-        return _Translation(located(parsed), layout).grammar()
+        translation = Translation(located(parsed), layout)
+        grammar = translation.grammar()
     except RecursionError as error:
-        raise ConstraintError(
-            "The JSON schema nests too deep, or merges a part with itself without end."
-        ) from error
+        raise ConstraintError(f"The JSON schema {TOO_DEEP}.") from error
+    if translation.problems:
+        problems = "; ".join(translation.problems)
+        raise ConstraintError(f"The JSON schema cannot be followed exactly: {problems}.")
+    return grammar
 
+
+TOO_DEEP = "nests too deep, or merges a part with itself without end"
+"""What is said of a schema that exhausts the stack."""
 
 _MOST_PATTERNS = 3
 _MOST_CONTAINED = 9
 _MOST_COUNTED = 100
-_LARGEST_STEP = 1000
-_LARGEST_DENOMINATOR = 1024
 
 
-class _Translation:
-    """One schema's rules: of any value, of what is referred to, of the members of objects."""
+class Translation:
+    """One schema's rules: of any value, of what is referred to, of the members of objects.
 
-    def __init__(self, root: Schema, layout: write.Layout) -> None:
+    Args:
+        root: the schema, its references pointers from its root.
+        layout: how values are written.
+        loose: what cannot be followed is left out, and no problem.
+    """
+
+    def __init__(self, root: Schema, layout: write.Layout, *, loose: bool = False) -> None:
         self._layout = layout
+        self._loose = loose
         self._problems: list[str] = []
         self._compose = Composition(root, self._problems)
         self._circular = circular(root)
+        self._followed: dict[tuple[str, frozenset[str]], int] = {}
         self._rules: dict[str, Node] = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
 
     def grammar(self) -> Grammar:
-        root = self._reference("#")
-        if self._problems:
-            problems = "; ".join(dict.fromkeys(self._problems))
-            raise ConstraintError(f"The JSON schema cannot be followed exactly: {problems}.")
-        return Grammar(self._rules, root.rule)
+        """The rules; of no worth if there are problems then."""
+        return Grammar(self._rules, self._reference("#").rule)
+
+    @property
+    def problems(self) -> list[str]:
+        """What cannot be followed, in words that name a place and a keyword."""
+        return list(dict.fromkeys(self._problems))
 
     def _reference(self, pointer: str) -> Call:
         """A call of the rule of what a reference names, which is translated once a depth."""
@@ -111,21 +125,37 @@ class _Translation:
             self._layout = outer.at(None)
         depth = self._layout.depth
         name = f"{pointer} at {depth}" if depth else pointer
+        target = self._compose.resolved(pointer)
         if name not in self._rules:
             self._rules[name] = NOTHING  # the schema may refer to itself
-            self._rules[name] = self._node(self._compose.resolved(pointer), pointer)
+            self._rules[name] = self._node(target, pointer)
         self._layout = outer
         return Call(name)
 
     def _node(self, schema: Schema, path: str) -> Node:
+        """What one schema reads, or as much of it as can be followed."""
+        if isinstance(schema, bool):
+            return Call(ANY_VALUE) if schema else NOTHING
+        if not self._loose:
+            return self._all_of(schema, path)
+        key = path, frozenset(schema)  # it is met again where less is asked of what is around it
+        known = len(self._problems)
+        for attempt, less in enumerate(looser(schema)):
+            if attempt >= self._followed.get(key, 0):
+                node = self._all_of(less, path)
+                if len(self._problems) == known:
+                    break
+                del self._problems[known:]
+        self._followed[key] = attempt
+        return node
+
+    def _all_of(self, schema: dict[str, Any], path: str) -> Node:
         """What one schema reads."""
-        if schema is True:
+        if not asserted(schema):
             return Call(ANY_VALUE)
-        if schema is False:
-            return NOTHING
         values = self._compose.finite(schema)
         if values is not None:
-            return Choice(tuple(map(self._layout.value, values)))
+            return self._layout.values(values)
         match self._compose.only_part(schema, path):
             case "$ref", pointer:
                 return self._reference(pointer)
@@ -164,33 +194,18 @@ class _Translation:
         return Call(name)
 
     def _number(self, schema: dict[str, Any], path: str, *, whole: bool) -> Node:
-        try:
-            low, high = bounds(schema)
-            if "multipleOf" in schema:
-                return self._multiples(schema["multipleOf"], low, high, path)
-        except ConstraintError as error:
-            self._problems.append(f"{path}: {error}")
-            return NOTHING
-        if low is None and high is None:
-            return write.INTEGER if whole else write.NUMBER
-        return between(low, high, whole=whole)
-
-    def _multiples(self, step: float, low: Bound | None, high: Bound | None, path: str) -> Node:
-        """Whole numbers that a number divides; multiples that are no whole numbers are left out."""
-        numerator, denominator = step.as_integer_ratio()
-        if denominator > _LARGEST_DENOMINATOR or numerator > _LARGEST_STEP:
-            raise ConstraintError(f"has 'multipleOf' {step}, which is kept up to {_LARGEST_STEP}")
-        bounded = low is not None or high is not None
-        digits = between(low, high, whole=True) if bounded else write.INTEGER
-        if numerator == 1:
-            return digits
-        rules = together([digits, Multiples(numerator)], prefix=f"{path} step {len(self._rules)}")
-        self._rules.update(rules)
-        return Call(next(iter(rules)))
+        prefix = f"{path} number {len(self._rules)}"
+        numbers = {"any_integer": write.INTEGER, "any_number": self._layout.number}
+        return self._with_rules(path, lambda: number_of(schema, prefix, whole=whole, **numbers))
 
     def _string(self, schema: dict[str, Any], path: str) -> Node:
+        prefix = f"{path} text {len(self._rules)}"
+        return self._with_rules(path, lambda: text_of(schema, prefix, self._layout))
+
+    def _with_rules(self, path: str, made: Callable[[], tuple[Node, dict[str, Node]]]) -> Node:
+        """What a keyword of one type comes to, its rules added; nothing where that is refused."""
         try:
-            node, rules = text_of(schema, f"{path} text {len(self._rules)}")
+            node, rules = made()
         except ConstraintError as error:
             self._problems.append(f"{path}: {str(error).removesuffix('.')}")
             return NOTHING
@@ -290,14 +305,31 @@ class _Translation:
             self._problems.append(f"{path} has 'minProperties' beside names that are left open")
         patterns = schema.get("patternProperties", {})
         members = []
-        for name, value in properties.items():
+        for name, value in self._layout.ordered(properties).items():
             told_too = [part for pattern, part in patterns.items() if re.search(pattern, name)]
             if not self._compose.may_be(schema.get("propertyNames", True), name):
                 told_too = [False]
             part: Schema = {"allOf": [value, *told_too]} if told_too else value
+            try:
+                key = self._layout.name(name)
+            except ConstraintError as error:
+                self._problems += [] if self._loose else [f"{path}/properties: {error}"]
+                continue
             node = self._node(part, f"{path}/properties/{name}")
-            members.append((self._layout.member(write.literal(name), node), name in required))
-        return self._members(members, extra, least, most, path)
+            members.append((self._layout.member(key, node), name in required))
+
+        def end(count: int) -> Node:
+            if extra is None:
+                return EMPTY if count >= least else NOTHING
+            span = _span(least - count, most, count)
+            if not count:
+                return self._layout.listed(extra, *span)
+            return Repeat(self._layout.behind_comma(extra), *span)
+
+        name = f"{path} object {len(self._rules)}"  # alternatives have one path
+        rules = in_order(name, members, self._layout.behind_comma, end, span=(least, most))
+        self._rules.update(rules)
+        return Call(next(iter(rules)))
 
     def _extra(
         self, schema: dict[str, Any], names: frozenset[str], told: Schema | None, path: str
@@ -321,49 +353,18 @@ class _Translation:
                 for (pattern, _), is_so in zip(patterns, chosen, strict=True)
             ]
             also += [{"not": {"enum": sorted(names)}}] * bool(names)
-            key = self._node(self._compose.names(naming, also, path), f"{path}/propertyNames")
+            key = self._name(self._compose.names(naming, also, path), f"{path}/propertyNames")
             where = f"{path}/patternProperties" if parts else f"{path}/additionalProperties"
             value = self._node({"allOf": parts} if parts else others, where)
             options.append(self._layout.member(key, value))
         return Choice(tuple(options))
 
-    def _members(
-        self,
-        members: list[tuple[Node, bool]],
-        extra: Node | None,
-        least: int,
-        most: int | None,
-        path: str,
-    ) -> Node:
-        """Members in order, optional ones left out or not: a rule for each place and count.
-
-        Counts above what ``least`` and ``most`` ask about are not told apart.
-        """
-        cap = min(max(least, 1) if most is None else most, len(members))
-
-        number = len(self._rules)  # alternatives have one path
-
-        def name(index: int, count: int) -> str:
-            return f"{path} object {number}, member {index} behind {count}"
-
-        for count in range(cap + 1):
-            span = _span(least - count, most, count)
-            if extra is None:
-                end: Node = EMPTY if count >= least else NOTHING
-            elif count == 0:
-                end = self._layout.listed(extra, *span)
-            else:
-                end = Repeat(self._layout.behind_comma(extra), *span)
-            self._rules[name(len(members), count)] = end
-        for index, (member, required) in reversed(list(enumerate(members))):
-            for count in range(cap + 1):
-                part = self._layout.behind_comma(member) if count else member
-                more = Call(name(index + 1, min(count + 1, cap)))
-                options: list[Node] = [] if count == most else [sequence(part, more)]
-                if not required:
-                    options.append(Call(name(index + 1, count)))
-                self._rules[name(index, count)] = Choice(tuple(options))
-        return Call(name(0, 0))
+    def _name(self, schema: Schema, path: str) -> Node:
+        outer = self._layout
+        self._layout = outer.naming()
+        node = self._node(schema, path)
+        self._layout = outer
+        return node
 
 
 def _types(schema: dict[str, Any]) -> Iterable[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_diffusion.constrain.language import json_text as write
 from vllm_diffusion.constrain.language.formats import FORMATS, UNSUPPORTED
 from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.regular import together
@@ -15,9 +14,7 @@ from vllm_diffusion.constrain.language.syntax import (
     Call,
     Choice,
     Node,
-    Repeat,
     Text,
-    sequence,
     text,
 )
 from vllm_diffusion.errors import ConstraintError
@@ -25,13 +22,16 @@ from vllm_diffusion.errors import ConstraintError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vllm_diffusion.constrain.language.json_text import Layout
 
-def text_of(schema: Mapping[str, Any], prefix: str) -> tuple[Node, dict[str, Node]]:
+
+def text_of(schema: Mapping[str, Any], prefix: str, layout: Layout) -> tuple[Node, dict[str, Node]]:
     """What strings of a schema look like, quotes included, and rules that this calls.
 
     Args:
         schema: flat, of strings.
         prefix: of the names of the rules.
+        layout: how strings are written.
 
     Raises:
         ConstraintError: it cannot be followed; why.
@@ -39,26 +39,37 @@ def text_of(schema: Mapping[str, Any], prefix: str) -> tuple[Node, dict[str, Nod
     least, most = int(schema.get("minLength", 0)), schema.get("maxLength")
     most = None if most is None else int(most)
     wanted, unwanted, names = _asked(schema)
-    if not unwanted and not wanted and not least and most is None:
-        return write.string_except(frozenset(names)), {}
-    if not unwanted and not names:
-        if not wanted:
-            times = Repeat(write.CHARACTER, least, most)
-            return sequence(write.QUOTE, times, write.QUOTE), {}
-        if len(wanted) == 1 and not least and most is None:
-            return write.string(wanted[0]), {}
+    any_length = not least and most is None
+    one = wanted[0] if len(wanted) == 1 and any_length and not unwanted and not names else None
+    node = None
+    if one is not None:
+        node = layout.matching(one)
+    elif not wanted and not unwanted and not names:
+        node = layout.string(least, most)
+    elif not wanted and not unwanted and any_length:
+        node = layout.string_except(frozenset(names))
+    if node is not None:
+        return node, {}
     if names:
         unwanted.append(Choice(tuple(map(text, sorted(names)))))
+    wanted += layout.wanted if wanted else layout.free
     try:
         rules = together(
-            wanted, unwanted, least=least, most=most, prefix=prefix, spelled=write.spelled
+            wanted,
+            [*unwanted, *layout.unwanted],
+            least=least,
+            most=most,
+            prefix=prefix,
+            spelled=layout.spelled,
         )
     except ConstraintError as error:
+        if one is not None and (node := layout.narrowed(one)) is not None:
+            return node, {}
         keys = [key for key in ("pattern", "format", "minLength", "maxLength") if key in schema]
         if "$also" in schema:
             keys.append("not or allOf")
         raise ConstraintError(f"{' and '.join(map(repr, keys))} together: {error}") from error
-    return sequence(write.QUOTE, Call(next(iter(rules))), write.QUOTE), rules
+    return layout.quoted(Call(next(iter(rules)))), rules
 
 
 def _asked(schema: Mapping[str, Any]) -> tuple[list[Node], list[Node], set[str]]:

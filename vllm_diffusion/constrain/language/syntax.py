@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 Ranges = tuple[tuple[int, int], ...]
 """Code points, first and last of each range, ascending and apart."""
@@ -137,13 +137,16 @@ def without(ranges: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
     return complement((*complement(ranges), *others))
 
 
-def renamed(grammar: Grammar, prefix: str) -> Grammar:
-    """The same, the name of every rule behind ``prefix``."""
+def renamed(grammar: Grammar, prefix: str, *, kept: Collection[str] = ()) -> Grammar:
+    """The same, the name of every rule but those ``kept`` behind ``prefix``."""
+
+    def named(rule: str) -> str:
+        return rule if rule in kept else prefix + rule
 
     def node(old: Node) -> Node:
         match old:
             case Call(rule):
-                return Call(prefix + rule)
+                return Call(named(rule))
             case Sequence(parts):
                 return Sequence(tuple(map(node, parts)))
             case Choice(options):
@@ -152,8 +155,8 @@ def renamed(grammar: Grammar, prefix: str) -> Grammar:
                 return Repeat(node(part), least, most)
         return old
 
-    rules = {prefix + name: node(body) for name, body in grammar.rules.items()}
-    return Grammar(rules, prefix + grammar.root)
+    rules = {named(name): node(body) for name, body in grammar.rules.items()}
+    return Grammar(rules, named(grammar.root))
 
 
 def without_left_recursion(rules: Mapping[str, Node]) -> dict[str, Node]:

@@ -6,9 +6,11 @@ no need to bound how deep they nest.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from vllm_diffusion.constrain.language.literals import acyclic, told_apart
+from vllm_diffusion.constrain.language.room import lengths
 from vllm_diffusion.constrain.language.syntax import (
     MARK,
     Call,
@@ -54,25 +56,9 @@ def written(grammar: Grammar) -> str:
     return "".join([*lines, *writer.lines])
 
 
-def expression(node: Node) -> str:
-    """What stands for a node that calls no rules.
-
-    Raises:
-        ConstraintError: nothing satisfies it, or a part is half a character.
-    """
-    if not _has_text(node, ()):
-        raise ConstraintError("Nothing satisfies it.")
-    return _Writer({}, set(), shares=False).node(node)
-
-
 def _possible(grammar: Grammar) -> set[str]:
     """The rules that some text follows."""
-    possible: set[str] = set()
-    while True:
-        more = {rule for rule, body in grammar.rules.items() if _has_text(body, possible)}
-        if more == possible:
-            return possible
-        possible = more
+    return {rule for rule, length in lengths(grammar).items() if length < inf}
 
 
 def _has_text(node: Node, possible: Collection[str]) -> bool:
@@ -83,8 +69,9 @@ def _has_text(node: Node, possible: Collection[str]) -> bool:
             return all(_has_text(part, possible) for part in parts)
         case Choice(options):
             return any(_has_text(option, possible) for option in options)
-        case Repeat(part, least, _):
-            return least == 0 or _has_text(part, possible)
+        case Repeat(part, least, most):
+            possible_times = most is None or least <= most
+            return possible_times and (least == 0 or _has_text(part, possible))
         case Chars(ranges):
             return bool(ranges)
         case Text():
@@ -97,13 +84,9 @@ class _Writer:
     Args:
         names: of the rules of the grammar, as they are written.
         possible: the rules that have a text; others are left out.
-        shares: rules may be added for what many fixed texts have in common.
     """
 
-    def __init__(
-        self, names: Mapping[str, str], possible: set[str], *, shares: bool = True
-    ) -> None:
-        self._fewest = _MANY_TEXTS if shares else float("inf")
+    def __init__(self, names: Mapping[str, str], possible: set[str]) -> None:
         self.names = {rule: name for rule, name in names.items() if rule in possible}
         self.lines: list[str] = []
         """Rules that the grammar does not have."""
@@ -132,7 +115,7 @@ class _Writer:
 
     def _choice(self, node: Choice) -> str:
         texts, left = told_apart(node)
-        if len(texts) < self._fewest or any(MARK in each for each in texts):
+        if len(texts) < _MANY_TEXTS or any(MARK in each for each in texts):
             texts, left = [], list(node.options)
         options = [self.node(option) for option in left if _has_text(option, self.names)]
         if texts:
