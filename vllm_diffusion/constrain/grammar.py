@@ -22,6 +22,7 @@ from vllm_diffusion.errors import ConstraintError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
     from vllm_diffusion.constrain.language.syntax import Grammar
 
@@ -102,6 +103,7 @@ class GrammarCompiler:
         end_tokens: Sequence[int],
         tokens_left: int | None = None,
         written: Sequence[int] = (),
+        thinking: Thinking | None = None,
     ) -> Guard:
         """The guard of a request.
 
@@ -110,6 +112,7 @@ class GrammarCompiler:
             end_tokens: ids that end the request's text, at least one.
             tokens_left: that it may write yet; None for any number.
             written: the tokens it has written, where it comes back.
+            thinking: that comes before the text.
         """
         return Guard(
             xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(end_tokens)),
@@ -118,6 +121,7 @@ class GrammarCompiler:
             vocab_size=compiled.tokenizer_info.vocab_size,
             tokens_left=tokens_left,
             written=written,
+            thinking=thinking,
         )
 
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from vllm_diffusion.constrain.crossing import on_device, sent
+from vllm_diffusion.constrain.thought import Thought
 from vllm_diffusion.records import Commit, Penalties, Rewrite, StopReason
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from xgrammar import GrammarMatcher
 
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 
@@ -55,6 +57,8 @@ class Guard:
         vocab_size: ids there are.
         tokens_left: that the request may write; None for any number.
         written: the tokens it has written before, for one that comes back.
+        thinking: that comes before the text. It takes half of ``tokens_left`` at most, so that some
+            are left for the text, whose shortest form a parser does not know.
     """
 
     def __init__(
@@ -66,14 +70,19 @@ class Guard:
         vocab_size: int,
         tokens_left: int | None = None,
         written: Sequence[int] = (),
+        thinking: Thinking | None = None,
     ) -> None:
         self._parser = parser
         self._ends = frozenset(end_tokens)
         self._silent = silent - self._ends
         self._left = sys.maxsize if tokens_left is None else tokens_left + len(written)
+        self._thought: Thought | None = None
+        if thinking is not None:
+            most = None if tokens_left is None else self._left // 2
+            self._thought = Thought(thinking, end_tokens=end_tokens, most=most)
         self._words = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
         self._vocab_size = vocab_size
-        self._ahead = 0  # tokens that the parser has read beyond the committed ones
+        self._ahead = 0  # tokens that have been read beyond the committed ones
         # The text came to where no token leads on, and was ended there.
         self._given_up = self._given_up_ahead = False
         if written:
@@ -97,6 +106,8 @@ class Guard:
 
         A grammar may lead to where no token of the vocabulary goes on. Then the text ends.
         """
+        if self._thought is not None and not self._thought.over:
+            return self._thought.legal(self._vocab_size)
         self._words.fill_(-1)
         self._parser.fill_next_token_bitmask(self._words)
         bits = np.unpackbits(
@@ -109,8 +120,11 @@ class Guard:
 
     def rewind(self) -> None:
         """Forget what was looked ahead at."""
-        if self._ahead:
-            self._parser.rollback(self._ahead)
+        read = self._ahead - (self._thought.ahead if self._thought is not None else 0)
+        if read:
+            self._parser.rollback(read)
+        if self._thought is not None:
+            self._thought.rewind()
         self._ahead, self._given_up_ahead = 0, self._given_up
 
     def write(self, tokens: Sequence[int]) -> None:
@@ -125,6 +139,8 @@ class Guard:
                 f"The grammar of a request does not go on with token {tokens[read]}, which stands "
                 f"behind {read} others that were to be committed."
             )
+        if self._thought is not None:
+            self._thought.write()
         self._left -= self._ahead
         self._ahead, self._given_up = 0, self._given_up_ahead
 
@@ -134,6 +150,10 @@ class Guard:
         return over or self._parser.is_terminated()
 
     def _reads(self, token: int) -> bool:
+        if self._thought is not None and not self._thought.over:
+            read = self._thought.reads(token)
+            self._ahead += read
+            return read
         # The parser reports every special token on stderr.
         if token in self._silent:
             return False

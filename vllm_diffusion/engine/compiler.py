@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
     from xgrammar import CompiledGrammar
 
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
     from vllm_diffusion.constrain.grammar import GrammarCompiler
     from vllm_diffusion.constrain.guard import Guard
@@ -151,6 +152,7 @@ def guard_of(
     *,
     tokens_left: int | None = None,
     written: Sequence[int] = (),
+    thinking: Thinking | None = None,
 ) -> Guard:
     """The parser of one request.
 
@@ -159,12 +161,14 @@ def guard_of(
         parsers: of the vocabulary; it keeps what it has compiled.
         tokens_left: that the request may write yet; None for any number.
         written: the tokens it has written, where it comes back.
+        thinking: that comes before the constraint.
     """
     return parsers.guard(
         parsed.compiled(parsers),
         end_tokens=parsed.end_ids,
         tokens_left=tokens_left,
         written=written,
+        thinking=thinking,
     )
 
 

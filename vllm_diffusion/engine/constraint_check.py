@@ -155,7 +155,7 @@ def _broken_promises(
 
 
 def no_room(
-    outcome: KeptByAutomaton | KeptByParser, limit: int, *, longest: int, thinks: bool = False
+    outcome: KeptByAutomaton | KeptByParser, limit: int, *, longest: int, before: int = 0
 ) -> str | None:
     """Why no text of the constraint can be complete within ``limit`` tokens, if that is so.
 
@@ -163,15 +163,11 @@ def no_room(
         outcome: the constraint.
         limit: tokens that the request may write.
         longest: bytes of the longest token, by which is known what fits under a parser.
-        thinks: the token that ends its thinking comes first.
+        before: tokens that come first, those of its thinking.
     """
-    if isinstance(outcome, KeptByParser):
-        if thinks:
-            return "a constraint as large as this one cannot begin behind thinking"
-        least = -(-outcome.length // longest)
-    else:
-        least = outcome.tokens + thinks
-    return None if least <= limit else _too_short(least, limit)
+    by_parser = isinstance(outcome, KeptByParser)
+    least = -(-outcome.length // longest) if by_parser else outcome.tokens
+    return None if least + before <= limit else _too_short(least + before, limit)
 
 
 def _too_short(least: int, limit: int) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
     from vllm_diffusion.constrain.guard import Guard
     from vllm_diffusion.engine.compiler import Kept, ParsedConstraint
 
@@ -51,16 +52,8 @@ class NamedConstraint:
     name: str
     """Equal for equal constraints."""
     kept: Kept
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thinking:
-    """How a request's thinking ends, before its constraint begins."""
-
-    until: int
-    """Id of the token that ends it."""
-    forbidden: tuple[int, ...] = ()
-    """Other ids by which vLLM would take it for ended."""
+    thinking: Thinking | None = None
+    """What comes before it, where ``kept`` does not say so."""
 
 
 def attach(new: NewRequestData, named: NamedConstraint) -> None:
@@ -138,9 +131,8 @@ class AutomatonGrammar(ConstraintGrammar):
                 automaton = restricted(automaton, allowed)
                 name = f"{name} of {sorted(allowed)}"
             if thinking is not None:
-                forbidden = (*self._end_ids, *thinking.forbidden)
-                automaton = behind_thinking(automaton, thinking.until, forbidden=forbidden)
-                name = f"{name} behind {thinking}"
+                automaton = behind_thinking(automaton, thinking, end_ids=self._end_ids)
+                name = f"{name} behind {thinking.begin} to {thinking.until}"
             self._sent = NamedConstraint(name=name, kept=automaton)
         return self._sent
 
@@ -162,16 +154,18 @@ class ParserGrammar(ConstraintGrammar):
     """One that a parser keeps."""
 
     def __init__(self, parsed: ParsedConstraint, guard: Guard, *, name: str) -> None:
-        self._named = NamedConstraint(name=name, kept=parsed)
+        self._parsed, self._name = parsed, name
         self._guard = guard
+        self._sent: NamedConstraint | None = None
 
     def for_worker(
         self, thinking: Thinking | None, allowed: Collection[int] | None
     ) -> NamedConstraint:
         """See ``ConstraintGrammar``; tokens that are not allowed are the worker's own business."""
         del allowed
-        assert thinking is None, "checked where the request entered"
-        return self._named
+        if self._sent is None:
+            self._sent = NamedConstraint(name=self._name, kept=self._parsed, thinking=thinking)
+        return self._sent
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Read on; False if the grammar has no such text."""

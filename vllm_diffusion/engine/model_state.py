@@ -214,7 +214,10 @@ class CanvasModelState(ModelState):
         left = behind - prompt_length - len(written)
         tokenizer = cached_tokenizer_from_config(self.model_config)
         parsers = parsers_of(tokenizer, self.pool.vocab_size)
-        self.guards.admit(slot, guard_of(named.kept, parsers, tokens_left=left, written=written))
+        guard = guard_of(
+            named.kept, parsers, tokens_left=left, written=written, thinking=named.thinking
+        )
+        self.guards.admit(slot, guard)
 
     def remove_request(self, req_id: str) -> None:
         """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""

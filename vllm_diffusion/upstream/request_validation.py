@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.upstream.canvas_text import check_text
-from vllm_diffusion.upstream.structured_outputs import check_room, thinks_first
+from vllm_diffusion.upstream.structured_outputs import check_room, thinking_takes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -110,10 +110,10 @@ def _check_now(
     check_text(inputs, sampling_params, prompt)
     if sampling_params.structured_outputs is not None:
         ids = (prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None) or ()
-        thinks = thinks_first(
+        before = thinking_takes(
             engine, ids, ended=reasoning_ended, parser_kwargs=reasoning_parser_kwargs
         )
-        check_room(inputs, sampling_params, len(ids), thinks=thinks)
+        check_room(inputs, sampling_params, len(ids), before=before)
 
 
 def check_before_streaming() -> None:

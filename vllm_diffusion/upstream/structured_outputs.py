@@ -20,7 +20,7 @@ from vllm_diffusion.errors import ParamsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_diffusion.engine.constraints import Thinking
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
 
 
 def take_constraints() -> None:
@@ -99,16 +99,14 @@ def completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
     return copy
 
 
-def check_room(
-    input_processor: Any, sampling: Any, prompt_length: int, *, thinks: bool = False
-) -> None:
+def check_room(input_processor: Any, sampling: Any, prompt_length: int, *, before: int = 0) -> None:
     """Refuse a constraint whose shortest text does not fit behind the prompt.
 
     Args:
         input_processor: vLLM's, of the engine that the request goes to.
         sampling: the request's parameters, checked.
         prompt_length: tokens.
-        thinks: the request thinks first.
+        before: tokens that thinking takes before it.
 
     Raises:
         VLLMValidationError: it does not fit.
@@ -126,7 +124,7 @@ def check_room(
     config, tokenizer = input_processor.structured_outputs_config, input_processor.tokenizer
     kept = constraint_for(completed(sampling, model, tokenizer), model, config, tokenizer)
     longest = vocabulary_for(tokenizer, model.get_vocab_size()).longest
-    if problem := no_room(kept, limit, longest=longest, thinks=thinks):
+    if problem := no_room(kept, limit, longest=longest, before=before):
         raise VLLMValidationError(problem)
 
 
@@ -139,7 +137,7 @@ def diffusion_is_refused() -> bool:
 
 
 def thinking_of(manager: Any, request: Any) -> Thinking | None:
-    """How the thinking of a request ends that has not begun to answer; None if it does not think.
+    """How a request thinks that has not begun to answer; None if it does not think.
 
     Args:
         manager: vLLM's StructuredOutputManager.
@@ -147,11 +145,14 @@ def thinking_of(manager: Any, request: Any) -> Thinking | None:
     """
     if manager._get_constraint_bounds(request, ()).constraint_start == 0:
         return None
-    return ending(manager._get_reasoner(request), request.prompt_token_ids or ())
+    return told_by(manager._get_reasoner(request), request.prompt_token_ids or ())
 
 
-def ending(reasoner: Any, prompt: Sequence[int]) -> Thinking | None:
-    """The one token by which a reasoning parser knows that thinking is over; None without one.
+def told_by(reasoner: Any, prompt: Sequence[int]) -> Thinking | None:
+    """How thinking begins and ends behind a prompt; None where no one token ends it.
+
+    Where the prompt has not opened it, the text must: a parser that reads a stream would take the
+    thinking for content, or the answer for thinking, while one that knows the end does not.
 
     Args:
         reasoner: vLLM's reasoning parser, of a request.
@@ -159,21 +160,40 @@ def ending(reasoner: Any, prompt: Sequence[int]) -> Thinking | None:
     """
     from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
 
-    from vllm_diffusion.engine.constraints import Thinking
+    from vllm_diffusion.constrain.automaton.thinking import Thinking
 
     until = reasoner.vocab.get(reasoner.reasoning_end_str)
     if until is None or not reasoner.is_reasoning_end_streaming([*prompt, until], [until]):
         return None
+    begin = reasoner.vocab.get(reasoner.reasoning_start_str)
+    borders = {begin, until}
     # Parsers that vLLM builds from a description also take the start of a tool call for an end.
-    described = isinstance(reasoner, ParserEngineReasoningAdapter)
-    others = (reasoner.reasoning_end_token_ids if described else frozenset()) - {until}
-    return Thinking(until=until, forbidden=tuple(sorted(others)))
+    if isinstance(reasoner, ParserEngineReasoningAdapter):
+        borders |= reasoner.reasoning_end_token_ids
+        borders |= reasoner._parser_engine._turn_boundary_token_ids
+    last = next((token for token in reversed(prompt) if token in borders), None)
+    # What is no text, tool calls and turns among it, is no thought.
+    others = {token for token in borders if token is not None} | _special(reasoner.model_tokenizer)
+    return Thinking(
+        until=until,
+        begin=None if last == begin else begin,
+        forbidden=tuple(sorted(others - {until})),
+    )
 
 
-def thinks_first(
+@functools.lru_cache(maxsize=2)
+def _special(tokenizer: Any) -> frozenset[int]:
+    """The ids of a tokenizer that stand for no text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {token for token, each in added if each.special}
+
+
+def thinking_takes(
     engine: Any, prompt: Sequence[int], *, ended: bool | None, parser_kwargs: dict[str, Any] | None
-) -> bool:
-    """Whether a request thinks before its constraint begins, as the engine's core will decide.
+) -> int:
+    """How many tokens thinking takes at least before a request's constraint begins.
+
+    0 where it does not think, as the engine's core will decide.
 
     Args:
         engine: vLLM's AsyncLLM or LLMEngine.
@@ -190,13 +210,13 @@ def thinks_first(
 
     config = engine.vllm_config.structured_outputs_config
     if ended or not config.reasoning_parser or config.enable_in_reasoning:
-        return False
+        return 0
     reasoner_cls = ReasoningParserManager.get_reasoning_parser(config.reasoning_parser)
     try:
         reasoner = reasoner_cls(engine.input_processor.tokenizer, **(parser_kwargs or {}))
         if ended is None and reasoner.is_reasoning_end(list(prompt)):
-            return False
-        end = ending(reasoner, prompt)
+            return 0
+        thinking = told_by(reasoner, prompt)
     except Exception as error:
         # Parsers raise what they like where the tokenizer lacks their tokens.
         raise VLLMValidationError(
@@ -204,10 +224,10 @@ def thinks_first(
             f"say, which does not fit this model's tokenizer ({error}): serve with a parser that "
             "does, or none"
         ) from error
-    if end is None:
+    if thinking is None:
         raise VLLMValidationError(
             f"a constraint behind thinking needs a token that ends the thinking, and the reasoning "
             f"parser {config.reasoning_parser!r} has none: switch thinking off for this request, "
             "or serve with --structured-outputs-config.enable_in_reasoning=true"
         )
-    return True
+    return thinking.tokens

@@ -1,12 +1,12 @@
 """A constraint that begins behind a block of free thinking.
 
-Takes an automaton and the token that ends the thinking. Gives the automaton of: any tokens but a
-few, that token, then a text of the constraint.
+Takes an automaton and how the thinking begins and ends. Gives the automaton of: the token that
+opens the thinking, any tokens but a few, the token that ends it, then a text of the constraint.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,19 +17,43 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 
 
-def behind_thinking(
-    automaton: TokenAutomaton, until: int, *, forbidden: Iterable[int] = ()
-) -> TokenAutomaton:
-    """The constraint behind everything up to and with a token.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How a request thinks, before its constraint begins."""
 
-    The new start is one state more. It is left by ``until`` alone, so a request that thinks until
-    its last token but a few still ends with a complete text.
+    until: int
+    """Id of the token that ends it."""
+    begin: int | None = None
+    """Id of the token that opens it, the first of all; None: the prompt has opened it."""
+    forbidden: tuple[int, ...] = ()
+    """Other ids that cannot stand in it."""
+
+    @property
+    def tokens(self) -> int:
+        """How many it takes at least."""
+        return 1 + (self.begin is not None)
+
+
+def behind_thinking(
+    automaton: TokenAutomaton, thinking: Thinking, *, end_ids: Iterable[int] = ()
+) -> TokenAutomaton:
+    """The constraint behind everything up to and with the token that ends the thinking.
+
+    There is one state more, or two. Thinking is left by ``until`` alone, so a request that thinks
+    until its last token but a few still ends with a complete text.
 
     Args:
         automaton: of the text behind the thinking.
-        until: id of the token that ends it.
-        forbidden: ids that cannot stand in the thinking, end tokens above all.
+        thinking: how it begins and ends.
+        end_ids: ids that end a text, and cannot stand in the thinking.
     """
+    until = thinking.until
+    behind = _behind(automaton, until, (*end_ids, *thinking.forbidden))
+    return behind if thinking.begin is None else _behind_one(behind, thinking.begin)
+
+
+def _behind(automaton: TokenAutomaton, until: int, forbidden: Iterable[int]) -> TokenAutomaton:
+    """The automaton behind all tokens but those forbidden up to and with one."""
     classes, until_class, others = _classes(automaton, until, forbidden)
     class_of, num_classes, origin = classes
     # A class that was split reads what it read before, in every state.
@@ -63,6 +87,36 @@ def behind_thinking(
         start=thinking,
         accepting=np.insert(automaton.accepting, thinking, False),
         distance=np.insert(distance, thinking, distance[automaton.start] + 1),
+    )
+
+
+def _behind_one(automaton: TokenAutomaton, token: int) -> TokenAutomaton:
+    """The automaton behind one token."""
+    old = int(automaton.class_of[token])
+    alone = old != 0 and int((automaton.class_of == old).sum()) == 1
+    symbol = old if alone else automaton.num_classes
+    class_of = automaton.class_of.copy()
+    class_of[token] = symbol
+    # Alone in its class it reads what it read before, in every state.
+    copied = np.flatnonzero(automaton.symbol == old) if not alone else np.empty(0, np.int64)
+    # The end stays the last state, so the new one takes its number.
+    first, end = automaton.num_states - 1, automaton.num_states
+    source = np.concatenate([automaton.source, automaton.source[copied], [first]])
+    symbols = np.concatenate([automaton.symbol, np.full(len(copied), symbol), [symbol]])
+    target = np.concatenate([automaton.target, automaton.target[copied]])
+    target = np.append(np.where(target == automaton.end, end, target), automaton.start)
+    order = np.lexsort((symbols, source))
+    return replace(
+        automaton,
+        class_of=class_of,
+        num_classes=automaton.num_classes + (not alone),
+        source=source[order].astype(np.int32),
+        symbol=symbols[order].astype(np.int32),
+        target=target[order].astype(np.int32),
+        num_states=automaton.num_states + 1,
+        start=first,
+        accepting=np.insert(automaton.accepting, first, False),
+        distance=np.insert(automaton.distance, first, automaton.distance[automaton.start] + 1),
     )
 
 

@@ -9,24 +9,28 @@ import numpy as np
 import pytest
 from helpers.choices import of_choices
 
-from vllm_diffusion.constrain.automaton.thinking import behind_thinking
+from vllm_diffusion.constrain.automaton.thinking import Thinking, behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
 
 VOCAB, END, UNTIL, OTHER_END = 7, 5, 6, 4
 CHOICES = [[1, 2], [3]]
 
 
+@pytest.mark.parametrize("begin", [None, 0, 2, 3])
 @pytest.mark.parametrize("until", [UNTIL, 1, 3])
-def test_every_sequence_of_four_tokens(until: int) -> None:
-    """``until`` may also be a token that the constraint reads, alone in its class or not."""
+def test_every_sequence_of_four_tokens(until: int, begin: int | None) -> None:
+    """``until`` and ``begin`` may also be tokens that the constraint reads, alone or not."""
     plain = Walk(of_choices(CHOICES, [END], VOCAB))
-    automaton = behind_thinking(plain.automaton, until, forbidden=[END, OTHER_END])
+    thinking = Thinking(until=until, begin=begin, forbidden=(OTHER_END,))
+    automaton = behind_thinking(plain.automaton, thinking, end_ids=[END])
     walk = Walk(automaton)
     for tokens in itertools.product(range(VOCAB), repeat=4):
-        thought = tokens.index(until) if until in tokens else len(tokens)
-        expected = not {END, OTHER_END} & set(tokens[:thought])
-        rest = tokens[thought + 1 :]
-        if expected and until in tokens:
+        opened = begin is None or tokens[0] == begin
+        inside = tokens if begin is None else tokens[1:]
+        thought = inside.index(until) if until in inside else len(inside)
+        expected = opened and not {END, OTHER_END} & set(inside[:thought])
+        rest = inside[thought + 1 :]
+        if expected and until in inside:
             state = plain.through(plain.automaton.start, rest)
             expected = state != DEAD
             reached = walk.through(automaton.start, tokens)
@@ -42,15 +46,18 @@ def test_a_class_that_is_shared_is_split() -> None:
     # 1 and 0 now read alike; 1 ends the thinking, 0 does not.
     class_of = plain.class_of.copy()
     class_of[0] = class_of[1]
-    both = Walk(behind_thinking(replace(plain, class_of=class_of), 1, forbidden=[END]))
+    shared = replace(plain, class_of=class_of)
+    both = Walk(behind_thinking(shared, Thinking(until=1), end_ids=[END]))
     start = both.automaton.start
     assert both.through(start, [0, 0]) == start
     assert both.through(start, [0, 1, 0, 2, END]) == both.automaton.end
     assert both.through(start, [0, 1, 1, 2, END]) == both.automaton.end
 
 
-def test_the_record_keeps_its_promises() -> None:
-    automaton = behind_thinking(of_choices(CHOICES, [END], VOCAB), UNTIL, forbidden=[END])
+@pytest.mark.parametrize("begin", [None, 0, 3])
+def test_the_record_keeps_its_promises(begin: int | None) -> None:
+    thinking = Thinking(until=UNTIL, begin=begin)
+    automaton = behind_thinking(of_choices(CHOICES, [END], VOCAB), thinking, end_ids=[END])
     pairs = list(zip(automaton.source.tolist(), automaton.symbol.tolist(), strict=True))
     assert pairs == sorted(set(pairs))
     assert min(automaton.symbol) >= 1
@@ -58,6 +65,6 @@ def test_the_record_keeps_its_promises() -> None:
     assert automaton.end not in automaton.source
     assert automaton.accepting[automaton.end]
     assert not automaton.accepting[automaton.start]
-    assert automaton.distance[automaton.start] == 1 + min(map(len, CHOICES))
+    assert automaton.distance[automaton.start] == thinking.tokens + min(map(len, CHOICES))
     assert len(automaton.accepting) == len(automaton.distance) == automaton.num_states
     assert np.bincount(automaton.class_of, minlength=automaton.num_classes)[1:].all()
