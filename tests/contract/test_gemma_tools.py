@@ -12,7 +12,7 @@ from helpers.spelling import Walk
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
-from vllm_diffusion.upstream.gemma_tools import constrain_calls
+from vllm_diffusion.upstream.gemma_tools import constrain_calls, type_arguments
 
 pytestmark = pytest.mark.vllm
 
@@ -46,12 +46,15 @@ def tokenizer() -> Any:
 @pytest.fixture(autouse=True)
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patch, taken back at the end."""
+    from vllm.parser.gemma4 import Gemma4Parser
     from vllm.tool_parsers.gemma4_engine_tool_parser import Gemma4EngineToolParser
 
     # What is there now, own or inherited, comes back by monkeypatch.
     for name in ("structural_tag_model", "get_structural_tag"):
         monkeypatch.setattr(Gemma4EngineToolParser, name, getattr(Gemma4EngineToolParser, name))
+    monkeypatch.setattr(Gemma4Parser, "_fix_arg_types", Gemma4Parser._fix_arg_types)
     constrain_calls()
+    type_arguments()
 
 
 def tool(name: str = "weather", **fields: Any) -> dict[str, Any]:
@@ -155,6 +158,56 @@ def test_a_stream_of_canvases_gives_the_same_calls_and_leaks_nothing(canvas: int
     _, whole, at_once = parsed_in_one(adjusted(tools=[tool(strict=True)])[1], request, ids)
     assert (whole or "").strip() == "Look:"
     assert [call.name for call in at_once] == ["weather", "weather"]
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "next": {"$ref": "#/$defs/point"}},
+    "required": ["x"],
+}
+TYPED: dict[str, dict[str, Any]] = {
+    "reference": {"$ref": "#/$defs/point"},
+    "optional reference": {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]},
+    "list of references": {"type": "array", "items": {"$ref": "#/$defs/point"}, "minItems": 1},
+    "constant": {"const": 3},
+    "number by reference": {"$ref": "#/$defs/number"},
+    "text by reference": {"$ref": "#/$defs/digit"},
+    "constants": {"oneOf": [{"const": 1}, {"const": "1a"}, {"const": True}]},
+    "texts that look like others": {"enum": ["1", "true", "null", "[1]", "{}"]},
+    "dictionary": {"type": "object", "additionalProperties": {"type": "boolean"}},
+    "pattern": {"type": "object", "patternProperties": {"^x[a-z]*$": {"type": "null"}}},
+    "tuple": {"type": "array", "prefixItems": [{"type": "number"}, {"type": "null"}]},
+    "list of lists": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+}
+
+
+@pytest.mark.parametrize("about", TYPED)
+def test_arguments_come_in_the_types_of_the_whole_schema(about: str) -> None:
+    from jsonschema import validate
+
+    parameters = {
+        "type": "object",
+        "properties": {"a": TYPED[about], "z": {"type": "string", "pattern": "^[a-z]{0,2}$"}},
+        "required": ["a", "z"],
+        "additionalProperties": False,
+        "$defs": {
+            "point": POINT,
+            "number": {"type": "number", "minimum": 1},
+            "digit": {"type": "string", "pattern": "^[0-9]$"},
+        },
+    }
+    offered = [tool(parameters=parameters, strict=True)]
+    request, parser = adjusted(tools=offered, tool_choice=NAMED)
+    walk = Walk(automaton_of(request), 1, vocabulary_of(tokenizer(), 512))
+    for free in range(0, 48, 3):
+        ids = walk.tokens(free)
+        (call,) = parsed_in_one(parser, request, ids)[2]
+        arguments = json.loads(call.arguments)
+        validate(arguments, parameters)
+        for canvas in (1, 5):
+            streaming = adjusted(tools=offered, tool_choice=NAMED)[1]
+            _, ((_, streamed),) = parsed_in_canvases(streaming, request, ids, canvas)
+            assert json.loads(streamed) == arguments
 
 
 def test_what_vllm_asks_for_without_being_forced() -> None:

@@ -79,6 +79,7 @@ PARAMETERS = {
         "reasoning",
         "strict_level",
     ],
+    "vllm.parser.gemma4.Gemma4Parser._fix_arg_types": ["self", "args_json", "func_name"],
     "vllm.tool_parsers.structural_tag_registry.get_structural_tag_tools": [
         "model",
         "tools",

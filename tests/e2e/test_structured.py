@@ -13,6 +13,7 @@ from openai import BadRequestError, OpenAI
 from pydantic import BaseModel, Field
 
 from vllm_diffusion.testing.server import Server, serve
+from vllm_diffusion.testing.tiny_tokenizer import token_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,14 +252,44 @@ def test_a_strict_tool_may_be_left_out_and_is_never_called_wrongly(client: OpenA
         assert "<|tool_call>" not in (answer.message.content or "")
 
 
-def test_a_constraint_behind_thinking(client: OpenAI) -> None:
-    body = {
-        "structured_outputs": {"choice": ["north", "south"]},
+ROOMY = {"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 100}
+"""Too large for an automaton."""
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"extra_body": {"structured_outputs": {"choice": ["north", "south"]}}},
+        {"extra_body": {"structured_outputs": {"json": ROOMY}}},
+        {"tools": [VISIT], "tool_choice": "required"},
+        {"tools": [VISIT], "tool_choice": NAMED},
+    ],
+    ids=["choice", "parser", "required", "named"],
+)
+def test_thinking_before_a_constraint_is_told_apart_streamed_and_whole(
+    client: OpenAI, asked: dict[str, Any]
+) -> None:
+    extra = {
+        **asked.get("extra_body", {}),
         "chat_template_kwargs": {"enable_thinking": True},
+        "return_token_ids": True,
     }
-    message = chat(client, extra_body=body, max_tokens=40).message
-    assert message.content in {"north", "south"}
-    assert len(message.reasoning) > 0
+    begin = token_id("<|channel>")
+    for seed in range(3):
+        body = {**asked, "extra_body": extra, "max_tokens": 90, "seed": seed}
+        whole = chat(client, **body)
+        assert whole.token_ids[0] == begin
+        assert whole.token_ids.count(begin) == 1
+        message = whole.message
+        deltas = chat(client, stream=True, **body)
+        for name in ("content", "reasoning"):
+            streamed = "".join(getattr(delta, name, None) or "" for delta in deltas)
+            assert streamed == (getattr(message, name, None) or "")
+        if "tools" in asked:
+            assert visits(message.tool_calls)
+            assert not message.content
+        else:
+            assert message.content.startswith(("north", "south", "["))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -299,5 +330,7 @@ def test_a_clients_mistake_is_told_at_once(
 def test_a_strict_tool_that_cannot_be_kept_is_refused(client: OpenAI) -> None:
     tool = json.loads(json.dumps(VISIT))
     tool["function"]["parameters"]["properties"]["where"]["pattern"] = "(?=a)b"
-    with pytest.raises(BadRequestError, match="where cannot be kept"):
+    with pytest.raises(
+        BadRequestError, match=r"strict tool 'visit' cannot be kept: #/properties/where.*lookaround"
+    ):
         chat(client, tools=[tool], tool_choice="required")

@@ -165,9 +165,11 @@ def no_room(
         longest: bytes of the longest token, by which is known what fits under a parser.
         before: tokens that come first, those of its thinking.
     """
-    by_parser = isinstance(outcome, KeptByParser)
-    least = -(-outcome.length // longest) if by_parser else outcome.tokens
-    return None if least + before <= limit else _too_short(least + before, limit)
+    if isinstance(outcome, KeptByParser):
+        least = before - (-outcome.length // longest)
+    else:
+        least = before + outcome.tokens
+    return None if least <= limit else _too_short(least, limit)
 
 
 def _too_short(least: int, limit: int) -> str:

@@ -3,11 +3,16 @@
 vLLM gives tool parsers that know their format a structural tag, by which `required`, a named tool
 and strict tools are enforced. Gemma's parser has none, since xgrammar's JSON is not how Gemma
 writes arguments. Here it gets one: the grammar of ``constrain.language.gemma_calls``.
+
+Also here: the types of the arguments that it reads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import json
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -47,8 +52,7 @@ def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralT
     tools = resolve_tool_strictness(offered, choice, strict_level)
     if not tools:
         return None
-    # Chat completions keep a tool's fields one level below; a choice of one tool likewise.
-    functions = [vars(vars(tool).get("function", tool)) for tool in tools]
+    functions = list(map(_fields, tools))
     named = None if isinstance(choice, str) else vars(choice).get("function", choice).name
     if named is not None:
         functions = [each for each in functions if each["name"] == named]
@@ -70,6 +74,44 @@ def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralT
     except ConstraintError as error:
         raise VLLMValidationError(str(error), parameter="tools") from error
     return StructuralTag(format=GrammarFormat(grammar=grammar))
+
+
+def _fields(tool: Any) -> dict[str, Any]:
+    """Name, parameters and the like; chat completions keep them one level below."""
+    return vars(vars(tool).get("function", tool))
+
+
+def type_arguments() -> None:
+    """Let `Gemma4Parser` look at the whole schema of a tool for the types of arguments."""
+    from vllm.parser.gemma4 import Gemma4Parser
+
+    original = Gemma4Parser._fix_arg_types
+
+    @functools.wraps(original)
+    def _fix_arg_types(self: Any, args_json: str, func_name: str) -> str:
+        guessed: str = original(self, args_json, func_name)
+        named = (each for each in map(_fields, self._tools or ()) if each.get("name") == func_name)
+        schema = next(named, {}).get("parameters")
+        return _typed(args_json, guessed, schema) if schema else guessed
+
+    Gemma4Parser._fix_arg_types = _fix_arg_types
+
+
+def _typed(raw: str, guessed: str, schema: dict[str, Any]) -> str:
+    """Arguments as JSON; as they were guessed where they are none, or the schema is none."""
+    from vllm_diffusion.constrain.language.typed import typed
+
+    # A schema may be anything, and what it raises is as various.
+    with contextlib.suppress(Exception):
+        return json.dumps(typed(json.loads(raw), json.loads(guessed), schema), ensure_ascii=False)
+    return guessed
+
+
+def arguments_are_texts() -> bool:
+    """Whether vLLM still takes what a reference leads to for a text."""
+    from vllm.tool_parsers.utils import extract_types_from_schema
+
+    return extract_types_from_schema({"$ref": "#/$defs/number"}) == ["string"]
 
 
 def calls_are_free() -> bool:

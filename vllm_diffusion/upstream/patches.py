@@ -242,6 +242,17 @@ SERVING_PATCHES: Final = (
         needed=gemma_tools.calls_are_free,
     ),
     Patch(
+        name="gemma-arguments",
+        target="vllm.parser.gemma4.Gemma4Parser._fix_arg_types",
+        why="a number behind a $ref, a constant or a member that properties do not name comes back "
+        "as a text, which is not what the tool's schema says.",
+        upstream_reference="vllm/tool_parsers/utils.py: extract_types_from_schema",
+        remove_when="vLLM follows the whole schema for the types of arguments",
+        applies=_always,
+        install=gemma_tools.type_arguments,
+        needed=gemma_tools.arguments_are_texts,
+    ),
+    Patch(
         name="adapter-check",
         target="vllm.v1.engine.input_processor.InputProcessor._validate_lora",
         why="a LoRA adapter is read in the step that needs it first, and one that does not fit "

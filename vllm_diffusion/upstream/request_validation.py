@@ -172,7 +172,10 @@ def check_before_streaming_responses() -> None:
     def _generate_with_builtin_tools(
         self: Any, *args: Any, engine_input: Any, sampling_params: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        _check_now(sampling_params, engine_input, self.engine_client)
+        reasoning = kwargs.get("reasoning_parser_kwargs")
+        _check_now(
+            sampling_params, engine_input, self.engine_client, reasoning_parser_kwargs=reasoning
+        )
         return original(
             self, *args, engine_input=engine_input, sampling_params=sampling_params, **kwargs
         )
