@@ -11,6 +11,7 @@ from helpers.spelling import Walk
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
+from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
 from vllm_diffusion.upstream.gemma_tools import constrain_calls, type_arguments
 
@@ -220,11 +221,21 @@ def test_what_vllm_asks_for_without_being_forced() -> None:
 
 
 def test_a_strict_schema_that_cannot_be_kept_is_the_clients_mistake() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+    offered = [tool(parameters=parameters, strict=True)]
+    request, _ = adjusted(tools=offered, tool_choice="required")
+    with pytest.raises(ConstraintError, match=r"strict tool 'weather' cannot be kept: #/prop.*/a"):
+        automaton_of(request)
+
+
+def test_parameters_nest_no_deeper_than_the_schema_of_a_response() -> None:
     from vllm.exceptions import VLLMValidationError
 
-    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
-    with pytest.raises(VLLMValidationError, match="cannot be kept"):
-        adjusted(tools=[tool(parameters=parameters, strict=True)], tool_choice="required")
+    parameters: dict[str, Any] = {"type": "integer"}
+    for _ in range(40):
+        parameters = {"type": "object", "properties": {"a": parameters}}
+    with pytest.raises(VLLMValidationError, match=r"tool 'weather'.*nested too deeply"):
+        adjusted(tools=[tool(parameters=parameters)], tool_choice="required")
 
 
 def test_a_switch_of_vllm_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,15 +37,13 @@ def constrain_calls() -> None:
 
 
 def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralTag | None:
-    from vllm.exceptions import VLLMValidationError
     from vllm.tool_parsers.structural_tag_registry import (
         get_structural_tag_tools,
         resolve_tool_strictness,
     )
     from xgrammar.structural_tag import GrammarFormat, StructuralTag
 
-    from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, call_grammar
-    from vllm_diffusion.errors import ConstraintError
+    from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, asked_calls
 
     choice = request.tool_choice
     offered = get_structural_tag_tools(MODEL, request.tools, choice)
@@ -56,24 +54,35 @@ def _structural_tag(parser: Any, request: Any, strict_level: Any) -> StructuralT
     named = None if isinstance(choice, str) else vars(choice).get("function", choice).name
     if named is not None:
         functions = [each for each in functions if each["name"] == named]
+    for each in functions:
+        _check_depth(each)
     ids = parser.vocab
+    asked = asked_calls(
+        [
+            Function(
+                name=each["name"],
+                parameters=each.get("parameters"),
+                strict=each.get("strict") is True,
+            )
+            for each in functions
+        ],
+        CallTokens(begin=ids["<|tool_call>"], end=ids["<tool_call|>"], quote=ids['<|"|>']),
+        required=choice != "auto",
+        several=named is None and request.parallel_tool_calls is not False,
+    )
+    return StructuralTag(format=GrammarFormat(grammar=asked))
+
+
+def _check_depth(function: dict[str, Any]) -> None:
+    """Refuse parameters that nest deeper than vLLM lets the schema of a response nest."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import check_json_nesting
+
     try:
-        grammar = call_grammar(
-            [
-                Function(
-                    name=each["name"],
-                    parameters=each.get("parameters"),
-                    strict=each.get("strict") is True,
-                )
-                for each in functions
-            ],
-            CallTokens(begin=ids["<|tool_call>"], end=ids["<tool_call|>"], quote=ids['<|"|>']),
-            required=choice != "auto",
-            several=named is None and request.parallel_tool_calls is not False,
-        )
-    except ConstraintError as error:
-        raise VLLMValidationError(str(error), parameter="tools") from error
-    return StructuralTag(format=GrammarFormat(grammar=grammar))
+        check_json_nesting(function.get("parameters"))
+    except VLLMValidationError as error:
+        message = f"The parameters of the tool {function['name']!r}: {error}"
+        raise VLLMValidationError(message, parameter="tools") from error
 
 
 def _fields(tool: Any) -> dict[str, Any]:

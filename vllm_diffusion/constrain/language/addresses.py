@@ -97,7 +97,7 @@ class _Addresses:
         base = _base_of(schema, base)
         parts = {
             (key, index): self.rewritten(part, where, base)
-            for key, index, part, where in _inside(schema, pointer)
+            for key, index, part, where in inside(schema, pointer)
         }
         result: dict[str, Any] = {}
         for key, value in schema.items():
@@ -136,7 +136,7 @@ class _Addresses:
                 self._anchors[base, schema[key]] = pointer
         if isinstance(schema.get("$dynamicAnchor"), str):
             self._dynamic.setdefault(schema["$dynamicAnchor"], []).append(pointer)
-        for _, _, part, where in _inside(schema, pointer):
+        for _, _, part, where in inside(schema, pointer):
             self._collect(part, where, base)
 
     def _pointer(self, reference: str, base: str) -> str:
@@ -158,7 +158,7 @@ def _base_of(schema: dict[str, Any], base: str) -> str:
     return urldefrag(urljoin(base, own)).url
 
 
-def _inside(schema: dict[str, Any], pointer: str) -> list[tuple[str, Any, Any, str]]:
+def inside(schema: dict[str, Any], pointer: str) -> list[tuple[str, Any, Any, str]]:
     """The schemas in a schema: keyword, name or number there, schema, and pointer."""
     found: list[tuple[str, Any, Any, str]] = []
     for key, value in schema.items():

@@ -2,21 +2,22 @@
 
     <|tool_call>call:weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>
 
-Takes functions with the JSON schemas of their arguments. Gives EBNF in xgrammar's form: special
-tokens stand there by their ids, as Token(48). The schemas are read as those of response formats
-are, see ``schema``; only how values are written differs, see ``gemma_text``.
+Takes functions with the JSON schemas of their arguments. The schemas are read as those of response
+formats are, see ``schema``; only how values are written differs, see ``gemma_text``. Reading them
+may take long. So where a request enters they become a text, ``asked_calls``, which is the grammar
+of a structural tag, and the grammar is made of it where constraints are compiled, ``call_grammar``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
-from vllm_diffusion.constrain.language.addresses import located
+from vllm_diffusion.constrain.language.addresses import inside, located
 from vllm_diffusion.constrain.language.compose import asserted
 from vllm_diffusion.constrain.language.gemma_text import CallLayout
 from vllm_diffusion.constrain.language.room import shortest
@@ -42,7 +43,6 @@ from vllm_diffusion.constrain.language.syntax import (
     sequence,
     text,
 )
-from vllm_diffusion.constrain.language.written import written
 from vllm_diffusion.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -50,7 +50,14 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.constrain.language.addresses import Schema
 
+MARK_OF_CALLS: Final = "gemma calls "
+"""What the text of ``asked_calls`` begins with; no grammar does."""
+
 _SHARED = {ANY_VALUE, ANY_ARRAY, ANY_OBJECT}
+_BOUNDS = (
+    *((f"min{what}", f"max{what}") for what in ("Length", "Items", "Properties", "Contains")),
+    ("minimum", "maximum"),
+)
 _NO_ZERO = Chars(complement(((0, 0),)))
 
 
@@ -74,28 +81,49 @@ class CallTokens:
     quote: int
 
 
-def call_grammar(
+def asked_calls(
     functions: Sequence[Function], tokens: CallTokens, *, required: bool, several: bool
 ) -> str:
-    """The EBNF of an answer that calls tools.
+    """A text that says what ``call_grammar`` makes a grammar of.
 
     Args:
         functions: those that may be called; at least one.
         tokens: of the tokenizer.
         required: the answer is a call; else it may be text, and calls in it.
         several: more than one call may stand there.
+    """
+    asked = {
+        "functions": [[each.name, each.parameters, each.strict] for each in functions],
+        "tokens": asdict(tokens),
+        "required": required,
+        "several": several,
+    }
+    return f"{MARK_OF_CALLS}{json.dumps(asked)}"
+
+
+def call_grammar(asked: str) -> Grammar:
+    """The grammar of an answer that calls tools.
+
+    Args:
+        asked: what ``asked_calls`` gave.
 
     Raises:
         ConstraintError: a strict tool's schema says what the grammar cannot, or a tool's schema
             what nobody could write; it names the tool.
     """
+    told = json.loads(asked.removeprefix(MARK_OF_CALLS))
+    functions = [
+        Function(name=name, parameters=parameters, strict=strict)
+        for name, parameters, strict in told["functions"]
+    ]
+    tokens, required, several = CallTokens(**told["tokens"]), told["required"], told["several"]
     layout = CallLayout(tokens.quote)
     rules = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
     # Tools of equal parameters share what stands behind their names.
     named: dict[str, list[Node]] = {}
     arguments: dict[str, str] = {}
     for function in functions:
-        key = _key(function)
+        key = f"{function.strict} {json.dumps(function.parameters)}"
         if key not in arguments:
             grammar = _arguments(function, layout)
             arguments[key] = grammar.root
@@ -115,15 +143,7 @@ def call_grammar(
         more = sequence(Call("call"), free)
         root = sequence(free, Repeat(more) if several else optional(more))
     rules["calls"] = root
-    return written(Grammar(rules, "calls"))
-
-
-def _key(function: Function) -> str:
-    """Equal where arguments are written alike."""
-    try:
-        return f"{function.strict} {json.dumps(function.parameters)}"
-    except RecursionError as error:
-        raise ConstraintError(f"The schema of the tool {function.name!r} {TOO_DEEP}.") from error
+    return Grammar(rules, "calls")
 
 
 def _arguments(function: Function, layout: CallLayout) -> Grammar:
@@ -134,6 +154,7 @@ def _arguments(function: Function, layout: CallLayout) -> Grammar:
     try:
         schema = json.loads(json.dumps(function.parameters), parse_constant=_no_number)
         Draft202012Validator.check_schema(schema)
+        _refuse_contradictions(schema)
         root = located(_of_objects(schema))
         translation = Translation(root, layout, loose=not function.strict)
         grammar = translation.grammar()
@@ -169,6 +190,21 @@ def _of_objects(schema: Schema) -> Schema:
     if said.keys() <= {"type", "additionalProperties"} and not said.get("additionalProperties"):
         return {"type": "object", "additionalProperties": False}
     return {**schema, "type": "object"}
+
+
+def _refuse_contradictions(schema: Schema) -> None:
+    """Bounds between which nothing lies are a mistake, whoever made it."""
+    found = []
+    pending = [(schema, "#")]
+    for part, path in pending:
+        if not isinstance(part, dict):
+            continue
+        pending += [(inner, where) for _, _, inner, where in inside(part, path)]
+        for low, high in _BOUNDS:
+            if low in part and high in part and part[low] > part[high]:
+                found.append(f"{path} has {low} {part[low]} above {high} {part[high]}")
+    if found:
+        raise ConstraintError("; ".join(found))
 
 
 def _no_number(name: str) -> None:

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.constrain.language.ebnf import ebnf
+from vllm_diffusion.constrain.language.gemma_calls import MARK_OF_CALLS, call_grammar
 from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.schema import json_schema
 from vllm_diffusion.constrain.language.syntax import (
@@ -50,6 +51,8 @@ def structural_tag(tag: str, json_of: Callable[[str], Grammar] = json_schema) ->
         parsed = json.loads(tag)
         if "structures" in parsed:
             return _Tags(json_of).grammar(_of_old(parsed))
+        if str(parsed["format"].get("grammar", "")).startswith(MARK_OF_CALLS):
+            return call_grammar(parsed["format"]["grammar"])
         xgrammar.Grammar.from_structural_tag(tag)
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConstraintError(f"This is not a structural tag: {error}") from error
