@@ -14,6 +14,7 @@ from math import lcm
 from typing import Any
 
 from jsonschema import Draft202012Validator
+from referencing.exceptions import Unresolvable
 
 from vllm_diffusion.constrain.language.addresses import Schema, followed
 from vllm_diffusion.constrain.language.negation import (
@@ -107,8 +108,7 @@ class Composition:
         others = {key: value for key, value in asserted(schema).items() if key != listed}
         if not others:
             return values
-        validator = self._validator.evolve(schema=_plain(others))
-        return [value for value in values if validator.is_valid(value)]
+        return [value for value in values if self.may_be(_plain(others), value)]
 
     def _listed_by(self, schema: dict[str, Any]) -> tuple[str | None, list[Any]]:
         """A keyword of a schema that says all values it may have, and these."""
@@ -187,7 +187,11 @@ class Composition:
 
     def may_be(self, naming: Schema, value: Any) -> bool:
         """Whether a value is valid for a schema."""
-        return naming is True or bool(self._validator.evolve(schema=naming).is_valid(value))
+        try:
+            return naming is True or bool(self._validator.evolve(schema=naming).is_valid(value))
+        except Unresolvable as error:
+            self._problems.append(f"$ref {error.ref!r} leads nowhere")
+            return False
 
     def _products(self, left: list[Schema], right: list[Schema], path: str) -> list[Schema]:
         if len(left) * len(right) > _MOST_ALTERNATIVES:
@@ -281,8 +285,7 @@ class Composition:
             return one is False or other is False
         for values, schema in ((self.finite(one), other), (self.finite(other), one)):
             if values is not None:
-                validator = self._validator.evolve(schema=_plain(schema))
-                return not any(map(validator.is_valid, values))
+                return not any(self.may_be(_plain(schema), value) for value in values)
         if "type" not in one or "type" not in other:
             return False
         common = _common_types(one["type"], other["type"])

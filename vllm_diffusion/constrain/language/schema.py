@@ -66,6 +66,7 @@ def json_schema(
     try:
         parsed = json.loads(schema, parse_constant=_no_number)
         Draft202012Validator.check_schema(parsed)
+        root = located(parsed)
     except SchemaError as error:
         where = error.json_path.replace("$", "#", 1)
         raise ConstraintError(f"This is not a JSON schema: at {where}, {error.message}.") from error
@@ -73,7 +74,7 @@ def json_schema(
         raise ConstraintError(f"This is not a JSON schema: {error}.") from error
     try:
         layout = write.Layout(any_whitespace=any_whitespace, pattern=whitespace_pattern)
-        translation = Translation(located(parsed), layout)
+        translation = Translation(root, layout)
         grammar = translation.grammar()
     except RecursionError as error:
         raise ConstraintError(f"The JSON schema {TOO_DEEP}.") from error

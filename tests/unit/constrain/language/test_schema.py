@@ -299,3 +299,17 @@ def test_a_long_list_of_values_is_not_searched_for_each_of_them(
     monkeypatch.setattr(Draft202012Validator, "is_valid", never)
     grammar = json_schema(json.dumps({"enum": list(range(5000))}))
     assert len(grammar.rules["#"].options) == 5000
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [1], "$ref": "#/nowhere"},
+        {"const": 1, "$ref": "http://other/place"},
+        {"enum": [{"a": 1}], "properties": {"a": {"$ref": "#/nowhere"}}},
+        {"$id": "http://[bad", "properties": {"a": {"$ref": "#/x"}}},
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_the_clients_mistake(schema):
+    with pytest.raises(ConstraintError, match=r"leads|Invalid"):
+        json_schema(json.dumps(schema))
