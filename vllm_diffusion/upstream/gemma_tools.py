@@ -16,7 +16,11 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from xgrammar import StructuralTag
+
+    from vllm_diffusion.constrain.language.typed import Types
 
 MODEL: Final = "gemma_4"
 """What vLLM would call the format, if it had it."""
@@ -99,21 +103,29 @@ def type_arguments() -> None:
     @functools.wraps(original)
     def _fix_arg_types(self: Any, args_json: str, func_name: str) -> str:
         guessed: str = original(self, args_json, func_name)
-        named = (each for each in map(_fields, self._tools or ()) if each.get("name") == func_name)
-        schema = next(named, {}).get("parameters")
-        return _typed(args_json, guessed, schema) if schema else guessed
+        known: dict[str, Types | None] = vars(self).setdefault("_vllm_diffusion_types", {})
+        if func_name not in known:
+            known[func_name] = _types_of(self._tools or (), func_name)
+        types = known[func_name]
+        # A schema may be anything, and what it raises is as various.
+        with contextlib.suppress(Exception):
+            if types is not None:
+                found = types.typed(json.loads(args_json), json.loads(guessed))
+                return json.dumps(found, ensure_ascii=False)
+        return guessed
 
     Gemma4Parser._fix_arg_types = _fix_arg_types
 
 
-def _typed(raw: str, guessed: str, schema: dict[str, Any]) -> str:
-    """Arguments as JSON; as they were guessed where they are none, or the schema is none."""
-    from vllm_diffusion.constrain.language.typed import typed
+def _types_of(tools: Iterable[Any], name: str) -> Types | None:
+    """The types of the arguments of a tool; None where its schema tells none."""
+    from vllm_diffusion.constrain.language.typed import Types
 
-    # A schema may be anything, and what it raises is as various.
-    with contextlib.suppress(Exception):
-        return json.dumps(typed(json.loads(raw), json.loads(guessed), schema), ensure_ascii=False)
-    return guessed
+    named = (each for each in map(_fields, tools) if each.get("name") == name)
+    schema = next(named, {}).get("parameters")
+    with contextlib.suppress(ValueError, RecursionError):
+        return Types(schema) if schema else None
+    return None
 
 
 def arguments_are_texts() -> bool:

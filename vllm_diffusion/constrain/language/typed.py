@@ -3,17 +3,17 @@
 vLLM guesses from ``type`` and ``enum`` of what ``properties`` and ``items`` name, and takes
 everything else for a text: what a ``$ref`` leads to, constants, members and items named otherwise.
 Here the whole schema is looked at, value by value, so that a part of a stream means what the whole
-means.
+means. No expression of a client's is searched for: replies are parsed where all of them are.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator
+from jsonschema.validators import extend
 
 from vllm_diffusion.constrain.language.addresses import followed, located
 
@@ -22,44 +22,43 @@ if TYPE_CHECKING:
 
 _CHOICES = ("anyOf", "oneOf", "allOf")
 _CONDITIONS = ("if", "then", "else")
+_SEARCHING = ("pattern", "patternProperties", "additionalProperties", "unevaluatedProperties")
+_Validator = extend(Draft202012Validator, dict.fromkeys(_SEARCHING, lambda *_: ()))
 
 
-def typed(raw: Mapping[str, Any], guessed: Mapping[str, Any], schema: Any) -> dict[str, Any]:
-    """Arguments in the types of a schema, as far as it knows one that fits.
+class Types:
+    """Which parts of a schema speak of a value, and what they let it be.
 
     Args:
-        raw: as they were written, every value a text, an object or an array.
-        guessed: the same as vLLM reads them; they stay so where they are valid.
-        schema: of the arguments.
+        schema: of the arguments of a tool.
     """
-    found: dict[str, Any] = _Types(located(schema)).value(raw, guessed)
-    return found
 
+    def __init__(self, schema: Any) -> None:
+        self._root = located(schema)
+        self._validator = _Validator(self._root)
 
-class _Types:
-    """Which parts of a schema speak of a value, and what they let it be."""
-
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._validator = Draft202012Validator(root)
-
-    def value(self, raw: Any, guessed: Any, schemas: list[Any] | None = None) -> Any:
-        """A value and all in it.
+    def typed(self, raw: Mapping[str, Any], guessed: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments in the types of the schema, as far as it knows one that fits.
 
         Args:
-            raw, guessed: see ``typed``.
-            schemas: parts that speak of it; None: the root.
+            raw: as they were written, every value a text, an object or an array.
+            guessed: the same as vLLM reads them; they stay so where they are valid.
         """
-        parts = list(self._parts([self._root] if schemas is None else schemas))
+        found: dict[str, Any] = self._value(raw, guessed, [self._root])
+        return found
+
+    def _value(self, raw: Any, guessed: Any, schemas: list[Any]) -> Any:
+        """A value, of which some schemas speak, and all in it."""
+        parts = list(self._parts(schemas))
         match raw:
             case dict() if isinstance(guessed, dict):
                 return {
-                    name: self.value(raw.get(name, each), each, self._members(parts, name))
+                    name: self._value(raw.get(name, each), each, self._members(parts, name))
                     for name, each in guessed.items()
                 }
             case list() if isinstance(guessed, list) and len(raw) == len(guessed):
                 return [
-                    self.value(one, other, self._items(parts, index))
+                    self._value(one, other, self._items(parts, index))
                     for index, (one, other) in enumerate(zip(raw, guessed, strict=True))
                 ]
             case str():
@@ -92,12 +91,8 @@ class _Types:
         found = []
         for part in parts:
             own = [part["properties"][name]] if name in part.get("properties", {}) else []
-            own += [
-                value
-                for pattern, value in part.get("patternProperties", {}).items()
-                if re.search(pattern, name)
-            ]
-            found += own or [part[k] for k in ("additionalProperties",) if k in part]
+            others = [part[key] for key in ("additionalProperties",) if key in part]
+            found += own or [*part.get("patternProperties", {}).values(), *others]
         return found
 
     @staticmethod
