@@ -4,8 +4,9 @@
 
 The vocabulary is made up, of Gemma's size and shape: bytes to fall back on, characters of many
 scripts, runs of white space and of punctuation, single digits, and pronounceable words in lower
-case, capitalised and in capitals, with and without a space before them. `trie ms` is building its
-trie, which a server does once. Every constraint is compiled five times without a cache; medians.
+case, capitalised and in capitals, with and without a space before them, and the words of the tools
+of `testing.tool_lists`. `trie ms` is building its trie, which a server does once. Every constraint
+is compiled five times without a cache; medians.
 The first grammar also imports xgrammar. `depth` is how deep a recursive one is followed.
 """
 
@@ -15,18 +16,21 @@ import json
 import random
 import string
 import time
-from itertools import islice, product
+from dataclasses import astuple
+from itertools import chain, islice, product
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import _report
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
+from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, asked_calls
 from vllm_diffusion.errors import ConstraintError
+from vllm_diffusion.testing.tool_lists import browser, code_host, file_system, words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 SPECIAL = 16
 END = 1
@@ -103,6 +107,19 @@ sum ::= sum [+*/-] atom | atom
 atom ::= [0-9]+ | "(" sum ")"
 """
 
+_CALL_TOKENS = CallTokens(begin=2, end=3, quote=4)
+
+
+def _calls(tools: list[dict[str, Any]]) -> tuple[str, str]:
+    """Required calls of tools in Gemma's form."""
+    functions = [Function(**tool, strict=False) for tool in tools]
+    asked = asked_calls(functions, _CALL_TOKENS, required=True, several=True)
+    tag = {"type": "structural_tag", "format": {"type": "grammar", "grammar": asked}}
+    return "structural_tag", json.dumps(tag)
+
+
+_TOOLS = [*code_host(), *browser(), *file_system()]
+
 CONSTRAINTS = {
     "yes or no": ("choice", '["yes", "no"]'),
     "100 countries": ("choice", json.dumps([f"country number {n}" for n in range(100)])),
@@ -132,13 +149,24 @@ CONSTRAINTS = {
     "tree": ("json", json.dumps(_TREE)),
     "any object": ("json_object", ""),
     "arithmetic": ("grammar", _ARITHMETIC),
+    "tools of files": _calls(file_system()),
+    "tools of a browser": _calls(browser()),
+    "tools of a code host": _calls(code_host()),
+    "all these tools": _calls(_TOOLS),
 }
 
 
-def synthetic_tokens(count: int) -> list[bytes]:
-    """Byte strings of a vocabulary; the first ``SPECIAL`` are special tokens and write nothing."""
+def synthetic_tokens(count: int, known: Iterable[str] = ()) -> list[bytes]:
+    """Byte strings of a vocabulary; the first ``SPECIAL`` are special tokens and write nothing.
+
+    Args:
+        count: of the tokens.
+        known: words that are tokens, and so are their beginnings, each with and without a capital.
+    """
     found: dict[bytes, None] = dict.fromkeys([b""])  # stands for the special tokens
-    for token in _tokens():
+    begun = (word[:length] for word in known for length in range(2, len(word) + 1))
+    forms = (form.encode() for each in begun for form in (each, each.capitalize(), f"_{each}"))
+    for token in chain(forms, _tokens()):
         found.setdefault(token)
         if len(found) == count - SPECIAL + 1:
             break
@@ -200,9 +228,9 @@ def main() -> None:
     arguments = _report.parser(__doc__)
     arguments.add_argument("--vocab", type=int, default=262_144)
     options = arguments.parse_args()
-    tokens = synthetic_tokens(options.vocab)
+    tokens = synthetic_tokens(options.vocab, words(_TOOLS))
     begin = time.perf_counter()
-    vocabulary = Vocabulary.of(tokens)
+    vocabulary = Vocabulary.of(tokens, astuple(_CALL_TOKENS))
     trie = 1e3 * (time.perf_counter() - begin)
     rows = []
     for name, (kind, text) in CONSTRAINTS.items():

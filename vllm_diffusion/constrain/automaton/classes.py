@@ -35,10 +35,13 @@ _PREFIXES_PER_CLASS = 4
 class Limits:
     """How large an automaton may become. What is beyond needs a parser."""
 
-    states: int = 8192
+    states: int = 1 << 14
     classes: int = 2048
-    edges: int = 1 << 17
+    edges: int = 1 << 19
     depth: int = 8  # of rules that embed themselves, as deep as the other limits let it
+    # What is deeper than it must be is no larger than this: it doubles with every level.
+    deep_states: int = 1 << 13
+    deep_edges: int = 1 << 17
 
 
 def token_automaton(

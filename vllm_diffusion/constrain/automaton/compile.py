@@ -77,22 +77,27 @@ def compile_grammar(
     limits = limits or Limits()
     over_tokens = partial(token_automaton, vocabulary=vocabulary, end_ids=end_ids, limits=limits)
     try:
-        return _deepest(Networks(grammar, max_states=limits.states), over_tokens, limits.depth)
+        return _deepest(Networks(grammar, max_states=limits.states), over_tokens, limits)
     except RecursionError:
         raise AutomatonError("The constraint is nested too deep for an automaton.") from None
 
 
 def _deepest(
-    networks: Networks, over_tokens: Callable[[Dfa], TokenAutomaton], most: int
+    networks: Networks, over_tokens: Callable[[Dfa], TokenAutomaton], limits: Limits
 ) -> TokenAutomaton:
     """The automaton that nests deepest within the limits. The size doubles with every level."""
     if not networks.recursive:
         return over_tokens(networks.automaton(0))
     best: TokenAutomaton | None = None
     problem: ConstraintError | None = None
-    for depth in range(most + 1):
+    for depth in range(limits.depth + 1):
         try:
-            best = replace(over_tokens(networks.automaton(depth)), depth=depth)
+            found = replace(over_tokens(networks.automaton(depth)), depth=depth)
+            if best is not None and (
+                found.num_states > limits.deep_states or len(found.source) > limits.deep_edges
+            ):
+                break
+            best = found
         except AutomatonError as error:
             problem = error
             break

@@ -76,6 +76,16 @@ def test_objects_nest_as_deep_as_the_limits_let_them():
     assert compiled("json", '{"type": "integer"}').depth is None
 
 
+@pytest.mark.parametrize("limits", [{"deep_states": 400}, {"deep_edges": 4000}])
+def test_nesting_has_limits_of_its_own(limits):
+    most = compiled("json_object", "", limits=Limits())
+    some = compiled("json_object", "", limits=Limits(**limits))
+    assert some.depth < most.depth
+    least = compiled("json_object", "", limits=Limits(deep_states=1))
+    assert least.depth == 0
+    assert least.num_states > 1
+
+
 def test_a_recursive_constraint_is_not_followed_deeper_than_asked():
     assert compiled("grammar", ARITHMETIC, limits=Limits(depth=2)).depth == 2
 

@@ -23,6 +23,7 @@ from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.constrain.language.syntax import MARK
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
+from vllm_diffusion.testing.tool_lists import browser, code_host, file_system
 
 pytest.importorskip("xgrammar")
 
@@ -45,6 +46,15 @@ WEATHER: dict[str, Any] = {
     },
     "required": ["city", "unit"],
     "$defs": {"node": NODE},
+}
+
+
+EXAMPLES = {
+    49: '<|tool_call>call:push_files{branch:<|"|>main<|"|>,files:[{content:<|"|>a < b<|"|>,'
+    'path:<|"|>x.py<|"|>}],message:<|"|>fix<|"|>,owner:<|"|>o<|"|>,repo:<|"|>r<|"|>}<tool_call|>',
+    21: "<|tool_call>call:browser_resize{height:7.5,width:1e3}<tool_call|>"
+    "<|tool_call>call:browser_close{}<tool_call|>",
+    14: '<|tool_call>call:read_file{head:3,path:<|"|>/etc/hosts<|"|>}<tool_call|>',
 }
 
 
@@ -147,6 +157,22 @@ def test_tools_of_equal_parameters_share_their_rules() -> None:
     ]
     assert grammars[0].rules.keys() == grammars[1].rules.keys()
     assert takes(call("city:'a',unit:'c'", "tool7"), *several)
+
+
+@pytest.mark.parametrize(
+    ("tools", "count"), [(code_host(), 49), (browser(), 21), (file_system(), 14)]
+)
+def test_usual_lists_of_tools_are_kept_by_an_automaton(
+    tools: list[dict[str, Any]], count: int
+) -> None:
+    functions = [Function(**each, strict=False) for each in tools]
+    assert len(functions) == count
+    tag = tag_of(*functions, required=True, several=True)
+    automaton = compile_constraint("structural_tag", tag, vocabulary=vocabulary(), end_ids=[1])
+    assert automaton.depth is None
+    walk = Walk(automaton)
+    ids = tokenizer().encode(EXAMPLES[count], add_special_tokens=False).ids
+    assert automaton.accepting[walk.through(automaton.start, ids)]
 
 
 def test_calls_that_are_required_are_all_there_is() -> None:
