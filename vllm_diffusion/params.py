@@ -94,7 +94,7 @@ _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
 }
 
 _ALWAYS: Final = 1 << 32
-"""Behind the last position of any output."""
+"""Behind the last position of any output, above the last id of any vocabulary."""
 
 # Option -> the least number it may be.
 _COUNTS: Final = {
@@ -222,7 +222,8 @@ def constraints(
     return Constraints(
         temperature=0.0 if is_greedy(sampling) else sampling.temperature,
         min_p=sampling.min_p,
-        top_k=max(0, sampling.top_k),
+        # Above every vocabulary it keeps all ids, and a tensor of 64 bits does not hold any number.
+        top_k=min(max(0, sampling.top_k), _ALWAYS),
         top_p=sampling.top_p,
         allowed=tuple(dict.fromkeys(allowed or ())),
         bias=tuple((int(token), float(b)) for token, b in (sampling.logit_bias or {}).items()),
