@@ -26,9 +26,9 @@ from vllm_diffusion.upstream import (
     torch_companions,
     versions,
 )
+from vllm_diffusion.upstream.early_patches import EARLY_PATCHES
 from vllm_diffusion.upstream.patches import (
     ADAPTER_PATCHES,
-    EARLY_PATCHES,
     PATCHES,
     SERVING_PATCHES,
     WORKER_PATCHES,

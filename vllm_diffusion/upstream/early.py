@@ -21,6 +21,6 @@ def prepare_host() -> None:
     """
     with contextlib.suppress(Exception):
         from vllm_diffusion.upstream import ledger
-        from vllm_diffusion.upstream.patches import EARLY_PATCHES
+        from vllm_diffusion.upstream.early_patches import EARLY_PATCHES
 
         ledger.apply(EARLY_PATCHES)
