@@ -201,7 +201,7 @@ def test_the_methods_checked_before_streaming_take_what_the_check_reads():
     assert list(generate.parameters)[:3] == ["self", "prompt", "sampling_params"]
     offline = inspect.signature(resolve("vllm.v1.engine.llm_engine.LLMEngine.add_request"))
     assert list(offline.parameters)[:4] == ["self", "request_id", "prompt", "params"]
-    responses = SERVING_PATCHES[1].target
+    responses = ALL["check-before-streaming-responses"].target
     assert "sampling_params" in inspect.signature(resolve(responses)).parameters
     module = inspect.getsource(importlib.import_module(responses.rsplit(".", 2)[0]))
     assert "sampling_params=sampling_params," in module

@@ -19,6 +19,8 @@ from vllm_diffusion.upstream import (
     cpu_kernels,
     gemma_tools,
     lora,
+    malformed_requests,
+    media_errors,
     request_validation,
     serving_config,
     structured_outputs,
@@ -113,6 +115,17 @@ PATCHES: Final = (
 
 SERVING_PATCHES: Final = (
     Patch(
+        name="malformed-bodies",
+        target="vllm.entrypoints.launchers.app.init_exception_handler",
+        why="half a surrogate pair in a request is an internal error wherever it is first written, "
+        "and what nests deep is one, or ends the engine, wherever it is first walked.",
+        upstream_reference="vllm/entrypoints/serve/utils/api_utils.py: validate_json_request",
+        remove_when="vLLM refuses both, by name",
+        applies=_always,
+        install=malformed_requests.check_bodies,
+        needed=malformed_requests.malformed_bodies_are_let_in,
+    ),
+    Patch(
         name="check-before-streaming",
         target="vllm.v1.engine.async_llm.AsyncLLM.generate",
         why="a streamed request is checked after its answer began with status 200, so a client's "
@@ -134,6 +147,27 @@ SERVING_PATCHES: Final = (
         applies=_always,
         install=request_validation.check_before_streaming_responses,
         needed=request_validation.responses_are_checked_late,
+    ),
+    Patch(
+        name="nested-texts",
+        target="vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat",
+        why="JSON in a text, such as the arguments of an earlier call, may nest deeper than what "
+        "reads it can follow, which is answered with status 500.",
+        upstream_reference="vllm/renderers/chat_utils.py: _postprocess_messages",
+        remove_when="vLLM answers 400 to a RecursionError while it renders a request",
+        applies=_always,
+        install=malformed_requests.refuse_nested_texts,
+        needed=malformed_requests.nesting_is_an_internal_error,
+    ),
+    Patch(
+        name="media-errors",
+        target="vllm.multimodal.media.connector.MediaConnector.load_from_url_async",
+        why="a link to an image that leads nowhere is answered with status 500.",
+        upstream_reference="vllm/multimodal/media/connector.py: _wrap_media_fetch_error",
+        remove_when="vLLM answers 400 to media that cannot be loaded",
+        applies=_always,
+        install=media_errors.blame_the_link,
+        needed=media_errors.links_are_internal_errors,
     ),
     Patch(
         name="canvas-text",

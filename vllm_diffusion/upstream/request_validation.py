@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.upstream.canvas_text import check_text
+from vllm_diffusion.upstream.core_messages import check_message
 from vllm_diffusion.upstream.structured_outputs import check_room, thinking_takes
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 # What a server tells `AsyncLLM.generate` about a request's thinking.
 _REASONING: Final = ("reasoning_ended", "reasoning_parser_kwargs")
+
+# What else of a client's it passes on, and what clients call it.
+_PASSED_ON: Final = {
+    "priority": "priority",
+    "session_id": "session_id",
+    "reasoning_parser_kwargs": "chat_template_kwargs",
+}
 
 
 # vLLM goes on behind a turn with what it counts as computed: of a canvas the end of the turn is in,
@@ -99,14 +107,15 @@ def _check_now(
     model_config, inputs = engine.model_config, engine.input_processor
     if inspect.isasyncgen(prompt) and model_config.is_diffusion:
         raise VLLMValidationError(_NO_STREAMING_INPUT)
-    sampling_params._validate_diffusion(model_config)
-    sampling_params._validate_structured_outputs(
-        model_config, inputs.structured_outputs_config, inputs.tokenizer
-    )
+    # Ids before the constraint, which is compiled for the tokens that they name.
     sampling_params._validate_logprobs(model_config)
     sampling_params._validate_logit_bias(model_config)
     sampling_params._validate_stop_token_ids(model_config)
     sampling_params._validate_allowed_token_ids(model_config)
+    sampling_params._validate_diffusion(model_config)
+    sampling_params._validate_structured_outputs(
+        model_config, inputs.structured_outputs_config, inputs.tokenizer
+    )
     check_text(inputs, sampling_params, prompt)
     if sampling_params.structured_outputs is not None:
         ids = (prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None) or ()
@@ -114,6 +123,10 @@ def _check_now(
             engine, ids, ended=reasoning_ended, parser_kwargs=reasoning_parser_kwargs
         )
         check_room(inputs, sampling_params, len(ids), before=before)
+
+
+def _passed_on(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {known: arguments.get(name) for name, known in _PASSED_ON.items()}
 
 
 def check_before_streaming() -> None:
@@ -128,6 +141,7 @@ def check_before_streaming() -> None:
     ) -> AsyncGenerator[Any, None]:
         reasoning = {name: kwargs.get(name) for name in _REASONING}
         _check_now(sampling_params, prompt, self, **reasoning)
+        check_message(sampling_params, _passed_on(kwargs))
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate
@@ -176,6 +190,7 @@ def check_before_streaming_responses() -> None:
         _check_now(
             sampling_params, engine_input, self.engine_client, reasoning_parser_kwargs=reasoning
         )
+        check_message(sampling_params, _passed_on(kwargs))
         return original(
             self, *args, engine_input=engine_input, sampling_params=sampling_params, **kwargs
         )

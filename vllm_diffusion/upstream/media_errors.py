@@ -1,0 +1,56 @@
+"""Media that a request names and nobody can load are the mistake of the request.
+
+vLLM answers 500 or 501 to a link that leads nowhere, to a file that it may not read, and to a data
+URL of another encoding.
+"""
+
+from __future__ import annotations
+
+import functools
+from http import HTTPStatus
+from typing import Any, Final
+
+_SHOWN: Final = 64
+"""Characters of a link that a message repeats."""
+
+
+def blame_the_link() -> None:
+    """Make `MediaConnector.load_from_url_async` name the link and what is wrong with it."""
+    import aiohttp
+    from vllm.exceptions import VLLMError, VLLMValidationError
+    from vllm.multimodal.media.connector import MODALITY_IO_MAP, MediaConnector
+
+    original = MediaConnector.load_from_url_async
+
+    @functools.wraps(original)
+    async def load_from_url_async(
+        self: Any, url: str, media_io: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        try:
+            return await original(self, url, media_io, *args, **kwargs)
+        except VLLMError:
+            raise
+        except (
+            aiohttp.ClientError,
+            NotImplementedError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            kinds = (kind for kind, io in MODALITY_IO_MAP.items() if isinstance(media_io, io))
+            shown = url if len(url) <= _SHOWN else f"{url[:_SHOWN]}..."
+            raise VLLMValidationError(
+                f"{shown!r} cannot be loaded: {error}", parameter=f"{next(kinds, 'media')}_url"
+            ) from error
+
+    MediaConnector.load_from_url_async = load_from_url_async
+
+
+def links_are_internal_errors() -> bool:
+    """Whether vLLM still answers 500 to a link that leads nowhere."""
+    import aiohttp
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.multimodal.media.connector import _wrap_media_fetch_error
+
+    met = _wrap_media_fetch_error("http://nowhere.invalid", aiohttp.ClientConnectionError())
+    return create_error_response(met).error.code >= HTTPStatus.INTERNAL_SERVER_ERROR
