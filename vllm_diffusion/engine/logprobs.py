@@ -4,27 +4,37 @@ What is committed is the argmax of a canvas's last step, or what is left of it, 
 log-probabilities are those of that step's logits. vLLM wants them with the tokens. Those of a
 separate commit leave one forward later, so they wait here by slot. Nothing is computed for batches
 in which nobody asks; one that asks waits for the device once a step, to learn which canvases have
-finished.
+finished. These are scored together: what costs is reading the vocabulary, not the rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn import functional
 from vllm.v1.outputs import LogprobsTensors
 
+from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.records import TokenScores
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
     from vllm_diffusion.params import DiffusionParams
-    from vllm_diffusion.records import CanvasBatch, Emission, TokenScores
+    from vllm_diffusion.records import CanvasBatch, Emission
+
+_FEWEST: Final = 4
+"""Rows of a canvas that are scored at least: products of fewer rows are rounded otherwise, and a
+request would get other numbers alone than among others."""
+
+_MOST_IDS: Final = 128
+"""Ids that rows are scored for at once, as many as vLLM lets one request ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +44,17 @@ class _Asked:
     count: int  # the most likely ids; -1 for the whole vocabulary
     ids: tuple[int, ...] | None  # these ids instead
     among: bool  # of the distribution over ``ids`` alone
+    most: int | None  # tokens that can leave of its only canvas; None where all may
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finished:
+    """A canvas that is to be scored. R of its tokens."""
+
+    slot: int
+    asked: _Asked
+    hidden: Tensor  # [R, H]
+    tokens: Tensor  # [R] int64
 
 
 class CanvasLogprobs:
@@ -53,10 +74,12 @@ class CanvasLogprobs:
         self.release(slot)
         if sampling.num_logprobs is not None:
             ids = sampling.logprob_token_ids
+            limit = sampling.max_tokens if params.read_only else None
             self._asked[slot] = _Asked(
                 count=sampling.num_logprobs,
                 ids=tuple(ids) if ids else None,
                 among=params.constrained,
+                most=None if limit is None else max(limit, _FEWEST),
             )
 
     def release(self, slot: int) -> None:
@@ -98,18 +121,77 @@ class CanvasLogprobs:
         said = torch.where(fused[:, None], emission.tokens, pool.tokens[batch.slots])
         # The one thing that is read back.
         ends = torch.stack([waits, fused, pool.count[batch.slots]]).tolist()
-        for row, (slot, stays, at_once, count) in enumerate(zip(slots, *ends, strict=True)):
-            if (stays or at_once) and (asked := self._asked.get(slot)) is not None:
-                scores = head.scores(
-                    hidden[row, pool.rows[slot, :count]],
-                    said[row, :count],
-                    count=asked.count,
-                    ids=asked.ids,
-                    among=asked.among,
-                    raw_logits=self.raw_logits,
+        finished, at_once = [], set()
+        for row, (slot, stays, leaving, count) in enumerate(zip(slots, *ends, strict=True)):
+            if (stays or leaving) and (asked := self._asked.get(slot)) is not None:
+                rows = pool.rows[slot, : count if asked.most is None else min(count, asked.most)]
+                finished.append(
+                    _Finished(
+                        slot=slot,
+                        asked=asked,
+                        hidden=hidden[row, rows],
+                        tokens=said[row, : len(rows)],
+                    )
                 )
-                (leaves if at_once else self._waiting)[slot] = scores
+                if leaving:
+                    at_once.add(slot)
+        for slot, scores in self._scored(finished, head):
+            (leaves if slot in at_once else self._waiting)[slot] = scores
         return _in_order([leaves.get(slot) for slot in requests])
+
+    def _scored(
+        self, finished: Sequence[_Finished], head: Head
+    ) -> Iterator[tuple[int, TokenScores]]:
+        """The scores of every canvas by its slot."""
+        for group, ids in _scored_together(finished):
+            scores = head.scores(
+                torch.cat([each.hidden for each in group]),
+                torch.cat([each.tokens for each in group]),
+                count=group[0].asked.count,
+                ids=ids,
+                among=group[0].asked.among,
+                raw_logits=self.raw_logits,
+            )
+            start = 0
+            for each in group:
+                rows = slice(start, start + len(each.tokens))
+                start = rows.stop
+                yield each.slot, _part(scores, rows, each.asked.ids, ids)
+
+
+def _scored_together(
+    finished: Sequence[_Finished],
+) -> Iterator[tuple[list[_Finished], tuple[int, ...] | None]]:
+    """Canvases that one reading of the vocabulary serves, and the ids that it asks for."""
+    alike: dict[_Asked, list[_Finished]] = {}
+    group: list[_Finished] = []
+    ids: dict[int, None] = {}
+    for each in finished:
+        if each.asked.ids is None or each.asked.among:
+            alike.setdefault(replace(each.asked, most=None), []).append(each)
+            continue
+        union = ids | dict.fromkeys(each.asked.ids)
+        if group and len(union) > _MOST_IDS:
+            yield group, tuple(ids)
+            group, union = [], dict.fromkeys(each.asked.ids)
+        group.append(each)
+        ids = union
+    if group:
+        yield group, tuple(ids)
+    for asked, group in alike.items():
+        yield group, asked.ids
+
+
+def _part(
+    scores: TokenScores, rows: slice, some: tuple[int, ...] | None, ids: tuple[int, ...] | None
+) -> TokenScores:
+    """These rows alone, and beside their tokens ``some`` of the ``ids`` that were scored."""
+    part = TokenScores(ids=scores.ids[rows], values=scores.values[rows], ranks=scores.ranks[rows])
+    if some is None or ids is None or some == ids:
+        return part
+    place = {token: at for at, token in enumerate(ids, start=1)}
+    columns = on_device([0, *(place[token] for token in some)], part.ids.device)
+    return replace(part, ids=part.ids[:, columns], values=part.values[:, columns])
 
 
 def _in_order(scores: Sequence[TokenScores | None]) -> LogprobsTensors | None:

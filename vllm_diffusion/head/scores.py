@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.crossing import on_device
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.records import TokenScores
 
@@ -40,7 +41,7 @@ def scores(
         asked = tokens[:, None]
         best = Best(min(count, vocabulary.size))
     else:
-        beside = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
+        beside = on_device(ids, hidden.device).expand(len(hidden), -1)
         asked = torch.cat([tokens[:, None], beside], dim=1)
         best = Best(0)
         if among:
