@@ -143,6 +143,18 @@ def test_one_question_equals_transformers_alone_and_among_others(llm: LLM, oracl
         assert torch.tensor(values(three)).allclose(torch.tensor(values(one)), rtol=0, atol=1e-5)
 
 
+def test_questions_about_one_state_share_its_cache_in_the_step_that_writes_it(
+    llm: LLM, oracle: Oracle
+) -> None:
+    state = make_prompt(150, 7)
+    prompts = [state + make_prompt(5 + number, 200 + number) for number in range(6)]
+    params = [read(prompt, LABELS) for prompt in prompts]
+    outputs = ask(llm, prompts, params)
+    assert all(output.num_cached_tokens >= 128 for output in outputs[1:])
+    for prompt, each, output in zip(prompts, params, outputs, strict=True):
+        assert_read(output.outputs[0].logprobs[0], truth(oracle, prompt, each)[0], LABELS)
+
+
 @pytest.mark.parametrize(("slots", "width"), [(2, 16), (6, SPEC.canvas)])
 def test_several_questions_on_one_canvas(llm: LLM, oracle: Oracle, slots: int, width: int) -> None:
     prompt = make_prompt(70, slots)
