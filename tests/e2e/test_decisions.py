@@ -116,6 +116,15 @@ def test_the_numbers_are_those_of_transformers_over_the_same_canvas(
     assert reply.json()["usage"] == {"input_tokens": rows, "output_tokens": 2 * len(SHOWN)}
 
 
+def test_as_many_options_as_there_are_labels(raw: httpx.Client) -> None:
+    options = [f"o{number}" for number in range(26)]
+    asked = {"type": "choice", "criteria": dict.fromkeys(options)}
+    found = answers(raw, questions={"x": asked})["x"]
+    assert list(found["probabilities"]) == options
+    assert sum(found["probabilities"].values()) == pytest.approx(1)
+    assert found["probabilities"][found["choice"]] == max(found["probabilities"].values())
+
+
 def test_who_else_asks_changes_nothing(raw: httpx.Client) -> None:
     first = answers(raw)
     assert answers(raw) == first

@@ -128,6 +128,13 @@ def test_one_question_equals_transformers_alone_and_among_others(llm: LLM, oracl
         assert list(answer.token_ids) == expected.argmax(-1)[:2].tolist()
         assert_read(answer.logprobs[0], expected[0], LABELS)
 
+    # Where a canvas is committed by itself, its numbers wait for that.
+    assert params[-1].extra_args is not None
+    apart = params[-1].clone()
+    apart.extra_args = params[-1].extra_args | {"diffusion_fused_commit": False}
+    (late,) = ask(llm, prompts[-1:], [apart])
+    assert values(late) == values(alone[-1])
+
     # Asked again, now with the prompt in the prefix cache; and among twenty others.
     again = [ask(llm, [prompt], [each])[0] for prompt, each in zip(prompts, params, strict=True)]
     other = [make_prompt(20 + number, 100 + number) for number in range(20)]
