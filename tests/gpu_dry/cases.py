@@ -46,6 +46,13 @@ def case(prompt: list[int], *, tokens: int = 16, image: bool = False, **sampling
     }
 
 
+READ: Final = {
+    "diffusion_seed_canvas": [99, 5, 0, 0, 0, 0, 0, 0],
+    "diffusion_max_steps": 1,
+    "diffusion_read_only": True,
+}
+"""As vLLM reads the label of a decision."""
+
 FIRST: Final[dict[str, Any]] = {
     "plain": case(words(1, 60), tokens=24, seed=1),
     "short": case(words(2, 3), seed=2),
@@ -56,6 +63,10 @@ FIRST: Final[dict[str, Any]] = {
     "penalties": case(words(7, 40), frequency_penalty=0.9, repetition_penalty=1.3, seed=7),
     "logprobs": case(words(8, 36), logprobs=2, seed=8),
     "json schema": case(words(9, 20), structured_outputs={"json": SCHEMA}, seed=9),
+    "decision": case(words(12, 30), tokens=2, logprob_token_ids=[50, 60, 70], extra_args=READ),
+    "decision, other labels": case(
+        words(13, 44), tokens=2, logprob_token_ids=[70, 80], extra_args=READ
+    ),
 }
 """Asked at once."""
 
@@ -84,6 +95,7 @@ OPTIONS: Final[dict[str, Any]] = {
             "bad_words": {"bad_words": ["ab", "c"]},
             "allowed_token_ids": {"allowed_token_ids": list(range(40, 90))},
             "logprobs": {"logprobs": 2},
+            "logprob_token_ids": {"logprob_token_ids": [50, 60, 70]},
             "json schema": {"structured_outputs": {"json": SCHEMA}},
             "soft embedding of few": {"extra_args": {"diffusion_soft_embedding_top_k": 16}},
             "pins": {"extra_args": {"diffusion_seed_canvas": [50] * 8, "diffusion_pinned": [0, 2]}},
