@@ -11,8 +11,8 @@ process of its own, and is asked three ways:
                 question of a request
     one canvas  the same, all gaps of a grid from one canvas, as vLLM 0.33 does for `joint`
 
-    ms          by the clock, for each gap; median and quartiles over the batches
-    cpu ms      processor time of the engine's process, which a busy host disturbs less
+    ms          by the clock, for each gap, median of the batches
+    cpu ms      processor time of the engine's process, which a busy host disturbs less; quartiles
     forwards    of a batch, the prompt's included
     right       of the gaps; a read's is the likeliest digit
     error       largest difference of a digit's probability among the four to Transformers' forward
@@ -230,12 +230,12 @@ def report(found: dict[str, Any], grids: list[Grid], file: Path | None) -> None:
                 batches = result[f"{way}, {at_once}"]
                 said = [each for batch in batches for each in batch["found"]]
                 gaps = at_once * len(grids[0].gaps)
-                ms = [1e3 * batch["seconds"] / gaps for batch in batches]
-                low, _, high = quantiles(ms, n=4)
+                cpu = [1e3 * batch["cpu"] / gaps for batch in batches]
+                low, middle, high = quantiles(cpu, n=4)
                 cell: dict[str, _report.Value] = {
-                    "ms": median(ms),
+                    "ms": median(1e3 * batch["seconds"] / gaps for batch in batches),
+                    "cpu ms": middle,
                     "quartiles": f"{low:.3g}..{high:.3g}",
-                    "cpu ms": median(1e3 * batch["cpu"] / gaps for batch in batches),
                     "forwards": fmean(batch["forwards"] for batch in batches),
                     "right %": 100 * right(grids, way, said) / (len(grids) * len(grids[0].gaps)),
                     "error": None if way == "answer" else largest(said, theirs, among),
