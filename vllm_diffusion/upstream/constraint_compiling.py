@@ -124,7 +124,10 @@ def _send_compiled(input_processor: Any, sampling: Any) -> None:
     model, config = input_processor.model_config, input_processor.structured_outputs_config
     kept = constraint_for(sampling, model, config, input_processor.tokenizer)
     ends = constraint_source(sampling, model, config).end_ids
-    sampling.structured_outputs = StructuredOutputsParams(grammar=as_sent(kept, ends))
+    compiled = StructuredOutputsParams(grammar=as_sent(kept, ends))
+    # vLLM 0.33 wants a name, whatever backend the scheduler has put there.
+    compiled._backend = "xgrammar"
+    sampling.structured_outputs = compiled
 
 
 def requests_are_checked_in_the_loop() -> bool:
