@@ -92,7 +92,8 @@ def _messages(rng: random.Random) -> Request:
 
 def _template(rng: random.Random) -> Request:
     xargs = {**_HASTY, "diffusion_template": ["The sea is ", 6, " and ", 4, "."]}
-    return Request(sort="template", path="/v1/chat/completions", body=_chat(rng, vllm_xargs=xargs))
+    body = _chat(rng, max_tokens=48, vllm_xargs=xargs)
+    return Request(sort="template", path="/v1/chat/completions", body=body)
 
 
 def _image(rng: random.Random) -> Request:
