@@ -132,24 +132,16 @@ def test_the_end_of_a_pool_is_told_to_everybody(paused):
     assert waiting.done()
 
 
-@pytest.mark.slow
-def test_one_that_takes_too_long_is_refused_and_the_next_one_is_not():
-    process = CompileProcess(seconds=1)
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [({"seconds": 1}, "longer to compile than the 1 seconds"), ({"memory": 20 << 20}, "memory")],
+)
+def test_one_that_takes_too_much_is_refused_and_the_next_one_is_not(limits, said):
+    process = CompileProcess(**limits)
     try:
         refused = process.run(job(SLOW, "json"), VOCABULARY)
         assert isinstance(refused, Refused)
-        assert "longer to compile than the 1 seconds" in refused.message
-        assert isinstance(process.run(job("a+"), VOCABULARY), KeptByAutomaton)
-    finally:
-        process.end()
-
-
-def test_one_that_takes_too_much_memory_is_refused_and_the_next_one_is_not():
-    process = CompileProcess(memory=20 << 20)
-    try:
-        refused = process.run(job(SLOW, "json"), VOCABULARY)
-        assert isinstance(refused, Refused)
-        assert "memory" in refused.message
+        assert said in refused.message
         assert isinstance(process.run(job("a+"), VOCABULARY), KeptByAutomaton)
     finally:
         process.end()
