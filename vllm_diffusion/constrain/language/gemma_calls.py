@@ -19,6 +19,7 @@ from jsonschema.exceptions import SchemaError
 
 from vllm_diffusion.constrain.language.addresses import inside, located
 from vllm_diffusion.constrain.language.compose import asserted
+from vllm_diffusion.constrain.language.drafts import modern
 from vllm_diffusion.constrain.language.gemma_text import CallLayout
 from vllm_diffusion.constrain.language.room import shortest
 from vllm_diffusion.constrain.language.schema import (
@@ -152,7 +153,8 @@ def _arguments(function: Function, layout: CallLayout) -> Grammar:
     if function.parameters is None:
         return anything
     try:
-        schema = json.loads(json.dumps(function.parameters), parse_constant=_no_number)
+        told = json.loads(json.dumps(function.parameters), parse_constant=_no_number)
+        schema = modern(told)
         Draft202012Validator.check_schema(schema)
         _refuse_contradictions(schema)
         root = located(_of_objects(schema))

@@ -26,6 +26,7 @@ from vllm_diffusion.constrain.language.compose import (
     asserted,
     identity,
 )
+from vllm_diffusion.constrain.language.drafts import modern
 from vllm_diffusion.constrain.language.loose import looser
 from vllm_diffusion.constrain.language.negation import TYPES
 from vllm_diffusion.constrain.language.numeric import number_of
@@ -56,7 +57,7 @@ def json_schema(
     """The grammar of a JSON schema.
 
     Args:
-        schema: its text; draft 2020-12, as far as a draft matters.
+        schema: its text; draft 2020-12, or an older one, see ``drafts``.
         any_whitespace: between the parts of a value the white space of a pretty printer; else none.
         whitespace_pattern: a regular expression for that white space, instead.
 
@@ -64,7 +65,7 @@ def json_schema(
         ConstraintError: it is no schema, or says what is not supported; all problems by path.
     """
     try:
-        parsed = json.loads(schema, parse_constant=_no_number)
+        parsed = modern(json.loads(schema, parse_constant=_no_number))
         Draft202012Validator.check_schema(parsed)
         root = located(parsed)
     except SchemaError as error:
