@@ -153,6 +153,8 @@ def _named(status: int) -> str:
 def main(seconds: int, memory: int) -> NoReturn:
     """What the process does: read jobs, answer them in their order."""
     os.nice(_NICENESS)
+    # Meant for whoever started us, at whose end we leave.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Whoever prints, prints to the log: the answers have the pipe for themselves.
     answers = os.fdopen(os.dup(1), "wb")
@@ -166,7 +168,10 @@ def main(seconds: int, memory: int) -> NoReturn:
             continue
         assert vocabulary is not None
         _limit(seconds, memory)
-        outcome = outcome_of(asked.source, vocabulary, room=asked.room)
+        try:
+            outcome = outcome_of(asked.source, vocabulary, room=asked.room)
+        except BaseException as error:  # noqa: BLE001 -- extension modules raise panics
+            outcome = Refused(message=f"The constraint cannot be compiled: {error!r}")
         pickle.dump(outcome, answers)
         answers.flush()
         if _resident() > _TIDY:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
 from threading import Event
@@ -151,6 +152,10 @@ def test_a_process_leaves_with_whoever_started_it():
     process = CompileProcess()
     process.run(job("a+"), VOCABULARY)
     pid = process.pid
+    # Whoever is interrupted decides what becomes of it.
+    os.kill(pid, signal.SIGINT)
+    assert isinstance(process.run(job("b+"), VOCABULARY), KeptByAutomaton)
+    assert process.pid == pid
     assert alive(pid)
     # As the end of this process would, in the middle of a job.
     pickle.dump(job(SLOW, "json"), process._process.stdin)
