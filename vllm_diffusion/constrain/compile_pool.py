@@ -71,11 +71,11 @@ class CompilePool:
         """
         future: Future[Outcome] = Future()
         name = _name(source, vocabulary.fingerprint)
+        in_room = f"{name} in {room}"
         with self._changed:
-            if (known := self.kept(source, vocabulary, room=room)) is not None:
+            if (known := self.cache.get(name) or self.cache.get(in_room)) is not None:
                 future.set_result(known)
                 return future
-            in_room = f"{name} in {room}"
             self._waiting.setdefault(in_room, []).append(future)
             if in_room not in self._jobs:
                 job = Job(source=source, vocabulary=vocabulary.fingerprint, room=room)
@@ -108,8 +108,8 @@ class CompilePool:
             lane.join()
 
     def _add_lane(self) -> None:
-        """Another process, if all there are have something to do."""
-        if self._idle or len(self._lanes) == len(self._processes):
+        """Another process, if there is more to do than there are idle ones."""
+        if self._idle >= len(self._queue) or len(self._lanes) == len(self._processes):
             return
         process = self._processes[len(self._lanes)]
         self._lanes.append(Thread(target=self._run, args=(process,), daemon=True))
@@ -152,8 +152,9 @@ class CompilePool:
             self._tell(name, outcome)
 
     def _tell(self, name: str, outcome: Outcome) -> None:
-        del self._jobs[name]
-        for future in self._waiting.pop(name):
+        # At the end of the pool, whoever waits for a job that runs is told before it is done.
+        self._jobs.pop(name, None)
+        for future in self._waiting.pop(name, ()):
             if future.set_running_or_notify_cancel():
                 future.set_result(outcome)
 

@@ -2,8 +2,8 @@
 
 A constraint takes up to seconds of Python, in which nobody else of its process would get a turn; in
 a process of its own the kernel shares the time out, and whatever ends it ends nothing else. It is
-an interpreter that imports neither vLLM nor torch, spoken to by its standard input and output, and
-it leaves when they close.
+an interpreter without vLLM, and without torch until a constraint needs a parser. It is spoken to by
+its standard input and output, and leaves when they close.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ SERVING_PATCHES: Final = (
         name="constraint-room",
         target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
         why="whether a constrained text fits behind its prompt is known where the prompt is, and "
-        "nothing of ours is asked there.",
+        "nothing of ours is asked there, where it could also leave for the engine compiled.",
         upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
         remove_when="a model class can check its own requests beside their prompts",
         applies=_always,

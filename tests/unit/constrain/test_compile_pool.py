@@ -122,6 +122,24 @@ def test_a_client_that_leaves_takes_nothing_from_others(paused):
     assert process.asked == ["xxx", "aa", "cc"], "nobody waits for bb"
 
 
+def test_two_that_come_at_once_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(compile_pool, "CompileProcess", Paused)
+    pool = CompilePool(processes=2)
+    one, other = pool._processes
+    one.may.set()
+    pool.submit(source("x"), VOCABULARY).result(10)
+    until(lambda: pool._idle)
+    one.may.clear()
+    asked = [pool.submit(source(text), VOCABULARY) for text in ("a", "b")]
+    try:
+        until(lambda: len(one.asked) + len(other.asked) == 3)
+    finally:
+        one.may.set()
+        other.may.set()
+        pool.end()
+    assert all(future.done() for future in asked)
+
+
 def test_the_end_of_a_pool_is_told_to_everybody(paused):
     pool, process = paused
     running = pool.submit(source("xxx"), VOCABULARY)
