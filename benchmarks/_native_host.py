@@ -32,7 +32,7 @@ def pretend_triton_has_a_cpu_backend() -> None:
 
 def use_stand_ins() -> None:
     """Only the patches that let native vLLM run without Triton; its model and sampler stay."""
+    from vllm_diffusion.patches.table import PATCHES
     from vllm_diffusion.upstream import ledger
-    from vllm_diffusion.upstream.patches import PATCHES
 
     ledger.apply(patch for patch in PATCHES if patch.name.startswith("cpu-"))

@@ -40,8 +40,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from vllm_diffusion.engine.lora_experts import AdaptedExperts
-from vllm_diffusion.engine.lora_rows import AdapterRows
+from vllm_diffusion.engine.lora.experts import AdaptedExperts
+from vllm_diffusion.engine.lora.rows import AdapterRows
 from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
 

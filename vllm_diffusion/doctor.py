@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__
 from vllm_diffusion.errors import ConfigError, UnsupportedVllmError, VllmDiffusionError
-from vllm_diffusion.upstream import ledger
-from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
-from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
-from vllm_diffusion.upstream.patches import (
+from vllm_diffusion.patches.table import (
     ADAPTER_PATCHES,
     PATCHES,
     SERVING_PATCHES,
     WORKER_PATCHES,
 )
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
+from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
 from vllm_diffusion.upstream.versions import (
     OFF_SWITCH,
     TESTED,

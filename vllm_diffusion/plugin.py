@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
+from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
-from vllm_diffusion.upstream.patches import PATCHES
 from vllm_diffusion.upstream.versions import require_supported_vllm, switched_off
 
 MODELS: Final = {

@@ -152,7 +152,7 @@ def layer(backend, impl, window, cache=None):
 
 
 def mask_for(layers, canvas_length=16, max_model_len=MAX_MODEL_LEN, max_span=0):
-    from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+    from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 
     return BlockLocalMask(
         layers,
@@ -173,7 +173,7 @@ def triton_error(case, mode):
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 
-    from vllm_diffusion.engine import attention_kernels
+    from vllm_diffusion.engine.attention import kernels as attention_kernels
 
     batch = Batch(case, tile=TILE if mode == "ours" else MAX_MODEL_LEN)
     heads, size = case.heads[0], case.head_size

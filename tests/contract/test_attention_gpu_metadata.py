@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
-from vllm_diffusion.engine.attention_gpu import (
+from vllm_diffusion.engine.attention.gpu import (
     BlockLocalMask,
     needs_block_local,
     require_block_local,

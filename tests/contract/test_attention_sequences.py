@@ -11,9 +11,9 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 
 from vllm_diffusion.engine import model_state
-from vllm_diffusion.engine.attention import Visibility, plan_segments
-from vllm_diffusion.engine.attention_gpu import BlockLocalMask
-from vllm_diffusion.engine.attention_sequences import parts_of, sequences_of
+from vllm_diffusion.engine.attention.gpu import BlockLocalMask
+from vllm_diffusion.engine.attention.segments import Visibility, plan_segments
+from vllm_diffusion.engine.attention.sequences import parts_of, sequences_of
 
 pytestmark = pytest.mark.vllm
 

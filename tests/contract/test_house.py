@@ -50,7 +50,7 @@ PURE_ROOMS = {
 }
 
 # Rooms that may import vLLM and open the door to its private names. No pure room imports them.
-ENGINE_ROOMS = {"engine", "models", "plugin", "doctor", "cli", "upstream"}
+ENGINE_ROOMS = {"engine", "models", "plugin", "doctor", "cli", "patches", "upstream"}
 
 # Rooms that use vLLM as any program does, by its public names.
 OUTER_ROOMS = {"tune"}

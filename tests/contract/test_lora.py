@@ -15,9 +15,9 @@ import pytest
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from vllm_diffusion.engine.lora_experts import AdaptedExperts
+from vllm_diffusion.engine.lora.experts import AdaptedExperts
+from vllm_diffusion.patches import lora
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
-from vllm_diffusion.upstream import lora
 
 pytestmark = pytest.mark.vllm
 
@@ -48,7 +48,7 @@ def source(name: str) -> str:
 
 
 def test_the_runner_asks_its_manager_for_nothing_that_ours_lacks() -> None:
-    from vllm_diffusion.engine.lora_rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.rows import CanvasAdapters
 
     asked = {
         name
@@ -69,7 +69,7 @@ def test_the_runner_asks_its_manager_for_nothing_that_ours_lacks() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_asks_its_rows_for_one_product(name: str) -> None:
-    from vllm_diffusion.engine.lora_rows import AdapterRows
+    from vllm_diffusion.engine.lora.rows import AdapterRows
 
     layer = resolve_name(f"vllm.lora.layers.{name}")
     asked = {

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.upstream import core_messages, malformed_requests, media_errors
-from vllm_diffusion.upstream.malformed_requests import DEEPEST, refuse
+from vllm_diffusion.patches import malformed_requests, media_errors
+from vllm_diffusion.patches.malformed_requests import DEEPEST, refuse
+from vllm_diffusion.upstream import core_messages
 
 pytestmark = pytest.mark.vllm
 
@@ -128,7 +129,7 @@ def test_a_schema_is_no_reason_to_refuse_a_request_and_stays_its_clients():
 def test_generate_is_told_by_name_what_is_checked_beside_the_parameters():
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from vllm_diffusion.upstream.request_validation import _PASSED_ON
+    from vllm_diffusion.patches.request_validation import _PASSED_ON
 
     assert set(_PASSED_ON) <= set(inspect.signature(AsyncLLM.generate).parameters)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from vllm_diffusion.patches.structured_outputs import told_by
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
-from vllm_diffusion.upstream.structured_outputs import told_by
 
 pytestmark = pytest.mark.vllm
 

@@ -328,7 +328,7 @@ def compute(kernels: str, path: str) -> None:
     import vllm.v1.worker.cpu.shm  # noqa: F401
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_diffusion.upstream import cpu_kernels
+    from vllm_diffusion.patches import cpu_kernels
 
     assert (kernels == "triton") == HAS_TRITON
     if kernels != "triton":

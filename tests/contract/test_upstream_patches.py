@@ -17,22 +17,15 @@ import pytest
 from vllm.config import StructuredOutputsConfig
 
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton
-from vllm_diffusion.upstream import (
-    canvas_text,
-    constraint_compiling,
-    cpu_host,
-    cpu_kernels,
-    ledger,
-    torch_companions,
-    versions,
-)
-from vllm_diffusion.upstream.early_patches import EARLY_PATCHES
-from vllm_diffusion.upstream.patches import (
+from vllm_diffusion.patches import canvas_text, constraint_compiling, cpu_kernels
+from vllm_diffusion.patches.early import EARLY_PATCHES
+from vllm_diffusion.patches.table import (
     ADAPTER_PATCHES,
     PATCHES,
     SERVING_PATCHES,
     WORKER_PATCHES,
 )
+from vllm_diffusion.upstream import cpu_host, ledger, torch_companions, versions
 
 pytestmark = pytest.mark.vllm
 
@@ -291,7 +284,7 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.sampling_params import StructuredOutputsParams
 
-    from vllm_diffusion.engine import constraint_check
+    from vllm_diffusion.engine.constraints import check as constraint_check
 
     async def preprocess_chat(_self, _request):
         return [], [{"prompt_token_ids": [5] * 10}]
@@ -339,7 +332,7 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
 def test_checks_look_at_what_their_own_request_had_compiled(monkeypatch):
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-    from vllm_diffusion.engine import constraint_check
+    from vllm_diffusion.engine.constraints import check as constraint_check
 
     calls = []
 
@@ -530,8 +523,9 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 TWICE = """
 from vllm.config.vllm import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
-from vllm_diffusion.upstream import cpu_host, ledger
-from vllm_diffusion.upstream.patches import PATCHES
+from vllm_diffusion.upstream import cpu_host
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.patches.table import PATCHES
 rows = [p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal"]
 stock = dict(vars(VllmConfig))
 first = ledger.apply(rows)
@@ -550,7 +544,10 @@ def test_applying_twice_is_applying_once():
 
 IMPORTS = """
 import sys
-from vllm_diffusion.upstream import cpu_host, ledger, patches, versions
+from vllm_diffusion.upstream import cpu_host
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.patches import table as patches
+from vllm_diffusion.upstream import versions
 versions.require_supported_vllm()
 heavy = {"vllm", "torch", "transformers"} & set(sys.modules)
 assert not heavy, heavy
@@ -565,8 +562,9 @@ def test_the_table_imports_neither_vllm_nor_torch():
 CONFIGURE = """
 import json, os, sys
 from vllm import EngineArgs
-from vllm_diffusion.upstream import cpu_host, ledger
-from vllm_diffusion.upstream.patches import PATCHES
+from vllm_diffusion.upstream import cpu_host
+from vllm_diffusion.upstream import ledger
+from vllm_diffusion.patches.table import PATCHES
 patched, models = sys.argv[1], sys.argv[2:]
 if patched == "patched":
     ledger.apply(p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal")

@@ -46,12 +46,12 @@ OVERRIDES = [
     ),
     (
         "vllm.v1.structured_output.backend_types.StructuredOutputBackend",
-        "vllm_diffusion.engine.constraints.ConstraintBackend",
+        "vllm_diffusion.engine.constraints.backend.ConstraintBackend",
         ["__init__", "compile_grammar", "allocate_token_bitmask", "destroy"],
     ),
     (
         "vllm.v1.structured_output.backend_types.StructuredOutputGrammar",
-        "vllm_diffusion.engine.constraints.ConstraintGrammar",
+        "vllm_diffusion.engine.constraints.backend.ConstraintGrammar",
         [
             "accept_tokens",
             "validate_tokens",

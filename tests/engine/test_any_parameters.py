@@ -19,7 +19,7 @@ from helpers.random_requests import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_diffusion.upstream.telemetry_outputs import told_by
+from vllm_diffusion.patches.telemetry_outputs import told_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm_diffusion import step
 from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.engine import sampler
-from vllm_diffusion.engine.constraints import ConstraintBackend, attached
+from vllm_diffusion.engine.constraints.backend import ConstraintBackend, attached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from vllm_diffusion.engine.lora_experts import AdaptedExperts
+from vllm_diffusion.engine.lora.experts import AdaptedExperts
 from vllm_diffusion.testing.adapters import (
     DECODER,
     ENCODER,

@@ -46,7 +46,7 @@ def draw(*shape, seed):
 
 def linear_errors(batch, sizes):
     """Root mean square errors of the kernels and of our form for CPUs: a layer of these slices."""
-    from vllm_diffusion.engine.lora_rows import AdapterRows
+    from vllm_diffusion.engine.lora.rows import AdapterRows
 
     slots = torch.tensor(batch, dtype=torch.int32)
     # Rows behind those of the batch pad a captured graph.
@@ -104,8 +104,8 @@ def expert_errors(batch):
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
     from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
 
-    from vllm_diffusion.engine.lora_experts import AdaptedExperts
-    from vllm_diffusion.engine.lora_rows import AdapterRows
+    from vllm_diffusion.engine.lora.experts import AdaptedExperts
+    from vllm_diffusion.engine.lora.rows import AdapterRows
 
     experts, hidden, inner, top = 8, 32, 16, 2
     slots = torch.tensor(batch, dtype=torch.int32)
@@ -269,7 +269,7 @@ def make_adapters(text_config, device):
     """Two adapters, 7 and 9, of a model without layers."""
     from vllm.config.lora import LoRAConfig
 
-    from vllm_diffusion.engine.lora_rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.rows import CanvasAdapters
 
     config = types.SimpleNamespace(
         lora_config=LoRAConfig(max_loras=SLOTS // 2, max_lora_rank=RANK, lora_dtype=torch.float16),
@@ -326,7 +326,7 @@ def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(monkeypat
     """Fake tensors of another device: what mixes devices, or waits for a value, raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-    from vllm_diffusion.engine import lora_rows
+    from vllm_diffusion.engine.lora import rows as lora_rows
 
     # A CPU worker that ran in this process has replaced vLLM's by one that copies to no device.
     monkeypatch.setattr(
@@ -351,7 +351,7 @@ def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(monkeypat
 def test_options_of_layers_and_kernels_name_every_slot():
     from vllm.config.lora import LoRAConfig
 
-    from vllm_diffusion.engine.lora_kernels import with_slots
+    from vllm_diffusion.engine.lora.kernels import with_slots
 
     asked = LoRAConfig(max_loras=3, max_lora_rank=RANK, max_cpu_loras=4)
     given = with_slots(asked, 6)

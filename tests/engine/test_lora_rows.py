@@ -14,9 +14,10 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from vllm_diffusion.engine import lora, lora_rows
-from vllm_diffusion.engine.lora_experts import AdaptedExperts
-from vllm_diffusion.engine.lora_rows import AdapterRows, CanvasAdapters
+from vllm_diffusion.engine.lora import admission as lora
+from vllm_diffusion.engine.lora import rows as lora_rows
+from vllm_diffusion.engine.lora.experts import AdaptedExperts
+from vllm_diffusion.engine.lora.rows import AdapterRows, CanvasAdapters
 from vllm_diffusion.errors import AdapterError, ConfigError
 from vllm_diffusion.testing.adapters import write_adapter
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model

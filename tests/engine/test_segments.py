@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_diffusion.engine.attention import Segment, Visibility, plan_segments
+from vllm_diffusion.engine.attention.segments import Segment, Visibility, plan_segments
 
 pytestmark = pytest.mark.vllm
 

@@ -32,7 +32,7 @@ def _buffer_made_anew() -> None:
 
 def _missing_range() -> None:
     """Sliding layers get vLLM's own masks, which hide the prefix from late canvas rows."""
-    from vllm_diffusion.engine.attention_gpu import BlockLocalMask
+    from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 
     BlockLocalMask.set_canvas_ranges = lambda *_: None
 

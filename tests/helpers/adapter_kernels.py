@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.lora.punica_wrapper import punica_gpu
 
-from vllm_diffusion.engine.lora_kernels import KernelRows, with_slots
+from vllm_diffusion.engine.lora.kernels import KernelRows, with_slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ CAPABILITIES = [90, 100, 120]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_kernels_compile_without_a_gpu(capability: int) -> None:
     pytest.importorskip("triton")
-    from vllm_diffusion.engine import attention_kernels as kernels
+    from vllm_diffusion.engine.attention import kernels
 
     kinds = {"phase": "*i1", "slots": "*i64"}
     numbers = ("count", "padded", "tokens", "window", "block", "blocks", "width")
@@ -40,7 +40,8 @@ def test_the_kernels_are_the_definition() -> None:
 def in_the_interpreter() -> None:
     import torch
 
-    from vllm_diffusion.engine import attention_kernels, attention_ranges
+    from vllm_diffusion.engine.attention import kernels as attention_kernels
+    from vllm_diffusion.engine.attention import ranges as attention_ranges
 
     pick = torch.Generator().manual_seed(5)
 

@@ -31,11 +31,11 @@ from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
-from vllm_diffusion.engine.attention import plan_segments
-from vllm_diffusion.engine.attention_gpu import BlockLocalMask
-from vllm_diffusion.engine.attention_sequences import Parts, parts_of, sequences_of
-from vllm_diffusion.engine.compiler import guard_of, parsers_of
-from vllm_diffusion.engine.constraints import attached
+from vllm_diffusion.engine.attention.gpu import BlockLocalMask
+from vllm_diffusion.engine.attention.segments import plan_segments
+from vllm_diffusion.engine.attention.sequences import Parts, parts_of, sequences_of
+from vllm_diffusion.engine.constraints.backend import attached
+from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.granted import canvas_and_padding, place_rows, text_rows
 from vllm_diffusion.engine.inputs import CanvasInputs
@@ -309,7 +309,7 @@ class CanvasModelState(ModelState):
         attn_groups: list[list[AttentionGroup]],
     ) -> dict[str, Any]:
         # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
-        from vllm_diffusion.engine.attention_cpu import segmented_metadata
+        from vllm_diffusion.engine.attention.cpu import segmented_metadata
 
         # A slot that is not causal may still run text alone, or before its canvas.
         drafts = input_batch.num_draft_tokens_per_req

@@ -15,7 +15,7 @@ steps later; until then the log-probabilities wait here.
 
 Constraints are compiled, waited for and checked by vLLM, with a backend of ours. No mask is made of
 one, and no canvas cut to what a left-to-right reader would accept: the automaton goes to the worker
-with its request, see ``engine.constraints``. Everything else is vLLM's.
+with its request, see ``engine.constraints.backend``. Everything else is vLLM's.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vllm.v1.core.sched.diffusion_scheduler import (
 )
 from vllm.v1.request import RequestStatus
 
-from vllm_diffusion.engine.constraints import ConstraintBackend, ConstraintGrammar, attach
+from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar, attach
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
 from vllm_diffusion.params import admitted_params, requested_rule
+from vllm_diffusion.patches.structured_outputs import thinking_of
 from vllm_diffusion.records import ServedRules
-from vllm_diffusion.upstream.structured_outputs import thinking_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

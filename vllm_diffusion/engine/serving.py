@@ -22,18 +22,18 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion import __version__
 from vllm_diffusion.config import HEAD_WEIGHTS, describe, head_memory, head_weights, served_rules
-from vllm_diffusion.engine.attention_gpu import FLASH_VERSION, needs_block_local
+from vllm_diffusion.engine.attention.gpu import FLASH_VERSION, needs_block_local
 from vllm_diffusion.engine.fusion import SCHEDULER
 from vllm_diffusion.engine.graphs import choose_capture_sizes
-from vllm_diffusion.engine.lora import check_host, check_options
+from vllm_diffusion.engine.lora.admission import check_host, check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.params import PREFIX
+from vllm_diffusion.patches.table import SERVING_PATCHES
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
 from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
-from vllm_diffusion.upstream.patches import SERVING_PATCHES
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

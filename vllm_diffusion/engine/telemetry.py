@@ -135,7 +135,7 @@ class StepMeter:
         committed: dict[str, CanvasReport],
         requests: dict[str, Request],
     ) -> None:
-        """Add a report to every output that leaves; ``upstream.telemetry_outputs`` takes it off.
+        """Add a report to every output that leaves; ``patches.telemetry_outputs`` takes it off.
 
         ``kv_transfer_params`` is the one field of an output that takes what vLLM does not know.
         """

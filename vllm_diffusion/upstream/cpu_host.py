@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STOCK_WORKER: Final = "vllm.v1.worker.cpu_worker.CPUWorker"
-TRITON_FREE_WORKER: Final = "vllm_diffusion.upstream.cpu_worker.TritonFreeCPUWorker"
+TRITON_FREE_WORKER: Final = "vllm_diffusion.patches.cpu_worker.TritonFreeCPUWorker"
 RUNNER_VARIABLE: Final = "VLLM_USE_V2_MODEL_RUNNER"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_diffusion.errors import UnsupportedRunnerError
-from vllm_diffusion.upstream import cpu_request_kernels as request
-from vllm_diffusion.upstream import cpu_step_kernels as step
+from vllm_diffusion.patches import cpu_request_kernels as request
+from vllm_diffusion.patches import cpu_step_kernels as step
 
 
 def int32(*values: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from vllm_diffusion.upstream import early, ledger, torch_companions
+from vllm_diffusion.patches import host as early
+from vllm_diffusion.upstream import ledger, torch_companions
 
 
 @pytest.fixture

@@ -58,8 +58,8 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
 )
 from vllm_diffusion.models.quantised.configuration import adopt, is_released
 from vllm_diffusion.models.quantised.layers import describe
+from vllm_diffusion.patches.table import ADAPTER_PATCHES
 from vllm_diffusion.upstream import ledger
-from vllm_diffusion.upstream.patches import ADAPTER_PATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
-    from vllm_diffusion.engine.lora_rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.rows import CanvasAdapters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -122,7 +122,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        from vllm_diffusion.engine.attention import use_canvas_attention
+        from vllm_diffusion.engine.attention.segments import use_canvas_attention
 
         config = vllm_config.model_config.hf_config
         text_config = vllm_config.model_config.hf_text_config

@@ -20,7 +20,7 @@ def prepare_host() -> None:
     this package: what is wrong with a companion then shows when it is imported.
     """
     with contextlib.suppress(Exception):
+        from vllm_diffusion.patches.early import EARLY_PATCHES
         from vllm_diffusion.upstream import ledger
-        from vllm_diffusion.upstream.early_patches import EARLY_PATCHES
 
         ledger.apply(EARLY_PATCHES)

@@ -12,10 +12,9 @@ import inspect
 from functools import partial
 from typing import Any, Final
 
-from vllm_diffusion.upstream import (
+from vllm_diffusion.patches import (
     canvas_text,
     constraint_compiling,
-    cpu_host,
     cpu_kernels,
     gemma_tools,
     lora,
@@ -27,7 +26,8 @@ from vllm_diffusion.upstream import (
     telemetry_outputs,
     telemetry_replies,
 )
-from vllm_diffusion.upstream.early_patches import EARLY_PATCHES
+from vllm_diffusion.patches.early import EARLY_PATCHES
+from vllm_diffusion.upstream import cpu_host
 from vllm_diffusion.upstream.ledger import Patch
 
 

@@ -16,8 +16,8 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_diffusion.params import MAX_STEPS
+from vllm_diffusion.patches.telemetry_outputs import IterationReports, reports_of
 from vllm_diffusion.records import StopReason
-from vllm_diffusion.upstream.telemetry_outputs import IterationReports, reports_of
 
 LABELS: Final = ["model_name", "engine"]
 

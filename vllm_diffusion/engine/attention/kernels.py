@@ -1,4 +1,4 @@
-"""``attention_ranges`` as Triton kernels for GPUs, a launch each.
+"""``attention.ranges`` as Triton kernels for GPUs, a launch each.
 
 Imported on a GPU alone. Arguments and results are the definition's.
 """
@@ -20,13 +20,13 @@ _ROWS = 256
 _BLOCKS = 128
 _PROGRAMS = 8  # programs that share the rows of a sequence, at most
 
-NO_RANGE = tl.constexpr(-1)  # as in ``attention_ranges``
+NO_RANGE = tl.constexpr(-1)  # as in ``attention.ranges``
 
 
 def mark_sequences(
     phase: Tensor, slots: Tensor, causal: Tensor, *, text: Tensor | None = None
 ) -> None:
-    """See ``attention_ranges.mark_sequences``."""
+    """See ``attention.ranges.mark_sequences``."""
     count = causal.shape[0]
     _mark[(triton.cdiv(count, _SEQUENCES),)](
         phase, slots, causal, slots.shape[0], count, text, None, None, None, None, _SEQUENCES
@@ -43,7 +43,7 @@ def mark_parts(
     causal: Tensor,
     part_lens: Tensor,
 ) -> None:
-    """See ``attention_ranges.mark_parts``."""
+    """See ``attention.ranges.mark_parts``."""
     count = causal.shape[0]
     _mark[(triton.cdiv(count, _SEQUENCES),)](
         phase, slots, causal, count, count, text, request, behind, lens, part_lens, _SEQUENCES
@@ -53,7 +53,7 @@ def mark_parts(
 def write_sequence_ranges(
     causal: Tensor, starts: Tensor, lens: Tensor, window: int, ranges: Tensor
 ) -> None:
-    """See ``attention_ranges.write_sequence_ranges``."""
+    """See ``attention.ranges.write_sequence_ranges``."""
     count = causal.shape[0]
     _sequence_ranges[(triton.cdiv(count, _SEQUENCES),)](
         causal, starts, lens, ranges, count, window, _SEQUENCES
@@ -71,7 +71,7 @@ def write_row_ranges(
     view_lens: Tensor,
     first_blocks: Tensor,
 ) -> None:
-    """See ``attention_ranges.write_row_ranges``."""
+    """See ``attention.ranges.write_row_ranges``."""
     count = causal.shape[0]
     # One more than sequences: the rows behind them all.
     _row_ranges[(count + 1, min(_PROGRAMS, triton.cdiv(longest, _ROWS)))](
@@ -96,7 +96,7 @@ def gather_blocks(
     rows: Tensor | None = None,
     first: Tensor | None = None,
 ) -> None:
-    """See ``attention_ranges.gather_blocks``; one launch for all tables."""
+    """See ``attention.ranges.gather_blocks``; one launch for all tables."""
     table, view = tables[0], out[0]
     count, width = view.shape
     _gather[(count, triton.cdiv(width, _BLOCKS), len(tables))](

@@ -8,7 +8,7 @@
 A segment is an attention sequence of its own over its request's block table, so one request may be
 several: text, image, text; or a finished canvas's commit rows and the next canvas. Every layer
 writes the keys of all rows before any row looks, so a segment sees those before it. Backends that
-can only take whole requests get the same visibility as ranges (``attention_gpu``).
+can only take whole requests get the same visibility as ranges (``attention.gpu``).
 """
 
 from __future__ import annotations
@@ -103,5 +103,5 @@ def use_canvas_attention() -> None:
 
     register_backend(
         AttentionBackendEnum.CPU_ATTN,
-        "vllm_diffusion.engine.attention_cpu.CanvasCPUAttentionBackend",
+        "vllm_diffusion.engine.attention.cpu.CanvasCPUAttentionBackend",
     )

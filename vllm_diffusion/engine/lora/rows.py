@@ -8,7 +8,7 @@ one slot. A request of ours has two kinds of row, and an adapter may change them
     slot N + p      factors of canvas rows; N is --max-loras
 
 Layers and their tensor-parallel cuts are vLLM's. What a layer calls to apply its factors holds the
-rows of every slot, set before a forward. On a GPU that is vLLM's punica wrapper (`lora_kernels`).
+rows of every slot, set before a forward. On a GPU that is vLLM's punica wrapper (`lora.kernels`).
 On a CPU it is `AdapterRows`, which multiplies slot by slot: vLLM's own form for CPU hosts copies
 the factors of every row, and gives rows without an adapter those of the last slot.
 """
@@ -29,8 +29,8 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_diffusion.engine.lora import adapter_base
-from vllm_diffusion.engine.lora_kernels import KernelRows, with_slots
+from vllm_diffusion.engine.lora.admission import adapter_base
+from vllm_diffusion.engine.lora.kernels import KernelRows, with_slots
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.models.diffusion_gemma.adapter import (
     Adapter,

@@ -1,6 +1,6 @@
 """Constraints where vLLM asks for them: in the engine's own thread pool, off the hot path.
 
-    request -> compiled where it enters  ``engine.constraint_check``
+    request -> compiled where it enters  ``engine.constraints.backend.check``
             -> received as such          ``ConstraintBackend``, asked by vLLM
             -> sent with the request     ``attach``, when the worker does not know it
             -> slots of the worker       ``attached``
@@ -27,7 +27,7 @@ from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.thinking import behind_thinking
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.engine.compiler import guard_of, parsers_of, received
+from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of, received
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.constrain.automaton.thinking import Thinking
     from vllm_diffusion.constrain.guard import Guard
-    from vllm_diffusion.engine.compiler import Kept, ParsedConstraint
+    from vllm_diffusion.engine.constraints.compiler import Kept, ParsedConstraint
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

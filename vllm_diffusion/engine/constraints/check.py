@@ -15,7 +15,7 @@ from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.packed import unpacked
 from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton, KeptByParser, Refused
-from vllm_diffusion.engine.compiler import compiling, source_of, vocabulary_for
+from vllm_diffusion.engine.constraints.compiler import compiling, source_of, vocabulary_for
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.params import admitted_params
 

@@ -67,8 +67,8 @@ async def _compile(renderer: Any, request: Any, prompts: Sequence[Any]) -> None:
     """Have the constraint of a request compiled."""
     from vllm.sampling_params import SamplingParams
 
-    from vllm_diffusion.engine.constraint_check import compile_first
-    from vllm_diffusion.upstream.structured_outputs import as_text, completed
+    from vllm_diffusion.engine.constraints.check import compile_first
+    from vllm_diffusion.patches.structured_outputs import as_text, completed
 
     if (asked := request.extract_structured_outputs()) is None:
         return
@@ -99,7 +99,7 @@ def send_compiled() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_diffusion.upstream.structured_outputs import check_room
+    from vllm_diffusion.patches.structured_outputs import check_room
 
     original = InputProcessor.process_inputs
 
@@ -118,8 +118,8 @@ def send_compiled() -> None:
 def _send_compiled(input_processor: Any, sampling: Any) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
-    from vllm_diffusion.engine.compiler import as_sent
-    from vllm_diffusion.engine.constraint_check import constraint_for, constraint_source
+    from vllm_diffusion.engine.constraints.check import constraint_for, constraint_source
+    from vllm_diffusion.engine.constraints.compiler import as_sent
 
     model, config = input_processor.model_config, input_processor.structured_outputs_config
     kept = constraint_for(sampling, model, config, input_processor.tokenizer)

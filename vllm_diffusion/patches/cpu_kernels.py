@@ -18,8 +18,8 @@ _RUNNER = "vllm.v1.worker.gpu"
 
 def stand_ins() -> dict[str, Callable[..., None]]:
     """Return the kernels, by the names `vllm.triton_utils.dispatcher` takes, and who stands in."""
-    from vllm_diffusion.upstream import cpu_request_kernels as request
-    from vllm_diffusion.upstream import cpu_step_kernels as step
+    from vllm_diffusion.patches import cpu_request_kernels as request
+    from vllm_diffusion.patches import cpu_step_kernels as step
 
     batch, logprob = f"{_RUNNER}.input_batch", f"{_RUNNER}.sample.logprob"
     return {

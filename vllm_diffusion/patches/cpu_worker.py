@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_diffusion.patches.table import WORKER_PATCHES
 from vllm_diffusion.upstream import ledger
-from vllm_diffusion.upstream.patches import WORKER_PATCHES
 
 
 class TritonFreeCPUWorker(CPUWorker):

@@ -17,8 +17,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion.patches.telemetry_outputs import told_by
 from vllm_diffusion.telemetry import KEY, Telemetry, is_asked
-from vllm_diffusion.upstream.telemetry_outputs import told_by
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable

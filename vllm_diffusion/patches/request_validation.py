@@ -16,9 +16,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.upstream.canvas_text import check_text
+from vllm_diffusion.patches.canvas_text import check_text
+from vllm_diffusion.patches.structured_outputs import check_room, thinking_takes
 from vllm_diffusion.upstream.core_messages import check_message
-from vllm_diffusion.upstream.structured_outputs import check_room, thinking_takes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

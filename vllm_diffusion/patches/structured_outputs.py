@@ -28,8 +28,8 @@ def take_constraints() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    from vllm_diffusion.engine.constraint_check import constraint_problems
-    from vllm_diffusion.upstream.request_validation import parse_for
+    from vllm_diffusion.engine.constraints.check import constraint_problems
+    from vllm_diffusion.patches.request_validation import parse_for
 
     original = SamplingParams._validate_structured_outputs
 
@@ -113,8 +113,8 @@ def check_room(input_processor: Any, sampling: Any, prompt_length: int, *, befor
     """
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_diffusion.engine.compiler import vocabulary_for
-    from vllm_diffusion.engine.constraint_check import constraint_for, no_room
+    from vllm_diffusion.engine.constraints.check import constraint_for, no_room
+    from vllm_diffusion.engine.constraints.compiler import vocabulary_for
 
     model = input_processor.model_config
     if not model.is_diffusion or sampling.structured_outputs is None:

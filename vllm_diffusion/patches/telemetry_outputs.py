@@ -100,7 +100,7 @@ def tell_in_completions() -> None:
 def count_in_metrics() -> None:
     """Put our Prometheus logger where vLLM looks its own up."""
     # A module of its own: it derives from vLLM's logger.
-    from vllm_diffusion.upstream import telemetry_metrics
+    from vllm_diffusion.patches import telemetry_metrics
 
     telemetry_metrics.install()
 

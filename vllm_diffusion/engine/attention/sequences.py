@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_diffusion.engine.attention_ranges import form_for, of_one_shape
+from vllm_diffusion.engine.attention.ranges import form_for, of_one_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What each sequence of a step shows to its rows, in plain torch: the definition.
 
-On a GPU ``attention_kernels`` does the same in one launch each, and is chosen by ``form_for``.
+On a GPU ``attention.kernels`` does the same in one launch each, and is chosen by ``form_for``.
 Nothing here waits for the device, and everything is written into tensors of the caller's, which
 captured graphs read.
 """
@@ -23,7 +23,7 @@ NO_RANGE = -1
 
 def form_for(device: torch.device) -> Any:
     """The module whose functions of these names are for a device: this one, or its kernels."""
-    kernels = "vllm_diffusion.engine.attention_kernels"
+    kernels = "vllm_diffusion.engine.attention.kernels"
     return import_module(kernels if device.type == "cuda" else __name__)
 
 

@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_diffusion.engine.attention import Segment, Visibility
+from vllm_diffusion.engine.attention.segments import Segment, Visibility
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

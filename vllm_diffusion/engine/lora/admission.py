@@ -2,7 +2,7 @@
 
 An adapter that a worker cannot load would end the engine, since vLLM loads it in the step that
 needs it first. So it is checked here, where a refusal is an answer. The worker's side is
-``engine.lora_rows``.
+``engine.lora.admission.rows``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     check_adapter,
 )
 from vllm_diffusion.models.diffusion_gemma.adapter_names import SHARED, placed_at
+from vllm_diffusion.patches.lora import adapters_are_served
 from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
-from vllm_diffusion.upstream.lora import adapters_are_served
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_diffusion.engine.attention_ranges import (
+from vllm_diffusion.engine.attention.ranges import (
     NO_RANGE,
     first_seen,
     form_for,

@@ -37,7 +37,7 @@ def check_adapters() -> None:
         original(self, lora_request)
         if lora_request is None or not self.model_config.is_diffusion:
             return
-        from vllm_diffusion.engine.lora import check_request
+        from vllm_diffusion.engine.lora.admission import check_request
 
         try:
             check_request(lora_request, self.model_config, self.lora_config)
@@ -63,7 +63,7 @@ def check_loaded_adapters() -> None:
         config = self.engine_client.vllm_config
         if refusal is not None or not is_diffusion(config) or config.lora_config is None:
             return refusal
-        from vllm_diffusion.engine.lora import check_request
+        from vllm_diffusion.engine.lora.admission import check_request
 
         adapter = LoRARequest(request.lora_name, 1, request.lora_path)
         try:
@@ -90,7 +90,7 @@ def take_adapters() -> None:
     def load_lora_model(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
         if not is_diffusion(vllm_config):
             return original(self, model, vllm_config, device)
-        from vllm_diffusion.engine.lora_rows import CanvasAdapters
+        from vllm_diffusion.engine.lora.rows import CanvasAdapters
 
         self.lora_manager = model.adapters = CanvasAdapters(model, vllm_config, device)
         return model
@@ -113,8 +113,8 @@ def choose_experts() -> None:
         vllm_config = get_current_vllm_config()
         if not moe_config.is_lora_enabled or not is_diffusion(vllm_config):
             return original(moe_config)
-        from vllm_diffusion.engine.lora import adapts_experts
-        from vllm_diffusion.engine.lora_experts import AdaptedExperts
+        from vllm_diffusion.engine.lora.admission import adapts_experts
+        from vllm_diffusion.engine.lora.experts import AdaptedExperts
 
         lora = vllm_config.lora_config
         assert lora is not None

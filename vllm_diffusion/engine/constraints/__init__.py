@@ -1,0 +1,1 @@
+"""Structured output where vLLM asks for it: compiled, checked, and sent to the worker."""
