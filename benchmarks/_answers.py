@@ -79,17 +79,17 @@ def ask_ours(
     Args:
         checkpoint, items: what answers what.
         seed: of all items together, the same in every way.
-        ways: a rule instead of `step.decide`, None for that, and the diffusion options of every
-            request.
+        ways: what makes a rule of its noise, None for the published one, and the diffusion
+            options of every request.
     """
     from vllm_diffusion.engine.sampler import CanvasSampler
 
     llm = start_vllm(checkpoint)
     sampler = sampler_of(llm)
     assert isinstance(sampler, CanvasSampler)
-    answers = []
-    for rule, options in ways:
-        sampler.rule = rule
+    answers, published = [], sampler.rule
+    for make, options in ways:
+        sampler.rule = published if make is None else make(published.noise)
         answers.append([told(output) for output in generate_ours(llm, items, seed, options)])
     return answers
 

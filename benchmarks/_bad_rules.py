@@ -1,6 +1,6 @@
 """Decoding rules that are known to lose quality: an instrument that misses them measures nothing.
 
-Each has the signature of `step.decide`. One object serves one engine.
+One object serves one engine.
 """
 
 from __future__ import annotations
@@ -11,46 +11,49 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.step import decide
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.denoise.noise import CanvasNoise
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 
-class Cut:
+class Cut(EntropyBound):
     """Stops every canvas after some steps."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, noise: CanvasNoise, steps: int) -> None:
+        super().__init__(noise)
         self.steps = steps
 
-    def __call__(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+    def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
         """Decide as published, but finish early."""
-        decision = decide(pool, batch, stats)
+        decision = super().decide(pool, batch, stats)
         enough = pool.step[batch.slots] + 1 >= self.steps
         return replace(decision, finished=decision.finished | enough)
 
 
-class Overwrite:
+class Overwrite(EntropyBound):
     """Keeps every sample: what was not accepted does not become noise again."""
 
-    def __call__(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+    def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
         """Decide as published, but renoise nothing."""
-        return replace(decide(pool, batch, stats), next_tokens=stats.sample)
+        return replace(super().decide(pool, batch, stats), next_tokens=stats.sample)
 
 
-class Freeze:
+class Freeze(EntropyBound):
     """Keeps a token for good as soon as its probability reaches 0.6."""
 
     PROBABILITY = 0.6
 
-    def __init__(self) -> None:
+    def __init__(self, noise: CanvasNoise) -> None:
+        super().__init__(noise)
         self.kept: torch.Tensor | None = None
         """[S, L] int64, -1 where nothing is frozen."""
 
-    def __call__(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+    def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
         """Decide as published, but never take a likely token back."""
         if self.kept is None:
             self.kept = torch.full_like(pool.tokens, -1)
@@ -60,15 +63,15 @@ class Freeze:
         self.kept[batch.slots] = kept
         # The argmax is what gets committed, so it is frozen in place.
         stats.argmax.copy_(torch.where(kept >= 0, kept, stats.argmax))
-        decision = decide(pool, batch, stats)
+        decision = super().decide(pool, batch, stats)
         tokens = torch.where(kept >= 0, kept, decision.next_tokens)
         all_kept = ((kept >= 0) | ~batch.valid).all(dim=1)
         return replace(decision, next_tokens=tokens, finished=decision.finished | all_kept)
 
 
-BAD_RULES: dict[str, Callable[[], object]] = {
-    "cut-2": partial(Cut, 2),
-    "cut-4": partial(Cut, 4),
+BAD_RULES: dict[str, Callable[[CanvasNoise], EntropyBound]] = {
+    "cut-2": partial(Cut, steps=2),
+    "cut-4": partial(Cut, steps=4),
     "freeze-0.6": Freeze,
     "no-renoise": Overwrite,
 }

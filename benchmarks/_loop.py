@@ -25,11 +25,11 @@ from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, Dynamic
 
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.config import served_rules
-from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasBatch
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
 from vllm_diffusion.testing.reference import CACHE
 from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.records import CanvasStats, RuleConstants
+    from vllm_diffusion.denoise.constants import EntropyBoundConstants
+    from vllm_diffusion.records import CanvasStats
     from vllm_diffusion.testing.tasks import Item
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
@@ -174,7 +175,7 @@ class CanvasLoop:
         self,
         item: Item,
         seed: int,
-        rule: RuleConstants,
+        constants: EntropyBoundConstants,
         *,
         branches: int = 1,
         cut: Callable[[CanvasPool, Tensor, int], int] | None = None,
@@ -185,14 +186,15 @@ class CanvasLoop:
         Args:
             item: what is asked.
             seed: of the first branch; the others' follow from it.
-            rule: the constants of all of them.
+            constants: of all of them.
             branches: canvases of the request in a forward.
             cut: of the pool, the argmax [1, L] of the step before the last one, and the steps since
                 the last commit; how many tokens to commit now, 0 for none. One branch.
             watch: sees every commit, the last one too, and what its forward says.
         """
         assert branches == 1 or cut is None
-        pool = self._pool(rule, branches, seed)
+        pool = self._pool(constants, branches, seed)
+        rule = EntropyBound(pool.noise)
         prefix, slots = Prefix(self._model, branches), torch.arange(branches)
         asked = self.tokenizer.apply_chat_template(
             chat(item), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -205,7 +207,7 @@ class CanvasLoop:
             before = pool.argmax.clone()
             hidden = self._denoise(pool, prefix)
             batch = self._batch(slots, prefix.length)
-            emission = advance(pool, batch, hidden, self._head, observe=self._see)
+            emission = advance(pool, batch, hidden, self._head, rule, observe=self._see)
             taken, run.rows = taken + 1, run.rows + branches * self._length
             ended = emission.count.nonzero()[:, 0]
             if len(ended):
@@ -240,7 +242,7 @@ class CanvasLoop:
     def _see(self, _: object, __: object, stats: CanvasStats, ___: object) -> None:
         self._top_prob = stats.top_prob  # the pool forgets that of a canvas that ends
 
-    def _pool(self, rule: RuleConstants, branches: int, seed: int) -> CanvasPool:
+    def _pool(self, rule: EntropyBoundConstants, branches: int, seed: int) -> CanvasPool:
         config = self._model.config.text_config
         pool = CanvasPool(
             num_slots=branches,
@@ -284,7 +286,7 @@ class CanvasLoop:
     def _move_up(self, pool: CanvasPool, count: int, start: int) -> None:
         """Let the canvas, of which so many tokens are committed, begin at ``start``."""
         behind = self._positions(start, 1)
-        noise = initial_canvas(pool.seed, behind, pool.vocab_size)
+        noise = pool.noise.initial(pool.seed, behind)
 
         def moved(rows: Tensor, fill: Tensor | float, dim: int = 1) -> Tensor:
             kept = rows.narrow(dim, count, self._length - count)

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from transformers import AutoTokenizer
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.records import CanvasStats, RuleConstants
+    from vllm_diffusion.denoise.constants import EntropyBoundConstants
+    from vllm_diffusion.records import CanvasStats
     from vllm_diffusion.testing.tasks import Item
 
 FAR = 3.0  # nats behind the best token
@@ -139,7 +140,9 @@ def guess(items: Sequence[Item], options: argparse.Namespace) -> None:
     )
 
 
-def recorded(loop: EntropyLoop, item: Item, seed: int, rule: RuleConstants) -> list[list[float]]:
+def recorded(
+    loop: EntropyLoop, item: Item, seed: int, rule: EntropyBoundConstants
+) -> list[list[float]]:
     """The mean entropy of every step of every canvas of an answer."""
     loop.nats.clear()
     steps = iter(loop.nats)

@@ -150,10 +150,7 @@ def answer_here(arms: Sequence[str], folder: Path, checkpoint: Path, seed: int) 
         made = [ask_transformers(str(checkpoint), items, seed)]
     else:
         presets = [arm.removeprefix("ours:") for arm in arms]
-        ways = [
-            (BAD_RULES[preset]() if preset in BAD_RULES else None, options_of(preset))
-            for preset in presets
-        ]
+        ways = [(BAD_RULES.get(preset), options_of(preset)) for preset in presets]
         made = ask_ours(str(checkpoint), items, seed, ways)
     answers = {arm: [asdict(answer) for answer in own] for arm, own in zip(arms, made, strict=True)}
     (folder / "answers.json").write_text(json.dumps(answers))

@@ -92,28 +92,6 @@ def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
     return batch.valid & ~pool.causal[batch.slots][:, None]
 
 
-def soft_embeddings(
-    pool: CanvasPool, slots: Tensor, *, published: bool, length: int
-) -> Tensor | None:
-    """How much of a soft embedding every row needs, see ``Head``; None: all of it, all of them.
-
-    The last step that a canvas may take conditions nothing. Which canvases that concerns is looked
-    at where it is free.
-
-    Args:
-        pool: the canvases' state.
-        slots: [B] int64.
-        published: the rule ends a canvas that is out of steps.
-        length: rows a canvas.
-    """
-    top_k = None if pool.soft_top_k is None else pool.soft_top_k[slots]
-    if published and slots.device.type == "cpu":
-        last = pool.step[slots] + 1 >= pool.max_steps[slots]
-        if last.any():
-            top_k = torch.where(last, -1, 0 if top_k is None else top_k)
-    return None if top_k is None else top_k.repeat_interleave(length)
-
-
 def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
     """Run the head where somebody reads what it says; zeros elsewhere, or anything."""
     if read is None or read.all():

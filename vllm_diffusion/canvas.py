@@ -12,23 +12,26 @@ reads a tensor back to the host: which slots finish or commit is data, selected 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.denoise.renoise import initial_canvas
+from vllm_diffusion.denoise.constants import ConstantTable
+from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.records import (
     CanvasBatch,
     CanvasStats,
-    Commit,
     Decision,
     Emission,
-    RuleConstants,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vllm_diffusion.denoise.constants import RuleConstants
+    from vllm_diffusion.denoise.noise import CanvasNoise
 
 
 class CanvasPool:
@@ -50,10 +53,8 @@ class CanvasPool:
         fused: [S] bool, canvases give their tokens in their last step, and are never committed
             by themselves.
         seed: [S, 2] int64, words of the request seed.
-        max_steps, stability: [S] int64, stability at most K; entropy_bound, confidence_threshold,
-            hold_threshold, doubt_threshold: [S] fp32; t_min, t_max: [S] fp64, see
-            ``linear_temperature`` for why.
-        soft_top_k: [S] int64, see ``Head``; None while no slot asks for anything but 0.
+        constants: [S] each, the constants of the slots' rules.
+        owners: on the host, the constants of every slot that has an owner.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CanvasPool:
         hidden_size: int,
         vocab_size: int,
         constants: RuleConstants,
+        noise: CanvasNoise | None = None,
         remembered: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
@@ -71,19 +73,17 @@ class CanvasPool:
         self.num_slots = num_slots
         self.canvas_length = canvas_length
         self.vocab_size = vocab_size
-        self.constants = constants
+        self.noise: CanvasNoise = noise or UniformNoise(vocab_size)
+        self.default = constants
         self.device = device
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
 
-        def floats(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.full((num_slots,), value, dtype=dtype, device=device)
-
         self.tokens = integers(canvas_length)
         self.argmax = integers(canvas_length)
         self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
-        steps = constants.stability_threshold if remembered is None else remembered
+        steps = constants.remembered if remembered is None else remembered
         self.history = integers(steps, canvas_length)
         self.soft_embedding = torch.zeros(
             num_slots, canvas_length, hidden_size, dtype=dtype, device=device
@@ -92,32 +92,18 @@ class CanvasPool:
         self.first_step = integers()
         self.count = integers()
         self.rows = integers(canvas_length)
+        self._own_rows = torch.arange(canvas_length, device=device)
         self.reason = integers()
-        self.entropy = floats(0.0)
+        self.entropy = torch.zeros(num_slots, device=device)
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.fused = torch.zeros_like(self.causal)
         self.seed = integers(2)
-        self.max_steps = integers()
-        self.stability = integers() + constants.stability_threshold
-        self.t_min = floats(constants.t_min, torch.float64)
-        self.t_max = floats(constants.t_max, torch.float64)
-        self.entropy_bound = floats(constants.entropy_bound)
-        self.confidence_threshold = floats(constants.confidence_threshold)
-        self.hold_threshold = floats(constants.hold_threshold)
-        self.doubt_threshold = floats(constants.doubt_threshold)
-        self._soft_top_k = integers()
-        self._approximate: set[int] = set()
-        self._owned: set[int] = set()
+        self.constants = ConstantTable(constants, num_slots=num_slots, device=device)
+        self.owners: dict[int, RuleConstants] = {}
 
-    @property
-    def soft_top_k(self) -> Tensor | None:
-        """See the class; known without asking the device."""
-        return self._soft_top_k if self._approximate else None
-
-    @property
-    def all_near(self) -> bool:
-        """Every slot that has an owner asks for more than 0 in ``soft_top_k``; known as that is."""
-        return bool(self._owned) and self._owned <= self._approximate
+    def out_of_steps(self, slots: Tensor) -> Tensor:
+        """[B] bool, whether this step is the last one that the slots' canvases may take."""
+        return self.step[slots] + 1 >= self.constants.max_steps[slots]
 
     def admit(
         self,
@@ -139,23 +125,12 @@ class CanvasPool:
                 None for the pool's own.
             fused: its canvases give their tokens in their last step.
         """
-        rule = constants or self.constants
+        rule = constants or self.default
         low, high = split_seed(seed)
         self.seed[slot, 0].fill_(low)
         self.seed[slot, 1].fill_(high)
-        self.max_steps[slot].fill_(rule.max_steps)
-        self.stability[slot].fill_(rule.stability_threshold)
-        self.t_min[slot].fill_(rule.t_min)
-        self.t_max[slot].fill_(rule.t_max)
-        self.entropy_bound[slot].fill_(rule.entropy_bound)
-        self.confidence_threshold[slot].fill_(rule.confidence_threshold)
-        self.hold_threshold[slot].fill_(rule.hold_threshold)
-        self.doubt_threshold[slot].fill_(rule.doubt_threshold)
-        self._soft_top_k[slot].fill_(rule.soft_embedding_top_k)
-        self._owned.add(slot)
-        self._approximate.discard(slot)
-        if rule.soft_embedding_top_k:
-            self._approximate.add(slot)
+        self.constants.put(slot, rule)
+        self.owners[slot] = rule
         self.step[slot].fill_(0)
         self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)
@@ -164,8 +139,7 @@ class CanvasPool:
     def release(self, slot: int) -> None:
         """Its owner is gone: its next rows, if any, are a prompt's, and it asks for nothing."""
         self.causal[slot].fill_(True)
-        self._approximate.discard(slot)
-        self._owned.discard(slot)
+        self.owners.pop(slot, None)
 
     def begin(self, slots: Tensor, position: Tensor) -> None:
         """Start a canvas whose first row stands at an absolute position.
@@ -174,7 +148,7 @@ class CanvasPool:
             slots: [B] int64.
             position: [B, L] int64, absolute positions of the new canvas.
         """
-        self.tokens[slots] = initial_canvas(self.seed[slots], position, self.vocab_size)
+        self.tokens[slots] = self.noise.initial(self.seed[slots], position)
         self.history[slots] = -1
         self.top_prob[slots] = 0
         self.soft_embedding[slots] = 0
@@ -200,7 +174,7 @@ class CanvasPool:
         """Move every canvas of the batch one step on.
 
         A denoising slot takes the decision and, when finished, turns causal with what it commits
-        as the next input: its argmax, or what the decision says. A committing slot emits that and
+        as the next input, which the decision says. A committing slot emits that and
         begins the next canvas behind it; a fused slot does so in the step that finishes. All of it
         is computed for every row and selected, so the host never waits.
         """
@@ -212,11 +186,12 @@ class CanvasPool:
         emits, waits = committing | fused, finished & ~fused
 
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
-        commit = decision.commit or self._whole(batch, argmax)
+        commit = decision.commit
         entropy = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
         # What a separate commit emits was settled one forward ago and has waited in the pool.
         taken = self.step[slots] - self.first_step[slots] + fused.long()
-        count = torch.where(committing, self.count[slots], commit.count)
+        asked = batch.width if commit.count is None else commit.count
+        count = torch.where(committing, self.count[slots], asked)
         if batch.idle is not None:
             count = count.masked_fill(batch.idle, 0)
         emission = Emission(
@@ -231,10 +206,11 @@ class CanvasPool:
         # Most steps emit nothing. Only where state lives on the host is it free to look.
         if emits.device.type != "cpu" or emits.any():
             behind = batch.position + emission.count[:, None]
-            next_canvas = initial_canvas(self.seed[slots], behind, self.vocab_size)
+            next_canvas = self.noise.initial(self.seed[slots], behind)
             tokens = torch.where(emits[:, None], next_canvas, tokens)
         self.tokens[slots] = torch.where(waits[:, None], commit.tokens, tokens)
-        self.count[slots], self.rows[slots] = commit.count, commit.rows
+        self.count[slots] = asked
+        self.rows[slots] = self._own_rows if commit.rows is None else commit.rows
         self.argmax[slots] = argmax
         self._remember(slots, argmax, stats.top_prob, emits)
 
@@ -253,10 +229,6 @@ class CanvasPool:
         self.causal[slots] = waits
         return emission
 
-    def _whole(self, batch: CanvasBatch, argmax: Tensor) -> Commit:
-        rows = torch.arange(self.canvas_length, device=argmax.device)
-        return Commit(tokens=argmax, rows=rows.expand_as(argmax), count=batch.width)
-
     def _remember(self, slots: Tensor, argmax: Tensor, top_prob: Tensor, emits: Tensor) -> None:
         """Shift the history of the slots by one step, forget that of a canvas that is over."""
         self.top_prob[slots] = torch.where(emits[:, None], 0.0, top_prob)
@@ -264,3 +236,12 @@ class CanvasPool:
             return
         shifted = torch.cat([self.history[slots, 1:], argmax[:, None]], dim=1)
         self.history[slots] = torch.where(emits[:, None, None], -1, shifted)
+
+
+def pool_class(device_type: str) -> type[CanvasPool]:
+    """The form of the pool that suits the device: kernels on a GPU, the definition elsewhere."""
+    if device_type != "cuda":
+        return CanvasPool
+    # Elsewhere there may be no Triton.
+    kernels: type[CanvasPool] = import_module("vllm_diffusion.canvas_kernels").CanvasPoolKernels
+    return kernels

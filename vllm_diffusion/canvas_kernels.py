@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.denoise import philox
 from vllm_diffusion.denoise.rng import Purpose
 from vllm_diffusion.records import Emission
@@ -19,15 +20,27 @@ from vllm_diffusion.records import Emission
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 _INITIAL = tl.constexpr(int(Purpose.INITIAL_CANVAS))
 _COPIED: Final = 4096  # numbers of a belief that a program moves
 
 
-def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
-    """See ``CanvasPool.apply``."""
+class CanvasPoolKernels(CanvasPool):
+    """The pool where there is a GPU."""
+
+    def apply(self, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
+        """See ``CanvasPool.apply``."""
+        return _apply(self, batch, stats, decision)
+
+    def begin(self, slots: Tensor, position: Tensor) -> None:
+        """See ``CanvasPool.begin``."""
+        _begin(self, slots, position)
+
+
+def _apply(
+    pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision
+) -> Emission:
     num, length = batch.position.shape
     commit = decision.commit
     entropy = stats.entropy.contiguous()
@@ -49,9 +62,9 @@ def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: De
         decision.next_tokens.contiguous(),
         decision.finished.contiguous(),
         decision.reason.contiguous(),
-        stats.argmax if commit is None else commit.tokens.contiguous(),
-        stats.argmax if commit is None else commit.rows.contiguous(),
-        batch.width if commit is None else commit.count.contiguous(),
+        commit.tokens.contiguous(),
+        None if commit.rows is None else commit.rows.contiguous(),
+        None if commit.count is None else commit.count.contiguous(),
         pool.seed,
         pool.fused,
         pool.tokens,
@@ -72,7 +85,6 @@ def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: De
         emission.reason,
         emission.entropy,
         goes_on,
-        COMMIT=commit is not None,
         VOCAB=pool.vocab_size,
         REMEMBERED=pool.history.shape[1],
         LENGTH=length,
@@ -90,8 +102,7 @@ def apply(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: De
     return emission
 
 
-def begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
-    """See ``CanvasPool.begin``."""
+def _begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
     length = position.shape[1]
     pool.soft_embedding[slots] = 0
     _begin_canvas[(len(slots),)](
@@ -164,7 +175,6 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are
     emitted_reasons: tl.tensor,
     emitted_entropies: tl.tensor,
     go_on: tl.tensor,
-    COMMIT: tl.constexpr,  # noqa: N803
     VOCAB: tl.constexpr,  # noqa: N803
     REMEMBERED: tl.constexpr,  # noqa: N803
     LENGTH: tl.constexpr,  # noqa: N803
@@ -183,12 +193,12 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are
 
     argmax = tl.load(argmaxes + row, mask=there, other=0)
     argmax = tl.where(committing, tl.load(pool_argmaxes + mine, mask=there, other=0), argmax)
-    if COMMIT:
-        tokens = tl.load(commit_tokens + row, mask=there, other=0)
+    tokens = tl.load(commit_tokens + row, mask=there, other=0)
+    rows, count = offset.to(tl.int64), width
+    if commit_rows is not None:
         rows = tl.load(commit_rows + row, mask=there, other=0)
+    if commit_counts is not None:
         count = tl.load(commit_counts + canvas)
-    else:
-        tokens, rows, count = argmax, offset.to(tl.int64), width
     entropy = tl.load(entropies + row, mask=offset < width, other=0.0)
     mean = tl.div_rn(tl.sum(entropy, axis=0), width.to(tl.float32))
     step, first_step = tl.load(steps + slot), tl.load(first_steps + slot)

@@ -19,24 +19,27 @@ refused at start, all problems in one message.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion.denoise.constants import (
+    EntropyBoundConstants,
+    RuleConstants,
+    ServedRules,
+    declared,
+    published,
+    written,
+)
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.head.quantised import HEAD_FORMS
-from vllm_diffusion.params import LARGEST, MAX_STEPS, SMALLEST, malformed
-from vllm_diffusion.records import RuleConstants, ServedRules
+from vllm_diffusion.params import malformed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm_diffusion.head.quantised import HeadForm
 
-SAMPLER_CLASS: Final = "EntropyBoundSamplerConfig"
-
-_CONSTANTS: Final = tuple(RuleConstants.__dataclass_fields__)
-_PUBLISHED: Final = tuple(field.name for field in fields(RuleConstants) if field.default is MISSING)
 _FUSED_COMMIT: Final = "fused_commit"
 
 HEAD_MEMORY: Final = "head_memory_mb"
@@ -44,12 +47,6 @@ _HEAD_MEMORY_MB: Final = 256
 
 HEAD_WEIGHTS: Final = "head_weights"
 _EXACT: Final = "exact"
-
-# Constants that a generation config calls otherwise, or holds elsewhere.
-_IN_GENERATION: Final = {
-    "max_steps": "max_denoising_steps",
-    "entropy_bound": "sampler_config.entropy_bound",
-}
 
 
 def served_rules(
@@ -59,6 +56,7 @@ def served_rules(
     override: Mapping[str, Any] | None = None,
     max_denoising_steps: int | None = None,
     additional: object = None,
+    kind: type[RuleConstants] = EntropyBoundConstants,
 ) -> tuple[ServedRules, dict[str, str]]:
     """The rules that requests may be denoised by, and who changed the default one.
 
@@ -68,6 +66,7 @@ def served_rules(
         override: vLLM's ``override_generation_config``.
         max_denoising_steps: of vLLM's ``diffusion_config``.
         additional: ``additional_config["diffusion"]``, whatever the user wrote there.
+        kind: of the rule that the family was published with.
 
     Returns:
         The rules, and of every constant of the default one that is not the checkpoint's the option
@@ -78,21 +77,21 @@ def served_rules(
         ConfigError: options of ours that are unknown, malformed or contradict each other. Either
             message lists every problem and the way out.
     """
-    generation, origins, wrong = _generation(checkpoint, override or {}, max_denoising_steps)
-    published, missing = _published(generation)
-    preset, options, malformed_options = _options(additional)
+    generation, origins, wrong = _generation(checkpoint, override or {}, max_denoising_steps, kind)
+    reference, missing = _reference(generation, kind)
+    preset, options, malformed_options = _options(additional, kind)
     wrong += malformed_options
     rules = ServedRules(
-        default=replace(published, **{**PRESETS[preset], **options}),
+        default=replace(reference, **{**PRESETS[preset], **options}),
         presets={
-            name: replace(published, **{**options, **constants})
+            name: replace(reference, **{**options, **constants})
             for name, constants in PRESETS.items()
         }
-        | {REFERENCE: published},
+        | {REFERENCE: reference},
     )
     if not missing:
         every = (rules.default, *rules.presets.values())
-        wrong += dict.fromkeys(problem for rule in every for problem in _incoherent(rule))
+        wrong += dict.fromkeys(problem for rule in every for problem in rule.incoherent())
     messages = []
     if missing:
         messages.append(
@@ -121,8 +120,8 @@ def fused_commit(additional: object) -> bool:
 def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
     """A rule in one line, with the option that each changed constant comes from."""
     return ", ".join(
-        f"{name}={value}" + (f" ({origins[name]})" if name in origins else "")
-        for name, value in asdict(rule).items()
+        f"{text} ({origins[name]})" if name in origins else text
+        for name, text in written(rule).items()
     )
 
 
@@ -139,103 +138,95 @@ def head_weights(additional: object) -> HeadForm | None:
 
 
 def _generation(
-    checkpoint: Mapping[str, Any], override: Mapping[str, Any], max_denoising_steps: int | None
+    checkpoint: Mapping[str, Any],
+    override: Mapping[str, Any],
+    max_denoising_steps: int | None,
+    kind: type[RuleConstants],
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """The generation config with vLLM's options laid over it, who changed what, what is wrong."""
+    constants = declared(kind)
+    keys = {name: constants[name].key or name for name in published(kind)}
     generation = {**checkpoint, **override}
     problems = [
-        f"override_generation_config names {name}, which a generation config calls {theirs}"
-        for name, theirs in _IN_GENERATION.items()
-        if name in override
+        f"override_generation_config names {name}, which a generation config calls {key}"
+        for name, key in keys.items()
+        if name in override and name != key
     ] + [
         f"override_generation_config names {name}, which no published rule has; "
         "additional_config sets it"
-        for name in _CONSTANTS
-        if name in override and name not in _PUBLISHED
+        for name in constants
+        if name in override and name not in keys
     ]
-    asked, own = override.get("sampler_config"), checkpoint.get("sampler_config")
-    if isinstance(asked, dict):
+    flat = {*override}
+    for section in kind.sections:
+        asked, own = override.get(section), checkpoint.get(section)
+        if not isinstance(asked, dict):
+            continue
         if isinstance(own, dict):
-            generation["sampler_config"] = {**own, **asked}
-        if unknown := asked.keys() - {"_cls_name", "entropy_bound"}:
+            generation[section] = {**own, **asked}
+        inside = {key.removeprefix(f"{section}.") for key in keys.values() if section in key}
+        if unknown := asked.keys() - {"_cls_name", *inside}:
             problems.append(
-                f"override_generation_config: sampler_config has no {', '.join(sorted(unknown))}; "
-                "accepted: entropy_bound"
+                f"override_generation_config: {section} has no {', '.join(sorted(unknown))}; "
+                f"accepted: {', '.join(sorted(inside))}"
             )
-    flat = {**override, **({f"sampler_config.{key}": 0 for key in asked} if asked else {})}
-    origins = {
-        name: "override_generation_config"
-        for name in _PUBLISHED
-        if _IN_GENERATION.get(name, name) in flat
-    }
+        flat |= {f"{section}.{key}" for key in asked}
+    origins = {name: "override_generation_config" for name, key in keys.items() if key in flat}
     if max_denoising_steps is not None:
-        generation["max_denoising_steps"] = max_denoising_steps
+        generation[keys["max_steps"]] = max_denoising_steps
         origins["max_steps"] = "diffusion_config"
     return generation, origins, problems
 
 
-def _published(generation: Mapping[str, Any]) -> tuple[RuleConstants, list[str]]:
-    """The constants of a generation config, and what is missing or wrong with them."""
-    problems: list[str] = []
+def _reference(
+    generation: Mapping[str, Any], kind: type[RuleConstants]
+) -> tuple[RuleConstants, list[str]]:
+    """The published rule of a generation config, and what is missing or wrong with it.
 
-    def number(values: Mapping[str, Any], key: str, *, integral: bool, minimum: float) -> float:
-        value = values.get(key)
-        kind = "an integer" if integral else "a finite number"
-        limit = MAX_STEPS if integral else LARGEST
-        accepted = (int,) if integral else (int, float)
+    Where something is wrong, the rule holds the least value in its place.
+    """
+    constants, problems = declared(kind), []
+    values: dict[str, Any] = {}
+    sections: dict[str, Mapping[str, Any]] = {}
+    for section, class_name in kind.sections.items():
+        found = generation.get(section)
+        if isinstance(found, dict) and found.get("_cls_name") == class_name:
+            sections[section] = found
+        else:
+            got = found.get("_cls_name") if isinstance(found, dict) else found
+            problems.append(f"{section} must be of class {class_name}, got {got!r}")
+    for name in published(kind):
+        constant = constants[name]
+        section, _, key = (constant.key or name).rpartition(".")
+        values[name] = constant.least
+        if section and section not in sections:
+            continue
+        value = (sections[section] if section else generation).get(key)
         if value is None:
             problems.append(f"{key} is missing")
-        elif isinstance(value, bool) or not isinstance(value, accepted):
-            problems.append(f"{key} must be {kind}, got {value!r}")
-        elif not value >= minimum:  # NaN is not either
-            problems.append(f"{key} must be at least {minimum}, got {value!r}")
-        elif value > limit:
-            problems.append(f"{key} must be {kind} of at most {limit:g}, got {value!r}")
+        elif expected := constant.expected(value):
+            problems.append(f"{key} must be {expected}, got {value!r}")
         else:
-            return value
-        return minimum
-
-    sampler = generation.get("sampler_config")
-    if not isinstance(sampler, dict) or sampler.get("_cls_name") != SAMPLER_CLASS:
-        got = sampler.get("_cls_name") if isinstance(sampler, dict) else sampler
-        problems.append(f"sampler_config must be of class {SAMPLER_CLASS}, got {got!r}")
-        bound = 0.0
-    else:
-        bound = number(sampler, "entropy_bound", integral=False, minimum=0.0)
-
-    constants = RuleConstants(
-        max_steps=int(number(generation, "max_denoising_steps", integral=True, minimum=1)),
-        t_min=number(generation, "t_min", integral=False, minimum=0.0),
-        t_max=number(generation, "t_max", integral=False, minimum=0.0),
-        entropy_bound=bound,
-        confidence_threshold=number(
-            generation, "confidence_threshold", integral=False, minimum=0.0
-        ),
-        stability_threshold=int(
-            number(generation, "stability_threshold", integral=True, minimum=0)
-        ),
+            values[name] = value
+    rule = kind(
+        **{
+            name: int(value) if constants[name].integral else value
+            for name, value in values.items()
+        }
     )
-    return constants, problems or _incoherent(constants)
+    return rule, problems or rule.incoherent()
 
 
-def _incoherent(rule: RuleConstants) -> list[str]:
-    """Why the temperatures of a rule make no ramp, if they make none."""
-    if rule.t_max < rule.t_min:
-        return [f"t_max ({rule.t_max}) must not be below t_min ({rule.t_min})"]
-    if rule.t_max < SMALLEST:
-        least = f"t_max must be at least {SMALLEST:g}"
-        return [f"{least}: logits are divided by the temperature, got {rule.t_max}"]
-    return []
-
-
-def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
+def _options(
+    additional: object, kind: type[RuleConstants]
+) -> tuple[str, dict[str, Any], list[str]]:
     """Preset and constants of ``additional_config["diffusion"]``, and what is wrong there."""
     if additional is None:
         return REFERENCE, {}, []
     where = 'additional_config["diffusion"]'
     if not isinstance(additional, dict):
         return REFERENCE, {}, [f"{where} must be an object, got {reprlib.repr(additional)}"]
-    problems, options = [], {}
+    problems, options, constants = [], {}, declared(kind)
     for name, value in additional.items():
         if name == "canvas_length":
             problems.append(f"{where} names canvas_length, which --diffusion-config sets")
@@ -246,8 +237,8 @@ def _options(additional: object) -> tuple[str, dict[str, Any], list[str]]:
             if value not in (forms := (_EXACT, *HEAD_FORMS)):
                 accepted = ", ".join(forms)
                 problems.append(f"{name} must be one of {accepted}, got {reprlib.repr(value)}")
-        elif name not in {"preset", _FUSED_COMMIT, *_CONSTANTS}:
-            accepted = ", ".join(("preset", *_CONSTANTS, _FUSED_COMMIT, HEAD_MEMORY, HEAD_WEIGHTS))
+        elif name not in {"preset", _FUSED_COMMIT, *constants}:
+            accepted = ", ".join(("preset", *constants, _FUSED_COMMIT, HEAD_MEMORY, HEAD_WEIGHTS))
             problems.append(f"{where} has no {name!r}; accepted: {accepted}")
         elif expected := malformed(name, value):
             problems.append(f"{name} must be {expected}, got {reprlib.repr(value)}")

@@ -8,32 +8,26 @@ in docs/parameters.md.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion import fill
+from vllm_diffusion.denoise.constants import (
+    CONSTANTS,
+    LARGEST,
+    SMALLEST,
+    RuleConstants,
+    ServedRules,
+)
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.records import Constraints, Holes, RuleConstants, ServedRules
+from vllm_diffusion.records import Constraints, Holes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX: Final = "diffusion_"
 """Every option of ours in ``extra_args`` / ``vllm_xargs`` starts with this."""
-
-MAX_STEPS: Final = 1024
-"""Most denoising steps a canvas may take, or be stable over; published rules take 48, and nobody
-may hold a slot for ever."""
-
-LARGEST: Final = 1e6
-"""No temperature and no number of nats means anything above; far above, fp32 ends."""
-
-SMALLEST: Final = 1 / LARGEST
-"""Least number that logits are divided by; far below, fp32 ends too."""
-
-SOFT_TOP_K: Final = (8, 64)
-"""Ids that a soft embedding may be cut to: fewer say little, more cost what is to be saved."""
 
 GREEDY_SEED: Final = 0
 """The noise key of a request of temperature 0 that names no seed: its answer is always the same."""
@@ -47,26 +41,10 @@ class DiffusionParams:
 
     preset: str | None = None
     """A rule by its name; the options beside it change it further."""
-    max_steps: int | None = None
-    """Denoising steps a canvas may take; the temperature ramp follows it."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Constants of the rule that the request sets, by name, see ``denoise.constants``."""
     canvas_length: int | None = None
     """Canvas width, at most the served one."""
-    t_min: float | None = None
-    """Temperature at the end of the ramp, before ``temperature`` scales it."""
-    t_max: float | None = None
-    """Temperature of the first step, before ``temperature`` scales it."""
-    entropy_bound: float | None = None
-    """Nats that the tokens accepted in one step may share."""
-    confidence_threshold: float | None = None
-    """Mean entropy in nats below which a canvas counts as certain."""
-    stability_threshold: int | None = None
-    """Steps the argmax must hold, at most the served number."""
-    hold_threshold: float | None = None
-    """Probability from which a token that held for a step is kept."""
-    doubt_threshold: float | None = None
-    """Expected wrong tokens below which a canvas may end without having held."""
-    soft_embedding_top_k: int | None = None
-    """Likeliest ids that self-conditioning is the mean of, an approximation; 0 for all."""
     seed_canvas: tuple[int, ...] = ()
     """Token ids of the first input of the first canvas, one a position."""
     pinned: tuple[int, ...] = ()
@@ -96,26 +74,11 @@ _UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
 _ALWAYS: Final = 1 << 32
 """Behind the last position of any output, above the last id of any vocabulary."""
 
-# Option -> the least number it may be.
-_COUNTS: Final = {
-    "max_steps": 1,
-    "canvas_length": 1,
-    "stability_threshold": 0,
-    "soft_embedding_top_k": 0,
-}
-_NUMBERS: Final = {
-    "t_min": 0.0,
-    "t_max": SMALLEST,
-    "entropy_bound": 0.0,
-    "confidence_threshold": 0.0,
-    "hold_threshold": 0.0,
-    "doubt_threshold": 0.0,
-}
 _LISTS: Final = ("seed_canvas", "pinned")
 _SWITCHES: Final = ("read_only", "constrained", "fused_commit", "telemetry")
 _OPTIONS: Final = {
     f"{PREFIX}{field}": field
-    for field in ("preset", *_COUNTS, *_NUMBERS, *_LISTS, *_SWITCHES, *fill.OPTIONS)
+    for field in ("preset", "canvas_length", *CONSTANTS, *_LISTS, *_SWITCHES, *fill.OPTIONS)
 }
 
 
@@ -175,13 +138,8 @@ def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
 
 def requested_rule(params: DiffusionParams, served: ServedRules) -> RuleConstants:
     """The rule a request is denoised by: what it names, then its preset, then the served values."""
-    named = {
-        name: value
-        for name in RuleConstants.__dataclass_fields__
-        if (value := getattr(params, name)) is not None
-    }
     base = served.default if params.preset is None else served.presets[params.preset]
-    return replace(base, **named)
+    return replace(base, **params.constants)
 
 
 def is_greedy(sampling: Any) -> bool:  # noqa: ANN401
@@ -242,6 +200,7 @@ def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options among ``extra`` as fields of DiffusionParams, and what is wrong with them."""
     fields: dict[str, Any] = {}
     texts: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     problems = []
     for name, value in extra.items():
         if not name.startswith(PREFIX):
@@ -253,10 +212,14 @@ def _options(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{name} must be {wrong}, got {reprlib.repr(value)}")
         elif field in fill.TEXTS:
             texts[field] = tuple(value) if field == "template" else value
+        elif field in CONSTANTS:
+            constants[field] = value
         elif field in _LISTS:
             fields[field] = tuple(value)
         else:
             fields[field] = bool(value) if field in _SWITCHES else value
+    if constants:
+        fields["constants"] = constants
     if texts:
         fields["text"] = fill.CanvasText(**texts)
     return fields, problems
@@ -267,37 +230,18 @@ def malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever 
     if field == "preset":
         known = isinstance(value, str) and value in PRESETS
         return None if known else f"one of {', '.join(PRESETS)}"
-    if field in _COUNTS:
-        return _no_count(field, value)
+    if field in CONSTANTS:
+        return CONSTANTS[field].expected(value)
+    if field == "canvas_length":
+        return None if _is_integer(value) and value > 0 else "a positive integer"
     if field in fill.OPTIONS:
         return fill.malformed(field, value)
-    if field in _NUMBERS:
-        return _no_number(field, value)
     if field in _LISTS:
         integers = isinstance(value, list | tuple) and all(_is_integer(v) for v in value)
         fine = integers and min(value, default=0) >= 0 and (value or field != "seed_canvas")
         return None if fine else "a list of integers of at least 0"
     # Over HTTP a boolean arrives as 0 or 1.
     return None if isinstance(value, int) and value in {0, 1} else "a boolean (or 0/1)"
-
-
-def _no_count(field: str, value: Any) -> str | None:  # noqa: ANN401
-    least = _COUNTS[field]
-    if field == "soft_embedding_top_k":
-        low, high = SOFT_TOP_K
-        known = _is_integer(value) and (value == 0 or low <= value <= high)
-        return None if known else f"0 for all ids, or an integer from {low} to {high}"
-    if not _is_integer(value) or value < least:
-        return "a positive integer" if least else "an integer of at least 0"
-    return f"at most {MAX_STEPS}" if field != "canvas_length" and value > MAX_STEPS else None
-
-
-def _no_number(field: str, value: Any) -> str | None:  # noqa: ANN401
-    number = _is_integer(value) or isinstance(value, float)
-    if number and value > LARGEST:
-        return f"a finite number of at most {LARGEST:g}"
-    least = _NUMBERS[field]
-    return None if number and value >= least else f"a finite number of at least {least:g}"
 
 
 def _is_integer(value: Any) -> bool:  # noqa: ANN401 - whatever a client sent
@@ -335,19 +279,13 @@ def _against_served(
         )
     if rules is None:
         return problems
-    held = params.stability_threshold
-    if held is not None and held > rules.longest_stability:
+    rule = requested_rule(params, rules)
+    if rule.remembered > rules.remembered:
         problems.append(
-            f"diffusion_stability_threshold must be at most the served "
-            f"{rules.longest_stability}, got {held}"
+            f"diffusion_stability_threshold must be at most the served {rules.remembered}, "
+            f"got {rule.remembered}"
         )
-    rule, served = requested_rule(params, rules), rules.default
-    if rule.t_max < rule.t_min:
-        problems.append(
-            f"diffusion_t_max ({rule.t_max}) must not be below diffusion_t_min ({rule.t_min}); "
-            f"served are {served.t_min} to {served.t_max}"
-        )
-    return problems
+    return problems + rule.incoherent(beside=rules.default, prefix=PREFIX)
 
 
 def _contradictions(

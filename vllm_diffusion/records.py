@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -297,11 +297,11 @@ class StopReason(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What canvases that finish commit, if that is not simply all of their argmax."""
+    """What the canvases of a batch commit if they finish."""
 
     tokens: Tensor  # [B, L] int64, the input of the commit forward
-    rows: Tensor  # [B, L] int64, the row of the canvas that each of the tokens comes from
-    count: Tensor  # [B] int64, how many of them are committed: at least 1, at most the width
+    rows: Tensor | None = None  # [B, L] int64, the row each token comes from; None: its own
+    count: Tensor | None = None  # [B] int64, tokens committed, 1 to the width; None: the width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +312,7 @@ class Decision:
     next_tokens: Tensor  # [B, L] int64, input of the next denoising step
     finished: Tensor  # [B] bool
     reason: Tensor  # [B] int64, a StopReason where finished, anything elsewhere
-    commit: Commit | None = None  # of the canvases that finish; None: their argmax, whole
+    commit: Commit  # of the canvases that finish, anything elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,42 +357,3 @@ class Constraints:
     pinned: tuple[int, ...] = ()  # positions that hold the seed canvas's token
     holes: Holes | None = None  # the pinned positions are a text with holes
     first_step: int | None = None  # the seed canvas is a draft: its canvases' first step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuleConstants:
-    """The constants of a decoding rule (host side).
-
-    Those without a default are the published rule's, and a checkpoint has to give them; the
-    defaults of the others switch off what they are about.
-    """
-
-    max_steps: int
-    t_min: float
-    t_max: float
-    entropy_bound: float  # nats
-    confidence_threshold: float  # nats
-    stability_threshold: int  # steps
-    hold_threshold: float = 0.0  # probability
-    doubt_threshold: float = 0.0  # tokens
-    soft_embedding_top_k: int = 0  # ids a soft embedding is the mean of; 0: all, as published
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedRules:
-    """The rules that the requests of an engine may be denoised by (host side)."""
-
-    default: RuleConstants  # where a request names no preset
-    presets: dict[str, RuleConstants]  # by the preset that a request names
-
-    @property
-    def longest_stability(self) -> int:
-        """Steps that the engine must remember so that every one of the rules can be followed."""
-        rules = (self.default, *self.presets.values())
-        return max(rule.stability_threshold for rule in rules)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> ServedRules:
-        """The rules that ``dataclasses.asdict`` was asked about."""
-        presets = {name: RuleConstants(**rule) for name, rule in values["presets"].items()}
-        return ServedRules(default=RuleConstants(**values["default"]), presets=presets)

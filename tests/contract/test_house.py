@@ -33,19 +33,10 @@ PURE_ROOMS = {
     "quant": {"compiled"},
     "canvas": {"denoise", "errors", "records"},
     "canvas_kernels": {"canvas", "denoise", "records"},
+    "rules": {"canvas", "denoise", "records"},
     "belief": {"canvas", "constrain", "denoise", "head", "records"},
-    "step_kernels": {"canvas", "denoise", "records"},
-    "step": {
-        "belief",
-        "canvas",
-        "canvas_kernels",
-        "constrain",
-        "denoise",
-        "head",
-        "records",
-        "step_kernels",
-    },
-    "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "step"},
+    "step": {"belief", "canvas", "constrain", "denoise", "head", "records", "rules"},
+    "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "rules", "step"},
     "testing": set(),
 }
 

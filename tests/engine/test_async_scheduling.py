@@ -231,13 +231,14 @@ def test_a_canvas_of_which_a_part_is_committed(
     sampler = Inside(llm).runner.sampler
     prompts = [make_prompt(length, length) for length in (3, 41, 58, 90)]
     given = {}
-    sampler.rule = PartOf()
+    published = sampler.rule
+    sampler.rule = PartOf(published.noise)
     try:
         for fused in (True, False):
             wishes = [wished(number, fused=fused, max_tokens=100) for number in range(4)]
             given[fused] = [answer.token_ids for answer in ask(llm, prompts, wishes)]
     finally:
-        sampler.rule = None
+        sampler.rule = published
     assert given[True] == given[False]
     Inside(llm).assert_idle()
 

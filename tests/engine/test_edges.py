@@ -6,7 +6,7 @@ changes nothing before the cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +15,7 @@ from helpers.parity import ENGINE, make_prompt
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_diffusion import params
+from vllm_diffusion.denoise.constants import CONSTANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -302,7 +302,7 @@ def test_a_request_that_computes_no_numbers_leaves_none_to_the_others(
     llm: LLM, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ):
     # Pages of the cache go from request to request, and attention reads all of a page.
-    monkeypatch.setitem(params._NUMBERS, "t_max", 0.0)
+    monkeypatch.setitem(CONSTANTS, "t_max", replace(CONSTANTS["t_max"], least=0.0))
     broken = run(llm, extra_args={"diffusion_t_max": 1e-300, "diffusion_t_min": 0.0})
     assert len(broken.token_ids) == 96
     for _ in range(2):

@@ -11,12 +11,11 @@ import torch
 from helpers.inside import Inside
 from helpers.parity import ENGINE, make_prompt
 from helpers.probe import Probe
+from helpers.rules import Deciding
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_diffusion import step as step_module
 from vllm_diffusion.denoise.draft import noised_draft
-from vllm_diffusion.records import Commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
 
     from vllm import LLM, CompletionOutput
 
-    from vllm_diffusion.records import Decision
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
+
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -325,17 +326,15 @@ def test_what_does_not_fit_is_refused_with_the_numbers(llm: LLM) -> None:
 def test_a_rule_may_commit_a_part_of_a_canvas(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What later rules need: the next canvas begins behind what was committed, not at its end."""
 
-    def front(*arguments: Any) -> Decision:
-        decision = step_module.decide(*arguments)
-        _, batch, stats = arguments
-        rows = torch.arange(stats.argmax.shape[1]).expand_as(stats.argmax)
+    def front(decision: Decision, _: CanvasPool, batch: CanvasBatch, __: CanvasStats) -> Decision:
         # How much goes by position alone, so that company and preemption cannot change it.
         count = torch.minimum(1 + batch.position[:, 0] % 13, batch.width)
-        return replace(decision, commit=Commit(tokens=stats.argmax, rows=rows, count=count))
+        return replace(decision, commit=replace(decision.commit, count=count))
 
     wishes = {"max_tokens": 50, "ignore_eos": True, "logprobs": 0, "max_steps": 6}
     asked = [asking(at, **wishes) for at in range(10)]
-    monkeypatch.setattr(Inside(llm).runner.sampler, "rule", front)
+    sampler = Inside(llm).runner.sampler
+    monkeypatch.setattr(sampler, "rule", Deciding(front, sampler.pool.vocab_size))
     with Probe() as probe:
         together = run(llm, asked, length=40)
     assert probe.preemptions

@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.engine import serving
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
@@ -25,7 +26,6 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.quant import int8
-from vllm_diffusion.records import RuleConstants, ServedRules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -307,7 +307,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         '{"t_max": 0.9, "sampler_config": {"entropy_bound": 0.7}}',
     )
     rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
-    published = RuleConstants(
+    published = EntropyBoundConstants(
         max_steps=24,
         t_min=0.4,
         t_max=0.9,

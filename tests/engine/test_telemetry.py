@@ -258,7 +258,7 @@ def test_a_mixed_batch_with_preemption_tells_what_ran(llm: LLM):
 
 
 def test_every_one_of_several_answers_tells_its_own(llm: LLM):
-    rule = Inside(llm).model_state.pool.constants
+    rule = Inside(llm).model_state.pool.default
     prompt = make_prompt(9, 9)
     with Probe() as probe:
         (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling(5, n=2, extra_args=ASK))

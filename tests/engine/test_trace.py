@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from helpers.engines import DEFAULTS
 from helpers.inside import Inside
 from helpers.parity import ENGINE, SPEC, make_prompt
 from helpers.probe import Probe, ProbedRun, ProbedStep
+from helpers.rules import Deciding
 from vllm import SamplingParams
 
-from vllm_diffusion import step as step_module
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.trace.file import Canvas, Trace, load
 from vllm_diffusion.trace.record import VARIABLE
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from helpers.engines import EnginePool
     from vllm import LLM
 
-    from vllm_diffusion.records import Decision, RuleConstants
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.denoise.constants import EntropyBoundConstants
+    from vllm_diffusion.records import Decision
 
 pytestmark = pytest.mark.vllm
 
@@ -110,7 +113,7 @@ def assert_traced(stays: list[Trace], run: ProbedRun) -> list[int]:
     return [token for _, tokens in commits for token in tokens]
 
 
-def assert_canvas(canvas: Canvas, seen: list[ProbedStep], rule: RuleConstants) -> None:
+def assert_canvas(canvas: Canvas, seen: list[ProbedStep], rule: EntropyBoundConstants) -> None:
     for mine, theirs in zip(canvas.steps, seen, strict=True):
         assert (mine.start, mine.step) == (theirs.start, theirs.step)
         assert mine.argmax.tolist() == theirs.argmax.tolist()
@@ -243,13 +246,12 @@ def test_a_rule_set_on_the_running_engine_is_what_is_recorded(
 ):
     _, folder = recording
 
-    def three_steps(*arguments: Any) -> Decision:
-        decision = step_module.decide(*arguments)
-        pool, batch, _ = arguments
-        decision.finished.copy_(pool.step[batch.slots] >= 2)
-        return decision
+    def stops_after_three(decision: Decision, pool: CanvasPool, *seen: Any) -> Decision:
+        return replace(decision, finished=pool.step[seen[0].slots] >= 2)
 
-    monkeypatch.setattr(Inside(llm).runner.sampler, "rule", three_steps)
+    sampler = Inside(llm).runner.sampler
+    three_steps = Deciding(stops_after_three, sampler.pool.vocab_size)
+    monkeypatch.setattr(sampler, "rule", three_steps)
     submit(llm, "ruled", make_prompt(30, 4), 4)
     texts = finish(llm)
     (trace,) = traces(folder, "ruled")
@@ -323,7 +325,6 @@ def test_nothing_is_recorded_unless_asked_for(
     inside = Inside(llm)
     assert inside.model_state._recorder is None
     assert inside.runner.sampler.observe is None
-    assert inside.runner.sampler.rule is None
     submit(llm, "off", make_prompt(20), 1)
     assert len(finish(llm)["off"]) == 2 * CANVAS
     assert list(tmp_path.iterdir()) == []

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.sampling_params import RequestOutputKind
 
 from helpers.parity import SPEC
-from vllm_diffusion import step as step_module
-from vllm_diffusion.records import Commit, Decision
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
     from helpers.probe import Probe
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.records import CanvasBatch, CanvasStats
+    from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 WINDOW = SPEC.sliding_window
 EXACT = 1e-5
@@ -41,20 +41,13 @@ def assert_same_run(fused: Probe, separate: Probe, seed: int) -> None:
             assert (values[seen] - wanted_values[seen]).abs().max() < EXACT
 
 
-class PartOf:
+class PartOf(EntropyBound):
     """A rule that commits a part of every canvas, another part of each."""
 
-    def __call__(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-        decision = step_module.decide(pool, batch, stats)
-        rows = torch.arange(batch.position.shape[1]).expand_as(batch.position)
+    def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+        decision = super().decide(pool, batch, stats)
         count = 1 + 7 * batch.position[:, 0] % 23
-        return Decision(
-            accept=decision.accept,
-            next_tokens=decision.next_tokens,
-            finished=decision.finished,
-            reason=decision.reason,
-            commit=Commit(tokens=stats.argmax, rows=rows, count=count),
-        )
+        return replace(decision, commit=replace(decision.commit, count=count))
 
 
 def texts(llm: LLM, asked: list[tuple[list[int], SamplingParams]], disturb: Any) -> list[list[int]]:

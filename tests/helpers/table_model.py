@@ -29,6 +29,8 @@ from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guard, Guards
 from vllm_diffusion.constrain.table import ConstraintTable
+from vllm_diffusion.denoise.constants import EntropyBoundConstants
+from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.head.reference import ReferenceHead
@@ -40,8 +42,8 @@ from vllm_diffusion.records import (
     Emission,
     Noise,
     Rewrite,
-    RuleConstants,
 )
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
 from vllm_diffusion.testing.reference import CACHE
 
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 LENGTH, VOCAB, SLOTS = 16, 61, 6
 
-CONSTANTS = RuleConstants(
+CONSTANTS = EntropyBoundConstants(
     max_steps=12,
     t_min=0.4,
     t_max=0.8,
@@ -113,7 +115,9 @@ def multinomial_drawn_by(noise: Noise) -> Iterator[None]:
         torch.multinomial = original
 
 
-def published(model: TableModel, seed: int, start: int, length: int, rule: RuleConstants) -> Trace:
+def published(
+    model: TableModel, seed: int, start: int, length: int, rule: EntropyBoundConstants
+) -> Trace:
     """One canvas through the published ``_denoising_step``, sampler, processor and criteria."""
     key = torch.tensor([split_seed(seed)])
     position = start + torch.arange(length)
@@ -190,11 +194,11 @@ class Engine:
     def __init__(
         self,
         model: TableModel,
-        rule: RuleConstants = CONSTANTS,
+        rule: EntropyBoundConstants = CONSTANTS,
         *,
         remembered: int | None = None,
     ) -> None:
-        self.model, self.rule = model, rule
+        self.model, self.rule = model, EntropyBound(UniformNoise(VOCAB))
         self.pool = CanvasPool(
             num_slots=SLOTS,
             canvas_length=LENGTH,
@@ -292,6 +296,7 @@ class Engine:
             batch,
             hidden,
             self.head,
+            self.rule,
             rewrite=rewrite,
             automata=self.automata.canvases(slots, batch),
             guards=self.guards.of(slots),

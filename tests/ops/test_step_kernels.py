@@ -5,7 +5,7 @@ The interpreter is chosen when Triton is imported, so one subprocess runs this v
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +23,9 @@ VOCAB = 262144
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_the_kernels_compile_without_spills(capability: int) -> None:
     pytest.importorskip("triton")
-    from vllm_diffusion import canvas_kernels, step_kernels
+    from vllm_diffusion import canvas_kernels
     from vllm_diffusion.engine import canvases_kernels
+    from vllm_diffusion.rules import entropy_bound_kernels
 
     sizes = {"VOCAB": VOCAB, "REMEMBERED": 2, "LENGTH": 256, "BLOCK": 256}
     several = {"slots", "widths", "positions", "seeds", "steps", "limits", "stabilities"}
@@ -43,10 +44,10 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
     here |= {"request_slots": "*i64", "widths": "*i64", "places": "*i64", "drafts": "*i64"}
     kinds |= here | {"valids": "*i1", "emitted_entropies": "*i32", "draft_stride": "i32"}
     for kernel, constants, warps in (
-        (step_kernels._key_rows, {"FACTOR": True, "LENGTH": 256, "BLOCK": 256}, 4),
-        (step_kernels._decide_canvas, sizes, 8),
-        (canvas_kernels._apply_canvas, sizes | {"COMMIT": True}, 4),
-        (canvas_kernels._apply_canvas, sizes | {"COMMIT": False}, 4),
+        (entropy_bound_kernels._key_rows, {"FACTOR": True, "LENGTH": 256, "BLOCK": 256}, 4),
+        (entropy_bound_kernels._decide_canvas, sizes, 8),
+        (canvas_kernels._apply_canvas, sizes, 4),
+        (canvas_kernels._apply_canvas, sizes | {"commit_rows": None, "commit_counts": None}, 4),
         (canvas_kernels._take_beliefs, {"BLOCK": canvas_kernels._COPIED}, 4),
         (canvas_kernels._begin_canvas, sizes, 4),
         (canvases_kernels._lay_out_canvas, {"LENGTH": 256, "BLOCK": 256}, 4),
@@ -75,36 +76,40 @@ def in_the_interpreter() -> None:
     """Random pools, some steps long: every state a slot may be in, beside every other."""
     import torch
 
-    from vllm_diffusion import canvas_kernels, step, step_kernels
+    from vllm_diffusion.canvas_kernels import CanvasPoolKernels
+    from vllm_diffusion.rules.entropy_bound import EntropyBound
+    from vllm_diffusion.rules.entropy_bound_kernels import EntropyBoundKernels
 
     compared = 0
     for seed, (length, remembered) in enumerate(((8, 0), (8, 1), (5, 3), (33, 2), (64, 1))):
         rng = torch.Generator().manual_seed(seed)
         pool = random_pool(rng, length, remembered)
         twin = random_pool(torch.Generator().manual_seed(seed), length, remembered)
+        twin.__class__ = CanvasPoolKernels
+        rule, kernels = EntropyBound(pool.noise), EntropyBoundKernels(twin.noise)
         assert_same_pool(pool, twin)
         for turn in range(8):
             batch = random_batch(rng, pool)
             stats = random_stats(rng, pool, batch)
             factor = torch.rand(len(batch.slots), generator=rng) if turn % 2 else None
-            temperature, noise = step.keyed(pool, batch, factor)
-            same_temperature, same_noise = step_kernels.keyed(twin, batch, factor)
+            temperature, noise = rule.keyed(pool, batch, factor)
+            same_temperature, same_noise = kernels.keyed(twin, batch, factor)
             assert torch.equal(temperature, same_temperature)
             assert_same(noise, same_noise)
-            decision = step.decide(pool, batch, stats)
-            assert_same(decision, step_kernels.decide(twin, batch, stats))
+            decision = rule.decide(pool, batch, stats)
+            assert_same(decision, kernels.decide(twin, batch, stats))
             if turn % 4 == 3:
                 decision = replace(decision, commit=random_commit(rng, batch))
             assert_same(
                 pool.apply(batch, stats, decision),
-                canvas_kernels.apply(twin, batch, stats, decision),
+                twin.apply(batch, stats, decision),
             )
             assert_same_pool(pool, twin)
             if turn % 3 == 0:
                 begun = batch.slots[: len(batch.slots) // 2]
                 position = batch.position[: len(begun)] + 7
                 pool.begin(begun, position)
-                canvas_kernels.begin(twin, begun, position)
+                twin.begin(begun, position)
                 assert_same_pool(pool, twin)
             compared += 1
     print(compared, "steps agree")
@@ -156,17 +161,13 @@ def requests() -> None:
 
 def the_published_loop() -> None:
     """The tests that hold ``advance`` to the published loop, with the kernels in it."""
+    from helpers import table_model
     from unit import test_step
 
-    from vllm_diffusion import canvas_kernels, step, step_kernels
+    from vllm_diffusion.canvas_kernels import CanvasPoolKernels
+    from vllm_diffusion.rules.entropy_bound_kernels import EntropyBoundKernels
 
-    kernels = step.Forms(
-        keyed=step_kernels.keyed,
-        decide=step_kernels.decide,
-        apply=canvas_kernels.apply,
-        begin=canvas_kernels.begin,
-    )
-    step.Forms.on = staticmethod(lambda _: kernels)
+    table_model.CanvasPool, table_model.EntropyBound = CanvasPoolKernels, EntropyBoundKernels
     test_step.test_three_canvases_equal_the_published_loop(stability=2, sharpness=3.0, seeds=2)
     test_step.test_other_entropy_bounds_equal_the_published_loop(bound=0.5)
     test_step.test_what_held_is_the_next_input_beside_what_the_bound_accepts(hold=0.5)
@@ -178,9 +179,9 @@ def random_pool(rng: Generator, length: int, remembered: int, slots: int = 6) ->
     import torch
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.records import RuleConstants
+    from vllm_diffusion.denoise.constants import EntropyBoundConstants
 
-    published = RuleConstants(
+    published = EntropyBoundConstants(
         max_steps=3,
         t_min=0.3,
         t_max=0.7,
@@ -288,7 +289,9 @@ def assert_same(one: object, other: object) -> None:
     for field in fields(one):  # type: ignore[arg-type]
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
         assert (mine is None) == (theirs is None), field.name
-        if mine is not None:
+        if is_dataclass(mine):
+            assert_same(mine, theirs)
+        elif mine is not None:
             assert mine.dtype == theirs.dtype, field.name
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=field.name)
 
@@ -297,7 +300,7 @@ def assert_same_pool(one: CanvasPool, other: CanvasPool) -> None:
     import torch
 
     tensors = {name: value for name, value in vars(one).items() if torch.is_tensor(value)}
-    assert len(tensors) > 20
+    assert len(tensors) > 14
     for name, mine in tensors.items():
         theirs = getattr(other, name)
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, declared
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.records import (
@@ -17,13 +18,12 @@ from vllm_diffusion.records import (
     Commit,
     Decision,
     Emission,
-    RuleConstants,
     StopReason,
 )
 
 SLOTS, LENGTH, HIDDEN, VOCAB = 5, 8, 4, 101
 
-CONSTANTS = RuleConstants(
+CONSTANTS = EntropyBoundConstants(
     max_steps=6,
     t_min=0.4,
     t_max=0.8,
@@ -43,11 +43,12 @@ STATE = (
     "causal",
     "fused",
     "seed",
-    "max_steps",
 )
 
 
-def make_pool(constants: RuleConstants = CONSTANTS, remembered: int | None = None) -> CanvasPool:
+def make_pool(
+    constants: EntropyBoundConstants = CONSTANTS, remembered: int | None = None
+) -> CanvasPool:
     return CanvasPool(
         num_slots=SLOTS,
         canvas_length=LENGTH,
@@ -87,13 +88,15 @@ def make_stats(batch: CanvasBatch, fill: int) -> CanvasStats:
     )
 
 
-def make_decision(batch: CanvasBatch, next_token: int, *finished: bool) -> Decision:
+def make_decision(batch: CanvasBatch, fill: int, next_token: int, *finished: bool) -> Decision:
+    """Of a rule that commits the argmax of ``make_stats(batch, fill)``."""
     shape = batch.position.shape
     return Decision(
         accept=torch.zeros(shape, dtype=torch.bool),
         next_tokens=torch.full(shape, next_token),
         finished=torch.tensor(finished),
         reason=torch.full((shape[0],), StopReason.SETTLED),
+        commit=Commit(tokens=make_stats(batch, fill).argmax),
     )
 
 
@@ -120,10 +123,11 @@ def test_a_new_pool_is_causal_and_holds_the_constants() -> None:
     assert pool.tokens.shape == pool.argmax.shape == (SLOTS, LENGTH)
     assert pool.history.shape == (SLOTS, CONSTANTS.stability_threshold, LENGTH)
     assert pool.soft_embedding.shape == (SLOTS, LENGTH, HIDDEN)
-    assert pool.t_min.tolist() == [0.4] * SLOTS
-    assert pool.t_max.tolist() == [0.8] * SLOTS
-    assert pool.entropy_bound.tolist() == pytest.approx([0.1] * SLOTS)
-    assert pool.confidence_threshold.tolist() == pytest.approx([0.005] * SLOTS)
+    of = pool.constants
+    assert of.t_min.tolist() == [0.4] * SLOTS
+    assert of.t_max.tolist() == [0.8] * SLOTS
+    assert of.entropy_bound.tolist() == pytest.approx([0.1] * SLOTS)
+    assert of.confidence_threshold.tolist() == pytest.approx([0.005] * SLOTS)
 
 
 def test_admit_takes_the_slot_and_nothing_else() -> None:
@@ -131,7 +135,7 @@ def test_admit_takes_the_slot_and_nothing_else() -> None:
     before = {slot: snapshot(pool, slot) for slot in (0, 2)}
     pool.admit(1, seed=(7 << 32) + 9, constants=replace(CONSTANTS, max_steps=3))
     assert pool.seed[1].tolist() == [9, 7]
-    assert int(pool.max_steps[1]) == 3
+    assert int(pool.constants.max_steps[1]) == 3
     assert int(pool.step[1]) == 0
     assert bool(pool.causal[1])
     for slot, state in before.items():
@@ -140,7 +144,7 @@ def test_admit_takes_the_slot_and_nothing_else() -> None:
 
 def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> None:
     pool = make_pool()
-    asked = RuleConstants(
+    asked = EntropyBoundConstants(
         max_steps=2,
         t_min=0.1,
         t_max=0.9,
@@ -153,27 +157,18 @@ def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> No
     for rule in (asked, CONSTANTS):
         pool.admit(0, seed=1, constants=None if rule == CONSTANTS else rule)
         held = {
-            name: float(getattr(pool, name)[0])
-            for name in (
-                "max_steps",
-                "t_min",
-                "t_max",
-                "entropy_bound",
-                "confidence_threshold",
-                "hold_threshold",
-                "doubt_threshold",
-            )
+            name: float(getattr(pool.constants, name)[0])
+            for name in declared(EntropyBoundConstants)
         }
         assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
-        assert int(pool.stability[0]) == rule.stability_threshold
 
 
 def test_a_pool_remembers_more_steps_than_its_own_rule_asks_for() -> None:
     pool = make_pool(CONSTANTS, remembered=4)
     assert pool.history.shape == (SLOTS, 4, LENGTH)
-    assert pool.stability.tolist() == [CONSTANTS.stability_threshold] * SLOTS
+    assert pool.constants.stability_threshold.tolist() == [CONSTANTS.stability_threshold] * SLOTS
     pool.admit(0, seed=1, constants=replace(CONSTANTS, stability_threshold=4))
-    assert int(pool.stability[0]) == 4
+    assert int(pool.constants.stability_threshold[0]) == 4
 
 
 def test_begin_draws_the_initial_canvas_of_the_slots_seed_and_position() -> None:
@@ -192,7 +187,7 @@ def test_a_denoising_step_takes_the_decision() -> None:
     pool = begun_pool(1, 3)
     others = {slot: snapshot(pool, slot) for slot in (0, 2, 4)}
     batch = make_batch([3, 1], [30, 10])
-    emission = pool.apply(batch, make_stats(batch, 50), make_decision(batch, 77, False, False))
+    emission = pool.apply(batch, make_stats(batch, 50), make_decision(batch, 50, 77, False, False))
     assert emission.count.tolist() == [0, 0]
     assert emission.steps.tolist() == [0, 0]
     assert pool.step[[3, 1]].tolist() == [1, 1]
@@ -210,7 +205,7 @@ def test_history_holds_the_latest_steps_oldest_first() -> None:
     batch = make_batch([2], [20])
     seen = []
     for fill in (5, 6, 7):
-        pool.apply(batch, make_stats(batch, fill), make_decision(batch, 0, False))
+        pool.apply(batch, make_stats(batch, fill), make_decision(batch, fill, 0, False))
         seen.append(pool.history[2, :, 0].tolist())
     assert seen == [[-1, 5], [5, 6], [6, 7]]
 
@@ -218,7 +213,7 @@ def test_history_holds_the_latest_steps_oldest_first() -> None:
 def test_a_finished_canvas_turns_causal_with_its_argmax_as_input() -> None:
     pool = begun_pool(0, 1)
     batch = make_batch([0, 1], [0, 10])
-    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True, False))
+    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 30, 77, True, False))
     assert emission.count.tolist() == [0, 0], "its KV is not written yet, so nothing is emitted"
     assert pool.causal[[0, 1]].tolist() == [True, False]
     assert bool((pool.tokens[0] == 30).all())
@@ -232,12 +227,12 @@ def test_a_commit_emits_the_argmax_and_begins_the_next_canvas_behind_it() -> Non
     pool = begun_pool(2)
     batch = make_batch([2], [20])
     for finished in (False, True):
-        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, finished))
+        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 40, 77, finished))
     # What the head and the rule say of commit rows is noise: a commit row has no distribution.
     garbage = replace(
         make_stats(batch, 99), soft_embedding=torch.full((1, LENGTH, HIDDEN), torch.nan)
     )
-    emission = pool.apply(batch, garbage, make_decision(batch, 88, True))
+    emission = pool.apply(batch, garbage, make_decision(batch, 0, 88, True))
     assert emission.tokens.tolist() == [[40] * LENGTH]
     assert emission.count.tolist() == [LENGTH]
     assert emission.steps.tolist() == [2]
@@ -256,7 +251,7 @@ def test_a_commit_tells_the_reason_and_entropy_of_the_canvass_last_step() -> Non
         entropy = torch.full((2, LENGTH), nats)
         entropy[1, :3] = torch.tensor([0.5, 0.25, 0.0])  # beyond its width it does not count
         decision = replace(
-            make_decision(batch, 77, step == 1, step == 1),
+            make_decision(batch, 40, 77, step == 1, step == 1),
             reason=torch.tensor([StopReason.STEPS, StopReason.SETTLED]),
         )
         pool.apply(batch, replace(make_stats(batch, 40), entropy=entropy), decision)
@@ -272,7 +267,7 @@ def test_a_commit_equals_a_fresh_begin_at_the_same_place() -> None:
     pool = begun_pool(2)
     batch = make_batch([2], [20])
     for finished in (True, False):
-        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, finished))
+        pool.apply(batch, make_stats(batch, 40), make_decision(batch, 40, 77, finished))
     fresh = make_pool()
     fresh.admit(2, seed=1002)
     fresh.begin(torch.tensor([2]), positions(20 + LENGTH))
@@ -290,7 +285,8 @@ def test_denoising_finishing_and_committing_slots_share_a_batch() -> None:
             stats = make_stats(batch, fill)
             row = torch.tensor(slots)[:, None]
             stats = replace(stats, argmax=(row + fill).expand(len(slots), LENGTH))
-            pool.apply(batch, stats, make_decision(batch, 70, *(finished[s] for s in slots)))
+            decision = make_decision(batch, fill, 70, *(finished[s] for s in slots))
+            pool.apply(batch, stats, replace(decision, commit=Commit(tokens=stats.argmax)))
             states.append(snapshot(pool, slot))
         return states
 
@@ -303,8 +299,8 @@ def test_denoising_finishing_and_committing_slots_share_a_batch() -> None:
 def test_a_narrow_commit_emits_its_width_and_goes_on_behind_it(width: int) -> None:
     pool = begun_pool(0)
     batch = make_batch([0], [0], [width])
-    pool.apply(batch, make_stats(batch, 40), make_decision(batch, 77, True))
-    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False))
+    pool.apply(batch, make_stats(batch, 40), make_decision(batch, 40, 77, True))
+    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 99, 88, False))
     assert emission.count.tolist() == [width]
     expected = initial_canvas(torch.tensor([split_seed(1000)]), positions(width), VOCAB)
     assert torch.equal(pool.tokens[0], expected[0])
@@ -315,7 +311,7 @@ def test_what_an_aborted_request_leaves_behind_does_not_reach_the_next(left_in: 
     pool = begun_pool(3)
     batch = make_batch([3], [30])
     for finished in {"denoising": [False], "finished": [True], "committed": [True, False]}[left_in]:
-        pool.apply(batch, make_stats(batch, 64), make_decision(batch, 77, finished))
+        pool.apply(batch, make_stats(batch, 64), make_decision(batch, 64, 77, finished))
     fresh = make_pool()
     for each in (pool, fresh):
         each.admit(3, seed=5)
@@ -326,7 +322,7 @@ def test_what_an_aborted_request_leaves_behind_does_not_reach_the_next(left_in: 
     # The stale argmax may stay: it is written by every step before a commit reads it.
     batch = make_batch([3], [4])
     for each in (pool, fresh):
-        each.apply(batch, make_stats(batch, 20), make_decision(batch, 21, True))
+        each.apply(batch, make_stats(batch, 20), make_decision(batch, 20, 21, True))
     assert torch.equal(pool.argmax[3], fresh.argmax[3])
 
 
@@ -335,7 +331,7 @@ def test_confidence_alone_needs_no_history() -> None:
     pool.admit(0, seed=1)
     pool.begin(torch.tensor([0]), positions(0))
     batch = make_batch([0], [0])
-    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 4, False))
+    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 3, 4, False))
     assert pool.history.shape == (SLOTS, 0, LENGTH)
     assert bool((pool.tokens[0] == 4).all())
 
@@ -353,7 +349,7 @@ def test_soft_embeddings_are_kept_in_the_models_dtype() -> None:
     pool.admit(0, seed=1)
     pool.begin(torch.tensor([0]), positions(0))
     batch = make_batch([0], [0])
-    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 4, False))
+    pool.apply(batch, make_stats(batch, 3), make_decision(batch, 3, 4, False))
     assert pool.soft_embedding.dtype == torch.bfloat16
 
 
@@ -362,37 +358,30 @@ def test_a_belief_that_is_no_number_is_dropped() -> None:
     stats = make_stats(batch, 3)
     for place, value in enumerate((float("nan"), float("inf"), -float("inf"))):
         stats.soft_embedding[0, 1, place] = value
-    pool.apply(batch, stats, make_decision(batch, 4, False))
+    pool.apply(batch, stats, make_decision(batch, 0, 4, False))
     assert pool.soft_embedding[0, 1].tolist() == [0, 0, 0, 3]
     assert bool((pool.soft_embedding[0, 0] == 3).all())
 
 
-def test_a_slot_asks_for_nothing_once_its_owner_is_gone() -> None:
-    pool = make_pool()
-    assert not pool.all_near
-    for slot in (1, 2):
-        pool.admit(slot, seed=1, constants=replace(CONSTANTS, soft_embedding_top_k=8))
-        pool.begin(torch.tensor([slot]), positions(0))
+def test_a_slot_has_an_owner_until_it_is_released() -> None:
+    pool, other = make_pool(), replace(CONSTANTS, soft_embedding_top_k=8)
+    pool.admit(1, seed=1, constants=other)
+    pool.admit(2, seed=1)
+    assert pool.owners == {1: other, 2: CONSTANTS}
+    pool.begin(torch.tensor([1]), positions(0))
     pool.release(1)
     assert bool(pool.causal[1])
-    assert pool.soft_top_k is not None
-    assert pool.all_near
-    pool.admit(1, seed=1)
-    assert pool.soft_top_k is not None
-    assert not pool.all_near
-    pool.release(1)
-    assert pool.all_near
-    pool.release(2)
-    assert pool.soft_top_k is None
-    assert not pool.all_near
+    assert pool.owners == {2: CONSTANTS}
 
 
 def finish_and_commit(pool: CanvasPool, commit: Commit) -> tuple[CanvasBatch, Emission]:
     """One step of slots 0 and 1, which finish; then the forward that commits them."""
     batch = make_batch([0, 1], [0, 10])
-    decision = replace(make_decision(batch, 77, True, True), commit=commit)
+    decision = replace(make_decision(batch, 0, 77, True, True), commit=commit)
     pool.apply(batch, make_stats(batch, 30), decision)
-    return batch, pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False, False))
+    return batch, pool.apply(
+        batch, make_stats(batch, 99), make_decision(batch, 99, 88, False, False)
+    )
 
 
 def test_a_decision_may_commit_a_part_and_the_next_canvas_begins_behind_it() -> None:
@@ -407,8 +396,8 @@ def test_a_decision_may_commit_a_part_and_the_next_canvas_begins_behind_it() -> 
     assert bool((pool.argmax[0] == 30).all()), "the guess is the model's, not what was committed"
     # Nothing of it is left for the canvas that follows.
     again = make_batch([0, 1], [3, 10 + LENGTH])
-    pool.apply(again, make_stats(batch, 40), make_decision(batch, 0, True, True))
-    emission = pool.apply(again, make_stats(batch, 99), make_decision(batch, 0, False, False))
+    pool.apply(again, make_stats(batch, 40), make_decision(batch, 40, 0, True, True))
+    emission = pool.apply(again, make_stats(batch, 99), make_decision(batch, 99, 0, False, False))
     assert emission.count.tolist() == [LENGTH, LENGTH]
     assert pool.rows[0].tolist() == list(range(LENGTH))
 
@@ -418,7 +407,7 @@ def test_what_is_committed_is_the_input_of_the_commit_forward() -> None:
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
     batch = make_batch([0, 1], [0, 10])
     commit = Commit(tokens=tokens, rows=tokens % LENGTH, count=torch.tensor([3, LENGTH]))
-    decision = replace(make_decision(batch, 77, True, False), commit=commit)
+    decision = replace(make_decision(batch, 0, 77, True, False), commit=commit)
     pool.apply(batch, make_stats(batch, 30), decision)
     assert torch.equal(pool.tokens[0], tokens[0])
     assert bool((pool.tokens[1] == 77).all()), "a canvas that goes on takes no notice"
@@ -435,8 +424,8 @@ def test_a_canvas_may_begin_from_a_draft_within_its_schedule() -> None:
     assert (int(pool.step[1]), int(pool.first_step[1])) == (4, 4)
     # Steps are counted from there, and the next canvas begins at the first again.
     batch = make_batch([1], [10])
-    pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True))
-    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 88, False))
+    pool.apply(batch, make_stats(batch, 30), make_decision(batch, 30, 77, True))
+    emission = pool.apply(batch, make_stats(batch, 99), make_decision(batch, 99, 88, False))
     assert int(emission.steps[0]) == 1
     assert (int(pool.step[1]), int(pool.first_step[1])) == (0, 0)
 
@@ -461,7 +450,7 @@ def test_a_fused_canvas_leaves_in_its_last_step_and_the_next_begins_behind_it() 
     entropy[1, :3] = torch.tensor([0.5, 0.25, 0.0])
     for finished in (False, True):
         decision = replace(
-            make_decision(batch, 77, False, finished),
+            make_decision(batch, 30, 77, False, finished),
             reason=torch.tensor([StopReason.STEPS, StopReason.STEPS]),
         )
         emission = pool.apply(batch, replace(make_stats(batch, 30), entropy=entropy), decision)
@@ -484,7 +473,7 @@ def test_a_fused_slot_of_a_draft_counts_its_steps_from_there() -> None:
     pool = begun_pool(1, fused=True)
     slots, batch = torch.tensor([1]), make_batch([1], [10])
     pool.begin_from(slots, torch.tensor([True]), torch.full((1, LENGTH), 5), torch.tensor([4]))
-    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 77, True))
+    emission = pool.apply(batch, make_stats(batch, 30), make_decision(batch, 30, 77, True))
     assert emission.steps.tolist() == [1]
     assert (int(pool.step[1]), int(pool.first_step[1])) == (0, 0)
 
@@ -495,13 +484,13 @@ def test_fused_and_separate_slots_end_alike_a_forward_apart() -> None:
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
     commit = Commit(tokens=tokens, rows=tokens % LENGTH, count=torch.tensor([3, 5]))
     batch = make_batch([0, 1], [0, 10])
-    decision = replace(make_decision(batch, 77, True, True), commit=commit)
+    decision = replace(make_decision(batch, 0, 77, True, True), commit=commit)
     first = pool.apply(batch, make_stats(batch, 30), decision)
     assert first.count.tolist() == [0, 5]
     assert torch.equal(first.tokens[1], tokens[1])
     begun = snapshot(pool, 1)
     alone = make_batch([0], [0])
-    second = pool.apply(alone, make_stats(alone, 99), make_decision(alone, 88, False))
+    second = pool.apply(alone, make_stats(alone, 99), make_decision(alone, 99, 88, False))
     assert second.count.tolist() == [3]
     assert_unchanged(pool, 1, begun)
     behind = initial_canvas(pool.seed[[0, 1]], positions(3, 15), VOCAB)
@@ -518,10 +507,10 @@ def test_the_probability_of_the_last_argmax_is_forgotten_with_its_canvas() -> No
     pool = begun_pool(1, 3)
     batch = make_batch([1, 3], [10, 30])
     assert not bool(pool.top_prob.any())
-    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, True, False))
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 5, 7, True, False))
     assert pool.top_prob[[1, 3]].tolist() == [[1.0] * LENGTH] * 2
     # Slot 1 commits, and its next canvas begins.
-    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 7, False, False))
+    pool.apply(batch, make_stats(batch, 5), make_decision(batch, 5, 7, False, False))
     assert not bool(pool.top_prob[1].any())
     assert bool(pool.top_prob[3].all())
     pool.begin(torch.tensor([3]), positions(30))

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from vllm_diffusion.config import (
-    SAMPLER_CLASS,
     describe,
     fused_commit,
     head_memory,
     head_weights,
     served_rules,
 )
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.params import DiffusionParams, requested_rule
-from vllm_diffusion.records import RuleConstants, ServedRules
 
+[SAMPLER_CLASS] = EntropyBoundConstants.sections.values()
 RELEASED: dict[str, Any] = {
     "max_denoising_steps": 48,
     "t_min": 0.4,
@@ -33,7 +33,7 @@ RELEASED: dict[str, Any] = {
     "eos_token_id": [1, 106],
 }
 
-PUBLISHED = RuleConstants(
+PUBLISHED = EntropyBoundConstants(
     max_steps=48,
     t_min=0.4,
     t_max=0.8,
@@ -124,18 +124,26 @@ def test_an_unknown_sampler_class_is_refused_with_what_was_found(sampler: object
 @pytest.mark.parametrize(
     ("constant", "value", "problem"),
     [
-        ("max_denoising_steps", 0, "max_denoising_steps must be at least 1, got 0"),
-        ("max_denoising_steps", 48.0, "max_denoising_steps must be an integer, got 48.0"),
-        ("max_denoising_steps", True, "max_denoising_steps must be an integer, got True"),
-        ("max_denoising_steps", "48", "max_denoising_steps must be an integer, got '48'"),
-        ("t_min", -0.1, "t_min must be at least 0.0, got -0.1"),
-        ("t_max", "hot", "t_max must be a finite number, got 'hot'"),
-        ("t_max", [0.8], "t_max must be a finite number, got [0.8]"),
-        ("stability_threshold", -1, "stability_threshold must be at least 0, got -1"),
-        ("stability_threshold", 0.5, "stability_threshold must be an integer, got 0.5"),
+        ("max_denoising_steps", 0, "max_denoising_steps must be a positive integer, got 0"),
+        ("max_denoising_steps", 48.0, "max_denoising_steps must be a positive integer, got 48.0"),
+        ("max_denoising_steps", True, "max_denoising_steps must be a positive integer, got True"),
+        ("max_denoising_steps", "48", "max_denoising_steps must be a positive integer, got '48'"),
+        ("t_min", -0.1, "t_min must be a finite number of at least 0, got -0.1"),
+        ("t_max", "hot", "t_max must be a finite number of at least 1e-06, got 'hot'"),
+        ("t_max", [0.8], "t_max must be a finite number of at least 1e-06, got [0.8]"),
+        ("stability_threshold", -1, "stability_threshold must be an integer of at least 0, got -1"),
+        (
+            "stability_threshold",
+            0.5,
+            "must be an integer of at least 0, got 0.5",
+        ),
         ("t_max", 10**400, "t_max must be a finite number of at most 1e+06, got 1000"),
-        ("max_denoising_steps", 2**63, "max_denoising_steps must be an integer of at most 1024"),
-        ("confidence_threshold", -1, "confidence_threshold must be at least 0.0, got -1"),
+        ("max_denoising_steps", 2**63, "max_denoising_steps must be at most 1024, got 9223"),
+        (
+            "confidence_threshold",
+            -1,
+            "confidence_threshold must be a finite number of at least 0",
+        ),
     ],
 )
 def test_a_constant_of_wrong_type_or_range_is_named_with_its_value(
@@ -204,7 +212,9 @@ def test_of_all_that_name_a_constant_the_strongest_wins(
     )
     asked = DiffusionParams(
         preset="asked" if "preset of the request" in named else None,
-        max_steps=PLACES["option of the request"] if "option of the request" in named else None,
+        constants={"max_steps": PLACES["option of the request"]}
+        if "option of the request" in named
+        else {},
     )
     winner = max(("generation_config.json", *named), key=list(PLACES).index)
     assert requested_rule(asked, rules) == replace(PUBLISHED, max_steps=PLACES[winner])
@@ -261,12 +271,12 @@ def test_overrides_make_up_for_what_a_checkpoint_lacks():
 def test_the_engine_remembers_enough_for_every_rule_that_can_be_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    assert rules_of().longest_stability == 1
-    assert rules_of(additional={"stability_threshold": 4}).longest_stability == 4
+    assert rules_of().remembered == 1
+    assert rules_of(additional={"stability_threshold": 4}).remembered == 4
     # The checkpoint's own number stays in reach.
-    assert rules_of(additional={"stability_threshold": 0}).longest_stability == 1
+    assert rules_of(additional={"stability_threshold": 0}).remembered == 1
     monkeypatch.setitem(PRESETS, "patient", {"stability_threshold": 3})
-    assert rules_of().longest_stability == 3
+    assert rules_of().remembered == 3
 
 
 def test_a_rule_is_described_with_the_origin_of_what_was_changed():
@@ -373,11 +383,11 @@ def test_one_message_names_what_is_wrong_in_every_place():
         )
     for problem in (
         "t_min is missing",
-        "t_max must be a finite number, got 'hot'",
-        "max_denoising_steps must be at least 1, got 0",
+        "t_max must be a finite number of at least 1e-06, got 'hot'",
+        "max_denoising_steps must be a positive integer, got 0",
         "names max_steps",
         "preset must be one of",
         "has no 'max_step'",
-        "entropy_bound must be a finite number of at least 0, got -1",
+        "entropy_bound must be a finite number of at least 0",
     ):
         assert problem in str(caught.value)

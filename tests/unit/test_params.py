@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from vllm_diffusion.denoise.constants import MAX_STEPS, EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.params import (
     GREEDY_SEED,
-    MAX_STEPS,
     DiffusionParams,
     admitted_params,
     constraints,
@@ -20,7 +20,7 @@ from vllm_diffusion.params import (
     parse_params,
     requested_rule,
 )
-from vllm_diffusion.records import Constraints, RuleConstants, ServedRules
+from vllm_diffusion.records import Constraints
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ REFUSED: dict[str, Any] = {
     "trace_decode_token_ids": [1],
 }
 
-RULE = RuleConstants(
+RULE = EntropyBoundConstants(
     max_steps=48,
     t_min=0.4,
     t_max=0.8,
@@ -70,10 +70,10 @@ RULES = ServedRules(default=RULE, presets={"reference": RULE, "fast": FAST})
 
 OPTIONS = (
     "diffusion_preset, "
-    "diffusion_max_steps, diffusion_canvas_length, diffusion_stability_threshold, "
-    "diffusion_soft_embedding_top_k, "
+    "diffusion_canvas_length, diffusion_max_steps, "
     "diffusion_t_min, diffusion_t_max, diffusion_entropy_bound, diffusion_confidence_threshold, "
-    "diffusion_hold_threshold, diffusion_doubt_threshold, "
+    "diffusion_stability_threshold, diffusion_hold_threshold, diffusion_doubt_threshold, "
+    "diffusion_soft_embedding_top_k, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
     "diffusion_fused_commit, diffusion_telemetry, diffusion_template, diffusion_suffix, "
     "diffusion_draft, diffusion_noise_level"
@@ -114,16 +114,18 @@ def test_options_become_fields():
     assert parsed == admitted_params(extra)
     assert parsed == DiffusionParams(
         preset="fast",
-        max_steps=7,
         canvas_length=3,
-        t_min=0,
-        t_max=0.5,
-        entropy_bound=0.0,
-        confidence_threshold=1.5,
-        hold_threshold=0.9,
-        doubt_threshold=0.25,
-        stability_threshold=0,
-        soft_embedding_top_k=16,
+        constants={
+            "max_steps": 7,
+            "t_min": 0,
+            "t_max": 0.5,
+            "entropy_bound": 0.0,
+            "confidence_threshold": 1.5,
+            "hold_threshold": 0.9,
+            "doubt_threshold": 0.25,
+            "stability_threshold": 0,
+            "soft_embedding_top_k": 16,
+        },
         seed_canvas=(4, 5, 6),
         pinned=(0, 2),
         read_only=True,
@@ -180,7 +182,7 @@ def test_steps_without_bound_are_refused(value: int):
     message = message_of(Sampling(extra_args={"diffusion_max_steps": value}))
     assert f"diffusion_max_steps must be at most {MAX_STEPS}, got {value}" in message
     most = Sampling(extra_args={"diffusion_max_steps": MAX_STEPS})
-    assert parse_params(most).max_steps == MAX_STEPS
+    assert parse_params(most).constants == {"max_steps": MAX_STEPS}
 
 
 def test_any_width_passes_where_the_served_canvas_is_not_known():
@@ -205,7 +207,7 @@ def test_the_request_is_not_changed():
 
 def test_the_worker_reads_admitted_options_and_never_raises():
     admitted = admitted_params({"diffusion_max_steps": 7, "diffusion_unheard_of": 1, "x": 2})
-    assert admitted == DiffusionParams(max_steps=7)
+    assert admitted == DiffusionParams(constants={"max_steps": 7})
     assert admitted_params(None) == admitted_params({}) == DiffusionParams()
 
 
@@ -310,7 +312,7 @@ def test_wishes_that_exclude_each_other():
 
 def test_the_requested_rule_is_the_served_one_but_for_what_is_named():
     assert requested_rule(DiffusionParams(), RULES) == RULE
-    named = DiffusionParams(max_steps=3, t_min=0.0, stability_threshold=0)
+    named = DiffusionParams(constants={"max_steps": 3, "t_min": 0.0, "stability_threshold": 0})
     changes = {"max_steps": 3, "t_min": 0.0, "stability_threshold": 0}
     assert requested_rule(named, RULES) == replace(RULE, **changes)
     assert requested_rule(replace(named, preset="fast"), RULES) == replace(FAST, **changes)

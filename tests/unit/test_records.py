@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_diffusion import records
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.records import CanvasStats, ClassStats, Noise
 
 RECORDS = [
@@ -18,8 +19,6 @@ RECORDS = [
     records.Commit,
     records.Decision,
     records.Emission,
-    records.RuleConstants,
-    records.ServedRules,
     records.BadWords,
     records.Constraints,
     records.Holes,
@@ -45,7 +44,9 @@ def numbered_stats(rows: int, first: int = 0) -> CanvasStats:
     )
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+@pytest.mark.parametrize(
+    "record", [*RECORDS, EntropyBoundConstants, ServedRules], ids=lambda record: record.__name__
+)
 def test_records_are_frozen_slotted_and_keyword_only(record: type) -> None:
     names = [field.name for field in fields(record)]
     instance = record(**dict.fromkeys(names))

@@ -193,7 +193,7 @@ def test_the_step_limit_of_a_request_ends_its_canvas() -> None:
     engine = Engine(TableModel(sharpness=0.0))
     engine.admit(0, seed=1, start=0)
     engine.admit(1, seed=1, start=0)
-    engine.pool.max_steps[1] = 4
+    engine.pool.constants.max_steps[1] = 4
     ours, emission = engine.run_canvas(1)
     assert ours.steps == 4
     assert int(emission.steps[0]) == 4

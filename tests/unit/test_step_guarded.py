@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,12 +29,12 @@ from vllm_diffusion.constrain.grammar import GrammarCompiler
 from vllm_diffusion.records import (
     CanvasBatch,
     CanvasStats,
-    Commit,
     Constraints,
     Decision,
     Emission,
     StopReason,
 )
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 
 if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
@@ -78,9 +78,9 @@ def run(
     engine = Engine(TableModel(seed=seed, sharpness=sharpness))
     guard = None if grammar is None else guard_of(grammar, budget, end_tokens=ends)
     engine.admit(1, seed=seed, start=START, constraints=constraints, guard=guard)
-    engine.pool.max_steps[1] = max_steps
+    engine.pool.constants.max_steps[1] = max_steps
     engine.pool.fused[1] = fused
-    engine.pool.doubt_threshold[1] = doubt
+    engine.pool.constants.doubt_threshold[1] = doubt
     emissions, tokens = [], []
     while len(tokens) < budget and not set(ends) & set(tokens):
         emission = engine.step(1)
@@ -167,11 +167,13 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stats: list[CanvasStats] = []
         self.decisions: list[Decision] = []
-        decide, advance = step_module.decide, step_module.advance
+        decide, advance = EntropyBound.decide, step_module.advance
 
-        def watched(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+        def watched(
+            rule: EntropyBound, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats
+        ) -> Decision:
             self.stats.append(stats)
-            return decide(pool, batch, stats)
+            return decide(rule, pool, batch, stats)
 
         def observe(
             pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision
@@ -179,7 +181,7 @@ class Watched:
             del pool, batch, stats
             self.decisions.append(decision)
 
-        monkeypatch.setattr(step_module, "decide", watched)
+        monkeypatch.setattr(EntropyBound, "decide", watched)
         monkeypatch.setattr(
             "helpers.table_model.advance",
             lambda *args, **named: advance(*args, **named, observe=observe),
@@ -348,7 +350,7 @@ def test_a_canvas_that_comes_back_goes_on_as_it_would_have() -> None:
         engine = Engine(TableModel(seed=11, sharpness=0.7))
         guard = guard_of(JSON, BUDGET - kept, written=whole.tokens[:kept])
         engine.admit(1, seed=11, start=START + kept, guard=guard)
-        engine.pool.max_steps[1] = 2
+        engine.pool.constants.max_steps[1] = 2
         _, emission = engine.run_canvas(1)
         assert_equal_records(emission, whole.emissions[canvases])
 
@@ -397,21 +399,16 @@ def test_where_the_grammar_leaves_a_choice_the_other_wishes_hold() -> None:
 def test_a_rule_that_commits_a_part_commits_what_is_legal_of_it(
     monkeypatch: pytest.MonkeyPatch, *, fused: bool
 ) -> None:
-    decide = step_module.decide
+    decide = EntropyBound.decide
 
-    def part(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-        decision = decide(pool, batch, stats)
-        rows = torch.arange(LENGTH).expand_as(batch.position)
+    def part(
+        rule: EntropyBound, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats
+    ) -> Decision:
+        decision = decide(rule, pool, batch, stats)
         count = torch.full_like(batch.width, 5)
-        return Decision(
-            accept=decision.accept,
-            next_tokens=decision.next_tokens,
-            finished=decision.finished,
-            reason=decision.reason,
-            commit=Commit(tokens=stats.argmax, rows=rows, count=count),
-        )
+        return replace(decision, commit=replace(decision.commit, count=count))
 
-    monkeypatch.setattr(step_module, "decide", part)
+    monkeypatch.setattr(EntropyBound, "decide", part)
     counts = set()
     for seed in range(3):
         ours = run(JSON, seed, max_steps=2, fused=fused)

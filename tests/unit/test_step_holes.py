@@ -28,7 +28,7 @@ def filled(
         bad_words=words,
     )
     engine.admit(1, seed=seed, start=9, constraints=constraints)
-    engine.pool.max_steps[1] = steps
+    engine.pool.constants.max_steps[1] = steps
     engine.run_canvas(1)
     return engine.text[1, 9 : engine.start[1]].tolist()
 

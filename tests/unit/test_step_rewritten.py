@@ -62,7 +62,7 @@ def test_a_canvas_of_one_step_is_repaired() -> None:
     for slot in (0, 1):
         words = tuple(pairs(engine.text[0, 9:25].tolist())) if slot else ()
         engine.admit(slot, seed=4, start=9, constraints=Constraints(bad_words=words))
-        engine.pool.max_steps[slot] = 1
+        engine.pool.constants.max_steps[slot] = 1
         engine.run_canvas(slot)
     plain, rewritten = engine.text[0, 9:25].tolist(), engine.text[1, 9:25].tolist()
     assert not set(pairs(plain)) & set(pairs(rewritten))
@@ -100,7 +100,10 @@ def test_a_canvas_says_why_it_stopped(limit: int, bad_word: bool, reason: StopRe
         engine = Engine(TableModel(sharpness=3.0))
         engine.admit(0, seed=1, start=5, constraints=constraints)
         # The ramp follows the limit: only a flat one leaves the steps before it as they were.
-        engine.pool.max_steps[0], engine.pool.t_min[0] = max_steps, CONSTANTS.t_max
+        engine.pool.constants.max_steps[0], engine.pool.constants.t_min[0] = (
+            max_steps,
+            CONSTANTS.t_max,
+        )
         return engine.run_canvas(0)
 
     plain, _ = run(NOTHING, CONSTANTS.max_steps)

@@ -8,7 +8,9 @@ import torch
 from helpers.table_model import CONSTANTS, LENGTH, VOCAB, Engine, TableModel
 
 from vllm_diffusion.records import CanvasBatch
-from vllm_diffusion.step import advance, decide
+from vllm_diffusion.rules.entropy_bound import EntropyBound
+from vllm_diffusion.rules.rule import Rule
+from vllm_diffusion.step import advance
 
 
 def watched(engine: Engine) -> list[list[int] | None]:
@@ -48,10 +50,13 @@ def test_a_rule_of_another_kind_may_go_on_and_keeps_its_soft_embedding() -> None
     )
     hidden = torch.zeros(1, LENGTH, VOCAB)
 
-    def unending(pool, batch, stats):
-        return replace(decide(pool, batch, stats), finished=torch.tensor([False]))
+    class Unending(EntropyBound):
+        soft_embeddings = Rule.soft_embeddings
 
-    advance(engine.pool, batch, hidden, engine.head, rule=unending)
+        def decide(self, *args):
+            return replace(super().decide(*args), finished=torch.tensor([False]))
+
+    advance(engine.pool, batch, hidden, engine.head, Unending(engine.pool.noise))
     assert seen == [None]
     assert bool((engine.pool.soft_embedding[0] > 0).all())
 

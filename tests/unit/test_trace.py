@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from helpers.rules import Deciding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_diffusion import cli, step
 from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.denoise.constants import EntropyBoundConstants
+from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.errors import ConfigError, TraceError
-from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Noise, RuleConstants
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Noise
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.trace.file import Trace, load, to_bytes
 from vllm_diffusion.trace.record import VARIABLE, Recorder, file_names, trace_folder
 from vllm_diffusion.trace.replay import Replay, replay
@@ -28,10 +32,13 @@ from vllm_diffusion.trace.replay import Replay, replay
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vllm_diffusion.rules.rule import Rule
+
 SLOTS, LENGTH, VOCAB = 4, 12, 997
 SEED = (7 << 40) + 3
 
-CONSTANTS = RuleConstants(
+PUBLISHED = EntropyBound(UniformNoise(VOCAB))
+CONSTANTS = EntropyBoundConstants(
     max_steps=6,
     t_min=0.3,
     t_max=0.7,
@@ -67,7 +74,7 @@ class Live:
     """A pool whose model is a random number generator, recorded, and watched on its own."""
 
     def __init__(
-        self, folder: Path, rule: RuleConstants = CONSTANTS, decide: step.Rule = step.decide
+        self, folder: Path, rule: EntropyBoundConstants = CONSTANTS, denoise: Rule = PUBLISHED
     ) -> None:
         self.pool = CanvasPool(
             num_slots=SLOTS,
@@ -79,7 +86,7 @@ class Live:
             device=torch.device("cpu"),
         )
         self.recorder = Recorder(folder)
-        self.decide = decide
+        self.rule = denoise
         self.rng = np.random.default_rng(0)
         self.requests: dict[int, Request] = {}
 
@@ -94,7 +101,8 @@ class Live:
         max_steps: int | None = None,
         fused: bool = False,
     ) -> Request:
-        rule = replace(self.pool.constants, max_steps=max_steps or self.pool.constants.max_steps)
+        default = self.pool.default
+        rule = replace(default, max_steps=max_steps or default.max_steps)
         seed = SEED + slot if seed is None else seed
         self.pool.admit(slot, seed=seed, constants=rule, fused=fused)
         self.recorder.begin(self.pool, slot, name)
@@ -120,7 +128,7 @@ class Live:
                 batch,
                 hidden,
                 self._head,
-                rule=self._watched(causal),
+                self._watched(causal),
                 observe=self.recorder.observe,
             )
             for row, slot in enumerate(slots):
@@ -160,9 +168,11 @@ class Live:
             soft_embedding=torch.ones(rows, 3),
         )
 
-    def _watched(self, causal: list[bool]) -> step.Rule:
-        def rule(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-            decision = self.decide(pool, batch, stats)
+    def _watched(self, causal: list[bool]) -> Rule:
+        def watch(
+            _: Decision, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats
+        ) -> Decision:
+            decision = self.rule.decide(pool, batch, stats)
             for row, slot in enumerate(batch.slots.tolist()):
                 request, at = self.requests[slot], (row, slice(self.requests[slot].width))
                 if causal[slot]:
@@ -183,7 +193,7 @@ class Live:
                 )
             return decision
 
-        return rule
+        return Deciding(watch, VOCAB)
 
 
 def recorded(folder: Path, *, steps: int = 24, name: str = "a", **options: Any) -> Trace:
@@ -308,14 +318,7 @@ def test_any_recorded_batch_replays_bit_for_bit(
                 continue
             trace = load(Path(folder) / f"r{slot}.npz")
             assert trace.seed == seeds[slot]
-            assert trace.rule == replace(
-                rule,
-                max_steps=limits[slot],
-                entropy_bound=float(np.float32(bound)),
-                confidence_threshold=float(np.float32(threshold)),
-                hold_threshold=float(np.float32(hold)),
-                doubt_threshold=float(np.float32(doubt)),
-            )
+            assert trace.rule == replace(rule, max_steps=limits[slot])
             assert_recorded(trace, live.requests[slot])
             assert_replayed(replay(trace), live.requests[slot])
 
@@ -373,23 +376,19 @@ def changed(decision: Decision, **fields: Tensor) -> Decision:
     return replace(decision, **fields)
 
 
-def never_stops(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    decision = step.decide(pool, batch, stats)
-    return changed(decision, finished=torch.zeros_like(decision.finished))
-
-
-def stops_after_two(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    return changed(step.decide(pool, batch, stats), finished=pool.step[batch.slots] >= 1)
-
-
-def accepts_nothing(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    decision = step.decide(pool, batch, stats)
-    return changed(decision, accept=torch.zeros_like(decision.accept))
-
-
-def renoises_with_zeros(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    decision = step.decide(pool, batch, stats)
-    return changed(decision, next_tokens=decision.next_tokens * decision.accept)
+never_stops = Deciding(
+    lambda decision, *_: changed(decision, finished=torch.zeros_like(decision.finished)), VOCAB
+)
+stops_after_two = Deciding(
+    lambda decision, pool, batch, _: changed(decision, finished=pool.step[batch.slots] >= 1), VOCAB
+)
+accepts_nothing = Deciding(
+    lambda decision, *_: changed(decision, accept=torch.zeros_like(decision.accept)), VOCAB
+)
+renoises_with_zeros = Deciding(
+    lambda decision, *_: changed(decision, next_tokens=decision.next_tokens * decision.accept),
+    VOCAB,
+)
 
 
 def test_a_rule_that_does_not_stop_in_time_is_censored(tmp_path: Path) -> None:
@@ -433,14 +432,15 @@ def test_accepting_other_positions_leaves_the_recorded_trajectory(tmp_path: Path
     assert {canvas.diverged for canvas in replayed.canvases} == {0}
     assert not replayed.reproduced
 
-    def accepts_all_from_step_two(*arguments: Any) -> Decision:
-        decision = step.decide(*arguments)
-        late = arguments[0].step[arguments[1].slots] >= 2
+    def accepts_all_from_step_two(
+        decision: Decision, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats
+    ) -> Decision:
+        late = pool.step[batch.slots] >= 2
         everything = decision.accept | late[:, None]
-        tokens = torch.where(everything, arguments[2].sample, decision.next_tokens)
+        tokens = torch.where(everything, stats.sample, decision.next_tokens)
         return changed(decision, accept=everything, next_tokens=tokens)
 
-    for canvas in replay(trace, accepts_all_from_step_two).canvases:
+    for canvas in replay(trace, Deciding(accepts_all_from_step_two, VOCAB)).canvases:
         short = [s.accepted.all() for s in canvas.recorded.steps]
         differs = [index for index, full in enumerate(short) if index >= 2 and not full]
         assert canvas.diverged == (differs[0] if differs else None)
@@ -454,7 +454,7 @@ def test_other_noise_leaves_it_too_with_the_same_positions_accepted(tmp_path: Pa
 
 
 def test_the_rule_that_was_recorded_is_reproduced_whatever_it_is(tmp_path: Path) -> None:
-    trace = recorded(tmp_path, decide=renoises_with_zeros)
+    trace = recorded(tmp_path, denoise=renoises_with_zeros)
     assert replay(trace, renoises_with_zeros).reproduced
     assert not replay(trace).reproduced
 
@@ -474,32 +474,6 @@ def test_a_trace_of_other_noise_is_not_reproduced(tmp_path: Path) -> None:
 
 
 # ---- the hook ----
-
-
-def test_without_a_rule_advance_asks_decide_at_the_moment_of_the_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = Live(tmp_path)
-    live.admit(0, "a")
-    asked = []
-    decide = step.decide
-
-    def spy(*arguments: Any) -> Decision:
-        asked.append(arguments)
-        return decide(*arguments)
-
-    monkeypatch.setattr(step, "decide", spy)
-    offset = torch.arange(LENGTH)[None]
-    batch = CanvasBatch(
-        slots=torch.tensor([0]),
-        width=torch.tensor([LENGTH]),
-        position=offset,
-        valid=offset >= 0,
-    )
-    step.advance(live.pool, batch, torch.zeros(1, LENGTH, 3), live._head)
-    assert len(asked) == 1
-    step.advance(live.pool, batch, torch.zeros(1, LENGTH, 3), live._head, rule=decide)
-    assert len(asked) == 1
 
 
 def test_the_observer_sees_the_step_decided_and_not_yet_applied(tmp_path: Path) -> None:
@@ -813,7 +787,7 @@ def test_the_command_shows_a_trace_on_one_screen(
 def test_the_command_says_what_differs_and_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorded(tmp_path, decide=stops_after_two)
+    recorded(tmp_path, denoise=stops_after_two)
     assert cli.main(["trace", str(tmp_path / "a.npz")]) == 0
     assert "replayed" not in capsys.readouterr().out
     assert cli.main(["trace", str(tmp_path / "a.npz"), "--replay"]) == 1

@@ -35,7 +35,7 @@ import torch
 
 from vllm_diffusion.constrain.crossing import on_device, sent
 from vllm_diffusion.constrain.thought import Thought
-from vllm_diffusion.records import Commit, Penalties, Rewrite, StopReason
+from vllm_diffusion.records import Penalties, Rewrite, StopReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -208,7 +208,7 @@ def look_ahead(
     return denoising, stats.replaced(rows, again), corrected
 
 
-def obedient(
+def enforced(
     guards: Mapping[int, Guard],
     corrected: Mapping[int, int],
     batch: CanvasBatch,
@@ -240,9 +240,10 @@ def obedient(
         finished=finished,
         reason=torch.where(may_end, decision.reason, StopReason.STEPS),
     )
-    commit = decision.commit or _whole(batch, stats.argmax)
-    read = torch.cat([commit.tokens, commit.count[:, None], finished[:, None]], dim=1).tolist()
-    tokens, count = commit.tokens.clone(), commit.count.clone()
+    commit = decision.commit
+    whole = batch.width if commit.count is None else commit.count
+    read = torch.cat([commit.tokens, whole[:, None], finished[:, None]], dim=1).tolist()
+    tokens, count = commit.tokens.clone(), whole.clone()
     changed = False
     for canvas, guard in guards.items():
         *said, asked, finishes = read[canvas]
@@ -339,11 +340,6 @@ def _padded(lists: Sequence[Tensor], device: torch.device) -> Tensor | None:
         return None
     padded = torch.nn.utils.rnn.pad_sequence([*lists], batch_first=True, padding_value=-1)
     return sent(padded, device)
-
-
-def _whole(batch: CanvasBatch, argmax: Tensor) -> Commit:
-    rows = torch.arange(argmax.shape[1], device=argmax.device).expand_as(argmax)
-    return Commit(tokens=argmax, rows=rows, count=batch.width)
 
 
 class Guards:

@@ -12,7 +12,8 @@ from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_diffusion.records import Constraints, RuleConstants
+    from vllm_diffusion.denoise.constants import RuleConstants
+    from vllm_diffusion.records import Constraints
 
 
 def begun_from_draft(

@@ -22,4 +22,4 @@ PRESETS: Final[dict[str, Mapping[str, Any]]] = {
     "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
     "gentle": {"entropy_bound": 0.03},
 }
-"""Name -> fields of ``RuleConstants`` and their values."""
+"""Name -> constants of ``entropy_bound`` and their values."""

@@ -45,7 +45,7 @@ def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order t
     return stable & (mean < threshold)
 
 
-def sure_at_once(  # noqa: PLR0917 - two steps, in the order they are compared
+def low_doubt(  # noqa: PLR0917 - two steps, in the order they are compared
     argmax: Tensor,
     top_prob: Tensor,
     last_argmax: Tensor,

@@ -23,12 +23,13 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.canvas import pool_class
 from vllm_diffusion.config import HEAD_WEIGHTS
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
+from vllm_diffusion.denoise.constants import ServedRules
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
@@ -45,7 +46,7 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
-from vllm_diffusion.records import ServedRules
+from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.record import Recorder, trace_folder
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ class CanvasModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         text_config = self.model_config.hf_text_config
         self.rules = ServedRules.from_dict(self.model_config.hf_config.denoising_rules)
-        self.pool = CanvasPool(
+        self.pool = pool_class(device.type)(
             num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
             canvas_length=vllm_config.diffusion_config.canvas_length,
             hidden_size=text_config.hidden_size,
             vocab_size=self.model_config.get_vocab_size(),
             constants=self.rules.default,
-            remembered=self.rules.longest_stability,
+            remembered=self.rules.remembered,
             dtype=self.dtype,
             device=device,
         )
@@ -149,6 +150,7 @@ class CanvasModelState(ModelState):
             self.model,
             self.pool,
             head,
+            rule_for(self.rules.default.kind, self.pool.noise, device_type=self.device.type),
             sampler.req_states,
             constraints=self.constraints,
             automata=self.automata,

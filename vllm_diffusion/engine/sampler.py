@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_diffusion.engine.canvases import StepRows, canvases_of, tell
 from vllm_diffusion.engine.granted import GrantedRows
 from vllm_diffusion.records import Noise
-from vllm_diffusion.step import Forms, advance
+from vllm_diffusion.step import advance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
     from vllm_diffusion.records import CanvasBatch, Emission
-    from vllm_diffusion.step import Observer, Rule
+    from vllm_diffusion.rules.rule import Rule
+    from vllm_diffusion.step import Observer
 
 
 class CanvasSampler:
@@ -63,6 +64,7 @@ class CanvasSampler:
         model: DiffusionGemmaForBlockDiffusion,
         pool: CanvasPool,
         head: Head,
+        rule: Rule,
         req_states: RequestState,
         constraints: ConstraintTable,
         automata: AutomatonSlots,
@@ -74,6 +76,7 @@ class CanvasSampler:
         self.model = model
         self.pool = pool
         self.head = head
+        self.rule = rule
         self.req_states = req_states
         self.constraints = constraints
         self.automata = automata
@@ -81,7 +84,6 @@ class CanvasSampler:
         self.logprobs = logprobs
         self.head_bytes = head_bytes
         self.foreseen = foreseen
-        self.rule: Rule | None = None
         self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
@@ -180,10 +182,10 @@ class CanvasSampler:
             ran,
             canvases,
             self.head,
+            self.rule,
             rewrite=rewrite,
             automata=self.automata.canvases(slots, batch),
             guards=self.guards.of(slots),
-            rule=self.rule,
             observe=self.observe,
         )
         self.automata.advance(slots, batch, emission)
@@ -210,7 +212,7 @@ class CanvasSampler:
             index, start = self._to_device(np.stack([done, input_batch.prefill_len_np[done]]))
             offset = torch.arange(self.pool.canvas_length, device=start.device)
             slots, position = input_batch.idx_mapping[index], start[:, None] + offset
-            Forms.on(self.pool.device.type).begin(self.pool, slots, position)
+            self.pool.begin(slots, position)
             owners = input_batch.idx_mapping_np[done].tolist()
             self._begin_from(owners, slots, position, torch.ones_like(slots, dtype=torch.bool))
 

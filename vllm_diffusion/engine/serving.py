@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,8 @@ from vllm_diffusion.upstream import ledger
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from vllm_diffusion.denoise.constants import ServedRules
     from vllm_diffusion.head.quantised import HeadForm
-    from vllm_diffusion.records import ServedRules
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -113,7 +112,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
             logger.info("Every request is recorded in %s.", folder)
         if cuda.chosen():
             logger.info("The head runs in CUDA on GPUs, not in Triton.")
-        vllm_config.model_config.hf_config.denoising_rules = asdict(rules)
+        vllm_config.model_config.hf_config.denoising_rules = rules.to_dict()
         generation = vllm_config.model_config.try_get_generation_config()
         vllm_config.model_config.hf_config.end_token_ids = generation.get("eos_token_id")
         memory = head_memory(_ours(vllm_config))

@@ -74,8 +74,8 @@ def parse_for(sampling: Any, model_config: Any) -> None:
         ParamsError: everything that is wrong.
     """
     # Here, since the table of patches is read where neither vLLM nor torch is wanted.
+    from vllm_diffusion.denoise.constants import ServedRules
     from vllm_diffusion.params import parse_params
-    from vllm_diffusion.records import ServedRules
 
     parse_params(
         sampling,

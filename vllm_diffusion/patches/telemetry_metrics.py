@@ -15,7 +15,7 @@ from prometheus_client import Counter, Histogram
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from vllm_diffusion.params import MAX_STEPS
+from vllm_diffusion.denoise.constants import MAX_STEPS
 from vllm_diffusion.patches.telemetry_outputs import IterationReports, reports_of
 from vllm_diffusion.records import StopReason
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from vllm_diffusion.denoise.constants import written
 from vllm_diffusion.errors import TraceError
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_diffusion.records import RuleConstants
     from vllm_diffusion.trace.file import Canvas, Step, Trace
     from vllm_diffusion.trace.replay import ReplayedCanvas
 
@@ -73,25 +73,14 @@ _TITLE: Final = (
 
 
 def _header(path: str, trace: Trace) -> str:
-    rule = trace.rule
     committed = sum(canvas.width for canvas in trace.canvases if canvas.tokens is not None)
     return (
         f"{path}: request {trace.request_id!r}, seed {trace.seed}, "
         f"by vllm-diffusion {trace.plugin_version}\n"
         f"{len(trace.steps)} forwards for {committed} tokens; "
         f"{trace.vocab_size} ids, canvas of {trace.canvas_length}\n"
-        f"rule: at most {rule.max_steps} steps, temperature {rule.t_max:g} to {rule.t_min:g}, "
-        f"accept within {rule.entropy_bound:g} nats, "
-        f"stop below {rule.confidence_threshold:g} nats once stable for {rule.stability_threshold}"
-        f"{_additions(rule)}"
+        f"rule: {', '.join(written(trace.rule).values())}"
     )
-
-
-def _additions(rule: RuleConstants) -> str:
-    """What a rule does beyond the published one."""
-    hold = f", hold from {rule.hold_threshold:g}" if rule.hold_threshold else ""
-    doubt = rule.doubt_threshold
-    return hold + (f", stop below {doubt:g} tokens of doubt" if doubt else "")
 
 
 def _row(number: int, canvas: Canvas) -> str:

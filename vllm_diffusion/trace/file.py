@@ -18,8 +18,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vllm_diffusion import __version__
+from vllm_diffusion.denoise.constants import KINDS, EntropyBoundConstants, RuleConstants
 from vllm_diffusion.errors import TraceError
-from vllm_diffusion.records import RuleConstants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -155,6 +155,7 @@ def to_bytes(trace: Trace) -> bytes:
         "plugin_version": trace.plugin_version,
         "request_id": trace.request_id,
         "seed": trace.seed,
+        "kind": trace.rule.kind,
         "rule": asdict(trace.rule),
         "vocab_size": trace.vocab_size,
         "canvas_length": trace.canvas_length,
@@ -258,10 +259,12 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
             **{name: columns[name][rows] for name in _OF_POSITIONS},
         )
 
+    # Recordings made before there was a second rule do not name theirs.
+    kind = KINDS[header.get("kind", EntropyBoundConstants.kind)]
     return Trace(
         request_id=header["request_id"],
         seed=header["seed"],
-        rule=RuleConstants(**header["rule"]),
+        rule=kind(**header["rule"]),
         vocab_size=header["vocab_size"],
         canvas_length=header["canvas_length"],
         plugin_version=header["plugin_version"],

@@ -19,7 +19,7 @@ import torch
 
 from vllm_diffusion import __version__
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.records import Constraints, RuleConstants
+from vllm_diffusion.records import Constraints
 from vllm_diffusion.trace.file import Step, Trace, checksum, to_bytes
 
 if TYPE_CHECKING:
@@ -97,21 +97,10 @@ class Recorder:
         """
         asked = constraints or Constraints()
         low, high = pool.seed[slot].tolist()
-        top_k = pool.soft_top_k
         header = Trace(
             request_id=request_id,
             seed=low | high << 32,
-            rule=RuleConstants(
-                max_steps=int(pool.max_steps[slot]),
-                t_min=float(pool.t_min[slot]),
-                t_max=float(pool.t_max[slot]),
-                entropy_bound=float(pool.entropy_bound[slot]),
-                confidence_threshold=float(pool.confidence_threshold[slot]),
-                stability_threshold=int(pool.stability[slot]),
-                hold_threshold=float(pool.hold_threshold[slot]),
-                doubt_threshold=float(pool.doubt_threshold[slot]),
-                soft_embedding_top_k=0 if top_k is None else int(top_k[slot]),
-            ),
+            rule=pool.owners[slot],
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,
             plugin_version=__version__,

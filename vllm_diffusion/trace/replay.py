@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_diffusion.canvas import CanvasPool
+from vllm_diffusion.canvas import pool_class
 from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.records import CanvasBatch, CanvasStats
-from vllm_diffusion.step import decide
+from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.file import checksum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vllm_diffusion.step import Rule
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.rules.rule import Rule
     from vllm_diffusion.trace.file import Canvas, Step, Trace
 
 
@@ -104,23 +105,23 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
 
     Args:
         trace: the recording.
-        rule: instead of ``step.decide``; its pool has one slot.
+        rule: instead of the recorded one; its pool has one slot.
         device: where to run. Sums are bit for bit those of the recording on a device of its kind.
     """
-    pool = CanvasPool(
+    where = torch.device(device)
+    pool = pool_class(where.type)(
         num_slots=1,
         canvas_length=trace.canvas_length,
         hidden_size=1,
         vocab_size=trace.vocab_size,
         constants=trace.rule,
         dtype=torch.float32,
-        device=torch.device(device),
+        device=where,
     )
     pool.admit(0, seed=trace.seed)
+    rule = rule or rule_for(trace.rule.kind, pool.noise, device_type=where.type)
     return Replay(
-        canvases=tuple(
-            _replay_canvas(pool, trace, canvas, rule or decide) for canvas in trace.canvases
-        )
+        canvases=tuple(_replay_canvas(pool, trace, canvas, rule) for canvas in trace.canvases)
     )
 
 
@@ -138,7 +139,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
     for step in canvas.steps:
         on_trajectory &= _input_crc(pool, width) == step.input_crc
         stats = _stats(pool, step)
-        decision = rule(pool, batch, stats)
+        decision = rule.decide(pool, batch, stats)
         if trace.guarded and not step.finished:
             # The canvas held a bad word, which the statistics do not tell.
             decision = replace(decision, finished=torch.zeros_like(decision.finished))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion.denoise.constants import CONSTANTS, RuleConstants
 from vllm_diffusion.errors import TuneError
 from vllm_diffusion.params import PREFIX, malformed
-from vllm_diffusion.records import RuleConstants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_NAMES: Final = ("preset", *RuleConstants.__dataclass_fields__)
+_NAMES: Final = ("preset", *CONSTANTS)
 _FACTORS: Final = (0.5, 2.0)
 
 
@@ -61,9 +61,7 @@ def neighbours(options: Mapping[str, Any], rule: RuleConstants) -> Iterator[dict
             changed = type(value)(value * factor)
             if changed == value or malformed(name, changed) is not None:
                 continue
-            if (name, factor) == ("t_min", 2.0) and changed > rule.t_max:
-                continue
-            if (name, factor) == ("t_max", 0.5) and changed < rule.t_min:
+            if replace(rule, **{name: changed}).incoherent():
                 continue
             yield {**options, PREFIX + name: changed}
 

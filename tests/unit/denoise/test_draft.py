@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.draft import begun_from_draft, first_step, noised_draft
 from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
-from vllm_diffusion.records import Constraints, RuleConstants
+from vllm_diffusion.records import Constraints
 
 DRAFT = list(range(100, 2100))
-RULE = RuleConstants(
+RULE = EntropyBoundConstants(
     max_steps=48,
     t_min=0.4,
     t_max=0.8,

@@ -12,7 +12,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from vllm_diffusion.denoise.stop import BELIEVED, stable_and_confident, sure_at_once
+from vllm_diffusion.denoise.stop import BELIEVED, low_doubt, stable_and_confident
 
 LENGTH, VOCAB, STEPS = 12, 20, 14
 CONFIDENCE = 0.05
@@ -157,7 +157,7 @@ def sure(
     if overturned is not None:
         last[0, overturned] += 1
     return bool(
-        sure_at_once(
+        low_doubt(
             argmax,
             torch.tensor([top_prob]),
             last,
@@ -223,7 +223,7 @@ def test_a_probability_that_is_no_number_finishes_nothing() -> None:
 
 def test_each_canvas_has_its_own_threshold_of_doubt() -> None:
     argmax, valid = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool)
-    verdict = sure_at_once(
+    verdict = low_doubt(
         argmax,
         torch.full((3, 2), 0.9),
         argmax,

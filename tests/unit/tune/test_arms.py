@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import TuneError
-from vllm_diffusion.records import RuleConstants
 from vllm_diffusion.tune.arms import neighbours, parse_arm, written
 
-RULE = RuleConstants(
+RULE = EntropyBoundConstants(
     max_steps=48,
     t_min=0.4,
     t_max=0.8,
@@ -61,7 +61,7 @@ def test_neighbours_change_one_constant_and_can_be_served():
 
 
 def test_a_neighbour_keeps_the_ramp_and_leaves_what_is_off():
-    flat = RuleConstants(
+    flat = EntropyBoundConstants(
         max_steps=1,
         t_min=0.5,
         t_max=0.5,

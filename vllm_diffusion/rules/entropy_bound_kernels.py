@@ -1,4 +1,4 @@
-"""What ``step`` does beside the head in every step, as Triton kernels: a program a canvas.
+"""``entropy_bound`` as Triton kernels: a program a canvas.
 
 Imported on a GPU alone, where in torch the same is hundreds of launches. The definitions stay and
 say what is computed here. Integers, masks, temperatures and noise are theirs bit for bit. Sums over
@@ -20,7 +20,8 @@ from vllm_diffusion.denoise import philox
 from vllm_diffusion.denoise.accept import DRIFT
 from vllm_diffusion.denoise.rng import Purpose
 from vllm_diffusion.denoise.stop import BELIEVED
-from vllm_diffusion.records import Decision, Noise, StopReason
+from vllm_diffusion.records import Commit, Decision, Noise, StopReason
+from vllm_diffusion.rules.entropy_bound import EntropyBound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,21 @@ _RENOISE = tl.constexpr(int(Purpose.RENOISE))
 _COMPARED = tl.constexpr(32)  # positions that all others are compared with at once
 
 
-def keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple[Tensor, Noise]:
-    """See ``step.keyed``."""
+class EntropyBoundKernels(EntropyBound):
+    """The rule where there is a GPU, two launches a step."""
+
+    def keyed(
+        self, pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None = None
+    ) -> tuple[Tensor, Noise]:
+        """See ``Rule.keyed``."""
+        return _keyed(pool, batch, factor)
+
+    def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
+        """See ``EntropyBound.decide``."""
+        return _decide(pool, batch, stats)
+
+
+def _keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple[Tensor, Noise]:
     num, length = batch.position.shape
     temperature = torch.empty(num * length, device=pool.device)
     step = torch.empty(num * length, dtype=torch.int64, device=pool.device)
@@ -47,9 +61,9 @@ def keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple[
         batch.slots,
         temperature if factor is None else factor,
         pool.step,
-        pool.max_steps,
-        pool.t_min,
-        pool.t_max,
+        pool.constants.max_steps,
+        pool.constants.t_min,
+        pool.constants.t_max,
         pool.seed,
         temperature,
         seed,
@@ -63,8 +77,7 @@ def keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple[
     return temperature, Noise(seed=seed, position=batch.position.flatten(), step=step)
 
 
-def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-    """See ``step.decide``."""
+def _decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
     num, length = batch.position.shape
     accept = torch.empty_like(batch.valid)
     finished = accept.new_empty(num)
@@ -82,12 +95,12 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         pool.history,
         pool.seed,
         pool.step,
-        pool.max_steps,
-        pool.stability,
-        pool.entropy_bound,
-        pool.confidence_threshold,
-        pool.hold_threshold,
-        pool.doubt_threshold,
+        pool.constants.max_steps,
+        pool.constants.stability_threshold,
+        pool.constants.entropy_bound,
+        pool.constants.confidence_threshold,
+        pool.constants.hold_threshold,
+        pool.constants.doubt_threshold,
         accept,
         next_tokens,
         finished,
@@ -98,7 +111,13 @@ def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision
         BLOCK=triton.next_power_of_2(length),
         num_warps=8,
     )
-    return Decision(accept=accept, next_tokens=next_tokens, finished=finished, reason=reason)
+    return Decision(
+        accept=accept,
+        next_tokens=next_tokens,
+        finished=finished,
+        reason=reason,
+        commit=Commit(tokens=stats.argmax),
+    )
 
 
 @triton.jit
