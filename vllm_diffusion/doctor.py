@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__
 from vllm_diffusion.errors import ConfigError, UnsupportedVllmError, VllmDiffusionError
-from vllm_diffusion.patches.table import (
-    ADAPTER_PATCHES,
-    PATCHES,
-    SERVING_PATCHES,
-    WORKER_PATCHES,
-)
+from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
-from vllm_diffusion.upstream.cpu_host import RUNNER_VARIABLE, runner_refusal
+from vllm_diffusion.upstream.ledger import Stage
+from vllm_diffusion.upstream.runner import RUNNER_VARIABLE, runner_refusal
 from vllm_diffusion.upstream.versions import (
     OFF_SWITCH,
     TESTED,
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from vllm_diffusion.upstream.alias_distribution import Alias
+    from vllm_diffusion.upstream.ledger import Patch
 
 SUMMARY: Final = "say what is installed, what is switched on, and what prevents serving"
 
@@ -66,6 +63,8 @@ class Finding:
     text: str
     mend: str = ""
     """A command or a step that mends it; empty when there is nothing to do."""
+    detail: str = ""
+    """What else there is to know; empty when the text says it all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +95,8 @@ def render(findings: Iterable[Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.level.value:8} {finding.text}")
+        if finding.detail:
+            lines.append(f"{'':11} {finding.detail}")
         if finding.mend:
             lines.append(f"{'':8} -> {finding.mend}")
     return "\n".join(lines)
@@ -110,7 +111,6 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_vllm(vllm),
         *check_alias(inspect_alias()),
         *check_plugin(environ, _entry_points("vllm.general_plugins")),
-        *check_endpoints(environ, _entry_points("vllm.endpoint_plugins")),
         *check_environment(environ),
         *check_compiled(environ),
     ]
@@ -214,24 +214,6 @@ def check_plugin(
             )
         ]
     return [Finding(Level.OK, f"the plugin is installed and on (entry point {names[0]!r})")]
-
-
-def check_endpoints(
-    environ: Mapping[str, str], entry_points: Iterable[metadata.EntryPoint]
-) -> list[Finding]:
-    """Whether vLLM, which loads HTTP routes of plugins only when named, is told to load ours."""
-    names = [point.name for point in entry_points if point.module.startswith("vllm_diffusion")]
-    missing = [name for name in names if name not in (_allowed(environ) or ())]
-    if not missing:
-        return []
-    wanted = ",".join([*filter(None, _allowed(environ) or ()), *missing])
-    return [
-        Finding(
-            Level.NOTE,
-            "our extra HTTP routes are off: vLLM loads routes of plugins only if told to",
-            f"export {ALLOW_LIST}={wanted} (an allow-list for all plugins of this host)",
-        )
-    ]
 
 
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:
@@ -338,26 +320,32 @@ def check_host() -> list[Finding]:
     """Import vLLM, as serving would, and say what it makes of this host."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the output
     try:
-        active = ledger.apply(PATCHES)
+        ledger.register(PATCHES)
+        active = ledger.apply_stage(Stage.TORCH, Stage.PLUGIN)
         from vllm.platforms import current_platform
         from vllm.triton_utils import HAS_TRITON
 
-        workers = (*WORKER_PATCHES, *ADAPTER_PATCHES)
-        in_worker = [patch.name for patch in workers if patch.applies()]
+        later = [each for each in PATCHES if each.name not in active and each.applies()]
     except Exception as error:  # noqa: BLE001 - whatever keeps vLLM from importing is the finding
         return [Finding(Level.PROBLEM, f"vLLM does not import: {type(error).__name__}: {error}")]
     triton = "a Triton backend" if HAS_TRITON else "no Triton backend"
     findings = [Finding(Level.OK, f"vLLM runs on {current_platform.device_name}, {triton}")]
-    for patch in (*PATCHES, *SERVING_PATCHES, *workers):
-        if patch.name in active:
-            findings.append(Finding(Level.OK, f"patch {patch.name}, active: {patch.why}"))
-        elif patch.name in in_worker:
-            findings.append(Finding(Level.OK, f"patch {patch.name}, in workers: {patch.why}"))
-        elif patch in SERVING_PATCHES:
-            findings.append(Finding(Level.OK, f"patch {patch.name}, when serving: {patch.why}"))
+    for patch in PATCHES:
+        if patch.name in active or patch in later:
+            when = "active" if patch.name in active else patch.stage.value
+            findings.append(
+                Finding(Level.OK, f"patch {patch.name}, {when}: {patch.why}", detail=_said(patch))
+            )
         else:
             findings.append(Finding(Level.NOTE, f"patch {patch.name}: nothing to do here"))
     return findings
+
+
+def _said(patch: Patch) -> str:
+    """What a patch changes, where to read why, and until when."""
+    return (
+        f"changes {', '.join(patch.targets)} ({patch.upstream_reference}) until {patch.remove_when}"
+    )
 
 
 def _allowed(environ: Mapping[str, str]) -> list[str] | None:

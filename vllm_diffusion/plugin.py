@@ -12,6 +12,7 @@ from typing import Final
 
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream.ledger import Stage
 from vllm_diffusion.upstream.versions import require_supported_vllm, switched_off
 
 MODELS: Final = {
@@ -36,7 +37,8 @@ def register() -> None:
     if _registered or switched_off(os.environ):
         return
     require_supported_vllm()
-    ledger.apply(PATCHES)
+    ledger.register(PATCHES)
+    ledger.apply_stage(Stage.TORCH, Stage.PLUGIN)
 
     from vllm import ModelRegistry
 

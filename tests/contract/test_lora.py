@@ -16,7 +16,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
-from vllm_diffusion.patches import lora
+from vllm_diffusion.patches import adapter_layers
 from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
 
 pytestmark = pytest.mark.vllm
@@ -214,8 +214,6 @@ def test_experts_that_no_adapter_changes_keep_their_kernel(
     class Experts:
         is_lora_enabled: bool = True
 
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
-
     model = SimpleNamespace(
         model="tiny",
         is_diffusion=diffusion,
@@ -224,14 +222,11 @@ def test_experts_that_no_adapter_changes_keep_their_kernel(
     )
     config = SimpleNamespace(model_config=model, lora_config=LoRAConfig(target_modules=targets))
     monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
-    monkeypatch.setattr(lora, "is_triton_free_cpu", lambda: free_cpu)
-    monkeypatch.setattr(
-        module,
-        "select_unquantized_moe_backend",
-        lambda experts: ("LoRA" if experts.is_lora_enabled else "plain", None),
+    monkeypatch.setattr(adapter_layers, "is_triton_free_cpu", lambda: free_cpu)
+    select = adapter_layers.choose_experts(
+        lambda experts: ("LoRA" if experts.is_lora_enabled else "plain", None)
     )
-    lora.choose_experts()
-    choice, kernel = module.select_unquantized_moe_backend(Experts())
+    choice, kernel = select(Experts())
     assert choice == (expected if expected != "ours" else UnquantizedMoeBackend.CPU)
     assert (kernel is AdaptedExperts) == (expected == "ours")
 

@@ -12,26 +12,24 @@ import sys
 import types
 from concurrent.futures import Future
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from vllm.config import StructuredOutputsConfig
 
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton
 from vllm_diffusion.patches import canvas_text, constraint_compiling, cpu_kernels
-from vllm_diffusion.patches.early import EARLY_PATCHES
-from vllm_diffusion.patches.table import (
-    ADAPTER_PATCHES,
-    PATCHES,
-    SERVING_PATCHES,
-    WORKER_PATCHES,
-)
-from vllm_diffusion.upstream import cpu_host, ledger, torch_companions, versions
+from vllm_diffusion.patches.table import PATCHES
+from vllm_diffusion.patches.worker_choice import STOCK_WORKER, TRITON_FREE_WORKER
+from vllm_diffusion.upstream import cpu_host, ledger, runner, torch_companions, versions
+from vllm_diffusion.upstream.ledger import Stage
 
 pytestmark = pytest.mark.vllm
 
-ROWS = (*PATCHES, *SERVING_PATCHES, *WORKER_PATCHES, *ADAPTER_PATCHES)
-ALL = {patch.name: patch for patch in ROWS}
-CPU_HOST = [name for name in ALL if name.startswith("cpu-")] + [p.name for p in WORKER_PATCHES]
+ALL = {patch.name: patch for patch in PATCHES}
+CPU_HOST = [
+    patch.name for patch in PATCHES if patch.name.startswith("cpu-") or patch.stage is Stage.WORKER
+]
 
 PARAMETERS = {
     "vllm.config.vllm.VllmConfig._validate_v1_model_runner": ["self"],
@@ -170,33 +168,38 @@ KERNEL_ARGUMENTS = {
 """The arguments our stand-ins rely on, in order; a kernel may take more after these."""
 
 
-def resolve(name: str) -> object:
-    module, _, path = name, "", ""
-    while True:
-        try:
-            found: object = importlib.import_module(module)
-            break
-        except ImportError:
-            module, _, tail = module.rpartition(".")
-            path = f"{tail}.{path}" if path else tail
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_signature(name):
-    assert list(inspect.signature(resolve(name)).parameters) == PARAMETERS[name]
+    assert list(inspect.signature(resolve_name(name)).parameters) == PARAMETERS[name]
+
+
+def test_the_table_can_be_registered_in_the_order_of_a_process():
+    assert len(ALL) == len(PATCHES)
+    stages = [patch.stage for patch in PATCHES]
+    assert stages == sorted(stages, key=list(Stage).index)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_name_in_a_row_is_found(patch):
+    assert bool(patch.wraps) != bool(patch.installs)
+    for target in patch.wraps:
+        _ = ledger.place_of(target).value
+    if patch.stage is not Stage.TORCH:  # whose targets may be what cannot be imported
+        for target in patch.installs:
+            resolve_name(target)
+    for function in (*patch.wraps.values(), *patch.installs.values(), patch.needed):
+        assert inspect.isfunction(resolve_name(function))
 
 
 def test_the_methods_checked_before_streaming_take_what_the_check_reads():
-    generate = inspect.signature(resolve("vllm.v1.engine.async_llm.AsyncLLM.generate"))
+    generate = inspect.signature(resolve_name("vllm.v1.engine.async_llm.AsyncLLM.generate"))
     assert list(generate.parameters)[:3] == ["self", "prompt", "sampling_params"]
-    offline = inspect.signature(resolve("vllm.v1.engine.llm_engine.LLMEngine.add_request"))
+    offline = inspect.signature(resolve_name("vllm.v1.engine.llm_engine.LLMEngine.add_request"))
     assert list(offline.parameters)[:4] == ["self", "request_id", "prompt", "params"]
-    responses = ALL["check-before-streaming-responses"].target
-    assert "sampling_params" in inspect.signature(resolve(responses)).parameters
-    module = inspect.getsource(importlib.import_module(responses.rsplit(".", 2)[0]))
+    module = importlib.import_module("vllm.entrypoints.openai.responses.serving")
+    responses = module.OpenAIServingResponses._generate_with_builtin_tools
+    assert "sampling_params" in inspect.signature(responses).parameters
+    module = inspect.getsource(module)
     assert "sampling_params=sampling_params," in module
 
 
@@ -212,7 +215,7 @@ def test_an_input_processor_has_what_text_on_a_canvas_is_written_with():
     assert {"sampling_params", "prompt_token_ids"} <= set(made)
     # Bound when an engine starts, so the patch must be in place before.
     assert "make_async(\n            self.process_inputs," in source
-    engine = inspect.getsource(resolve("vllm.v1.engine.async_llm.AsyncLLM"))
+    engine = inspect.getsource(resolve_name("vllm.v1.engine.async_llm.AsyncLLM"))
     assert "self.input_processor = " in engine
 
 
@@ -233,7 +236,7 @@ def test_a_request_with_a_constraint_is_checked_by_both_of_our_checks_in_one_go(
 
 
 def test_a_server_says_what_it_knows_of_a_requests_thinking():
-    generate = inspect.signature(resolve("vllm.v1.engine.async_llm.AsyncLLM.generate"))
+    generate = inspect.signature(resolve_name("vllm.v1.engine.async_llm.AsyncLLM.generate"))
     assert {"reasoning_ended", "reasoning_parser_kwargs"} <= set(generate.parameters)
 
 
@@ -275,13 +278,12 @@ def test_another_model_keeps_its_answer_to_a_suffix(monkeypatch):
 
 @pytest.mark.parametrize("name", ["preprocess_chat", "preprocess_completion"])
 def test_a_renderers_method_takes_its_request_first(name):
-    method = resolve(f"vllm.renderers.online_renderer.OnlineRenderer.{name}")
+    method = resolve_name(f"vllm.renderers.online_renderer.OnlineRenderer.{name}")
     assert list(inspect.signature(method).parameters)[:2] == ["self", "request"]
 
 
 @pytest.mark.parametrize("is_diffusion", [True, False])
 def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
-    from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.sampling_params import StructuredOutputsParams
 
     from vllm_diffusion.engine.constraints import check as constraint_check
@@ -296,10 +298,9 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
         asked.append((source.kind, source.text, source.end_ids, limit))
         return future
 
-    monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
     monkeypatch.setattr(constraint_check, "compiling", compiling)
     monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
-    constraint_compiling.compile_beside("preprocess_chat")
+    render = constraint_compiling.compile_beside(preprocess_chat)
     model = types.SimpleNamespace(
         is_diffusion=is_diffusion,
         max_model_len=50,
@@ -317,7 +318,7 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
     )
 
     async def served():
-        task = asyncio.ensure_future(OnlineRenderer.preprocess_chat(renderer, request))
+        task = asyncio.ensure_future(render(renderer, request))
         await asyncio.sleep(0.05)
         waited = not task.done()
         future.set_result(compiled)
@@ -367,21 +368,21 @@ def test_checks_look_at_what_their_own_request_had_compiled(monkeypatch):
 
 
 REPLIES = {
-    "telemetry-chat": "self request result_generator",
-    "telemetry-chat-stream": "self request result_generator",
-    "telemetry-completion": "self final_res_batch request",
-    "telemetry-completion-stream": "self request engine_inputs result_generator",
-    "telemetry-responses": "self request sampling_params result_generator context",
+    "chat_completion_full_generator": "self request result_generator",
+    "chat_completion_stream_generator": "self request result_generator",
+    "request_output_to_completion_response": "self final_res_batch request",
+    "completion_stream_generator": "self request engine_inputs result_generator",
+    "responses_full_generator": "self request sampling_params result_generator context",
 }
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_a_method_that_builds_replies_takes_what_we_look_at_first(name):
+def test_a_method_that_builds_replies_takes_what_we_look_at_first():
     """In this order: we take them by position, as vLLM passes them."""
-    expected = REPLIES[name].split()
-    assert (
-        list(inspect.signature(resolve(ALL[name].target)).parameters)[: len(expected)] == expected
-    )
+    places = [ledger.place_of(target) for target in ALL["telemetry-replies"].targets]
+    assert {place.attribute for place in places} == set(REPLIES)
+    for place in places:
+        expected = REPLIES[place.attribute].split()
+        assert list(inspect.signature(place.value).parameters)[: len(expected)] == expected
 
 
 def test_replies_can_say_more_than_vllm_knows():
@@ -430,7 +431,7 @@ def test_worker_class_has_the_name_we_replace():
     from vllm.platforms.cpu import CpuPlatform
 
     source = inspect.getsource(inspect.unwrap(CpuPlatform.check_and_update_config))
-    assert f'"{cpu_host.STOCK_WORKER}"' in source
+    assert f'"{STOCK_WORKER}"' in source
 
 
 def test_jit_warm_up_has_the_switch_we_use():
@@ -467,7 +468,7 @@ def test_patch_is_needed_by_the_lowest_tested_vllm(name):
         pytest.skip("only the lowest tested vLLM decides when a patch can go")
     if name not in ledger.active() and not patch.applies():
         pytest.skip("does not apply on this host")
-    assert patch.needed(), f"{patch.target}: {patch.remove_when}"
+    assert patch.is_needed(), f"{', '.join(patch.targets)}: {patch.remove_when}"
 
 
 @pytest.mark.parametrize("name", CPU_HOST)
@@ -509,7 +510,7 @@ def test_applying_on_cuda_changes_nothing(monkeypatch):
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a Python without the plugin, which therefore starts unpatched."""
     quiet = {"VLLM_DIFFUSION": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    clean = {key: value for key, value in os.environ.items() if key != cpu_host.RUNNER_VARIABLE}
+    clean = {key: value for key, value in os.environ.items() if key != runner.RUNNER_VARIABLE}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=clean | quiet | environment,
@@ -523,7 +524,6 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 TWICE = """
 from vllm.config.vllm import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
-from vllm_diffusion.upstream import cpu_host
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.patches.table import PATCHES
 rows = [p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal"]
@@ -544,10 +544,11 @@ def test_applying_twice_is_applying_once():
 
 IMPORTS = """
 import sys
-from vllm_diffusion.upstream import cpu_host
-from vllm_diffusion.upstream import ledger
-from vllm_diffusion.patches import table as patches
+from vllm_diffusion.upstream import runner
+from vllm_diffusion.patches import table
 from vllm_diffusion.upstream import versions
+wrappers = {name for name in sys.modules if name.startswith("vllm_diffusion.patches.")}
+assert wrappers == {f"vllm_diffusion.patches.{name}" for name in ("table", "serving_table")}
 versions.require_supported_vllm()
 heavy = {"vllm", "torch", "transformers"} & set(sys.modules)
 assert not heavy, heavy
@@ -562,8 +563,7 @@ def test_the_table_imports_neither_vllm_nor_torch():
 CONFIGURE = """
 import json, os, sys
 from vllm import EngineArgs
-from vllm_diffusion.upstream import cpu_host
-from vllm_diffusion.upstream import ledger
+from vllm_diffusion.upstream import ledger, runner
 from vllm_diffusion.patches.table import PATCHES
 patched, models = sys.argv[1], sys.argv[2:]
 if patched == "patched":
@@ -583,7 +583,7 @@ def outcome(model):
 results = {}
 for variable in ("unset", "0", "1"):
     if variable != "unset":
-        os.environ[cpu_host.RUNNER_VARIABLE] = variable
+        os.environ[runner.RUNNER_VARIABLE] = variable
     for model in models:
         results[os.path.basename(model) + " " + variable] = outcome(model)
 print("RESULT" + json.dumps(results))
@@ -627,14 +627,14 @@ def test_another_model_keeps_its_runner_and_worker(outcomes, variable):
 
 
 def test_a_diffusion_model_starts_without_environment_variables(outcomes):
-    assert outcomes["patched"]["diffusion unset"] == [True, cpu_host.TRITON_FREE_WORKER]
+    assert outcomes["patched"]["diffusion unset"] == [True, TRITON_FREE_WORKER]
     assert outcomes["stock"]["diffusion unset"][0] == "ValidationError"
 
 
 def test_forcing_the_old_runner_is_refused_in_one_sentence(outcomes):
     error, message = outcomes["patched"]["diffusion 0"]
     assert error == "UnsupportedRunnerError"
-    assert message == cpu_host.runner_refusal("0", [])
+    assert message == runner.runner_refusal("0", [])
     assert "\n" not in message
 
 
@@ -651,7 +651,7 @@ def test_gemmas_processor_imports_in_a_fresh_process():
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("patch", EARLY_PATCHES, ids=lambda patch: patch.name)
-def test_early_patches_are_active_where_they_apply(patch):
-    """They are installed by torch's import, so in this process too, or not wanted here."""
-    assert patch.name in ledger.active() or not patch.applies()
+def test_patches_that_torch_installs_are_active_where_they_apply():
+    """In this process too, or they are not wanted here."""
+    early = [patch for patch in PATCHES if patch.stage is Stage.TORCH]
+    assert [p.name for p in early if p.name not in ledger.active() and p.applies()] == []

@@ -28,7 +28,6 @@ from vllm_diffusion.engine.lora.admission import check_host, check_options
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
 from vllm_diffusion.params import PREFIX
-from vllm_diffusion.patches.table import SERVING_PATCHES
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
 from vllm_diffusion.trace.record import trace_folder
@@ -95,7 +94,7 @@ class DiffusionGemmaServing(DiffusionGemmaModelForBlockDiffusionConfig):
         # for all. Rules as a dict, since a config is written as JSON.
         vllm_config.model_config.hf_config.canvas_length = canvas
 
-        ledger.apply(SERVING_PATCHES)
+        ledger.apply_stage(ledger.Stage.SERVING)
         cls._nothing_inert(vllm_config)
         if vllm_config.parallel_config.data_parallel_size > 1 and current_platform.is_cpu():
             raise ConfigError(

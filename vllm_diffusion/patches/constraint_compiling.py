@@ -13,25 +13,21 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
 
-def compile_beside(name: str) -> None:
+def compile_beside(render: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """Make a method of `OnlineRenderer` wait until the constraint of its request is compiled.
 
     And refuse there what the parameters of the request will not tell any more.
 
     Args:
-        name: of an async method that takes the request first, gives its prompts last, and is
+        render: an async method that takes the request first, gives its prompts last, and is
             awaited before the checks.
     """
-    from vllm.renderers.online_renderer import OnlineRenderer
 
-    original = vars(OnlineRenderer)[name]
-
-    @functools.wraps(original)
     async def compiling(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = await original(self, request, *args, **kwargs)
+        result = await render(self, request, *args, **kwargs)
         if self.model_config.is_diffusion and hasattr(request, "extract_structured_outputs"):
             _refuse_beams(request)
             prompts = result[-1] if isinstance(result, tuple) else result
@@ -40,7 +36,7 @@ def compile_beside(name: str) -> None:
                 await _compile(self.renderer, request, prompts)
         return result
 
-    setattr(OnlineRenderer, name, compiling)
+    return compiling
 
 
 def _refuse_beams(request: Any) -> None:

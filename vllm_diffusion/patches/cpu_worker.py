@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_diffusion.patches.table import WORKER_PATCHES
+from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
 
 
@@ -19,7 +19,9 @@ class TritonFreeCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """Replace the kernels, then build device and model runner as vLLM does."""
-        ledger.apply(WORKER_PATCHES)
+        # Here too: the worker also serves native vLLM's class, with the plugin switched off.
+        ledger.register(PATCHES)
+        ledger.apply_stage(ledger.Stage.WORKER)
         # Warming up would launch every sampler kernel once to compile it: there is nothing to
         # compile, and the kernels a diffusion model never launches have no stand-in.
         self.vllm_config.kernel_config.enable_jit_warmup = False

@@ -6,28 +6,25 @@ URL of another encoding.
 
 from __future__ import annotations
 
-import functools
 from http import HTTPStatus
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 _SHOWN: Final = 64
 """Characters of a link that a message repeats."""
 
 
-def blame_the_link() -> None:
+def blame_the_link(load: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """Make `MediaConnector.load_from_url_async` name the link and what is wrong with it."""
     import aiohttp
     from vllm.exceptions import VLLMError, VLLMValidationError
-    from vllm.multimodal.media.connector import MODALITY_IO_MAP, MediaConnector
+    from vllm.multimodal.media.connector import MODALITY_IO_MAP
 
-    original = MediaConnector.load_from_url_async
-
-    @functools.wraps(original)
-    async def load_from_url_async(
-        self: Any, url: str, media_io: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    async def blaming(self: Any, url: str, media_io: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await original(self, url, media_io, *args, **kwargs)
+            return await load(self, url, media_io, *args, **kwargs)
         except VLLMError:
             raise
         except (
@@ -43,7 +40,7 @@ def blame_the_link() -> None:
                 f"{shown!r} cannot be loaded: {error}", parameter=f"{next(kinds, 'media')}_url"
             ) from error
 
-    MediaConnector.load_from_url_async = load_from_url_async
+    return blaming
 
 
 def links_are_internal_errors() -> bool:

@@ -3,17 +3,14 @@
 vLLM's door for further loggers (entry points `vllm.stat_logger_plugins`) would not do: a logger
 that comes through it switches `--disable-log-stats` off for every model of the environment, and
 vLLM's own logger, which is made after it, unregisters every metric whose name begins with `vllm:`.
-
-Imported when the patch is installed: this module needs vLLM's logger to derive from it.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 from prometheus_client import Counter, Histogram
-from vllm.v1.metrics import loggers
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_diffusion.denoise.constants import MAX_STEPS
 from vllm_diffusion.patches.telemetry_outputs import IterationReports, reports_of
@@ -28,32 +25,37 @@ ENTROPY: Final = (0.0001, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.0
 """Nats, dense around 0.005, below which the published rule stops."""
 
 
-class CanvasPrometheusStatLogger(PrometheusStatLogger):
-    """vLLM's logger; of a diffusion model it also tells what its canvases took."""
+def count_canvases(logger: Any) -> type:
+    """Derive a logger from vLLM's that also counts the canvases of a diffusion model.
 
-    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
-        super().__init__(vllm_config, engine_indexes)
-        # Only now: the base class unregisters every metric of an earlier logger.
-        model = vllm_config.model_config
-        self._canvases = (
-            CanvasMetrics(model.served_model_name, self.engine_indexes)
-            if model.is_diffusion
-            else None
-        )
+    For the place where vLLM's `StatLoggerManager` looks its own logger up.
+    """
 
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        """Record vLLM's statistics and ours."""
-        super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-        if self._canvases is None or iteration_stats is None:
-            return
-        if (seen := reports_of(iteration_stats)) is not None:
-            self._canvases.observe(seen, engine_idx)
+    class CanvasPrometheusStatLogger(logger):
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            super().__init__(vllm_config, engine_indexes)
+            # Only now: the base class unregisters every metric of an earlier logger.
+            model = vllm_config.model_config
+            self._canvases = (
+                CanvasMetrics(model.served_model_name, self.engine_indexes)
+                if model.is_diffusion
+                else None
+            )
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+            if self._canvases is None or iteration_stats is None:
+                return
+            if (seen := reports_of(iteration_stats)) is not None:
+                self._canvases.observe(seen, engine_idx)
+
+    return CanvasPrometheusStatLogger
 
 
 class CanvasMetrics:
@@ -113,6 +115,8 @@ def _histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> His
     return Histogram(f"vllm:diffusion_{name}", documentation, LABELS, buckets=buckets)
 
 
-def install() -> None:
-    """Put our logger where vLLM's `StatLoggerManager` looks its own up."""
-    loggers.PrometheusStatLogger = CanvasPrometheusStatLogger
+def logger_plugins_switch_statistics_on() -> bool:
+    """Whether a stat logger plugin still overrules `--disable-log-stats`."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return "log_stats or has_custom_loggers" in inspect.getsource(AsyncLLM.__init__)

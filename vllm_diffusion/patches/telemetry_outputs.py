@@ -9,7 +9,6 @@ a slow client lets pile up are merged field by field, and it must not matter whi
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from vllm_diffusion.telemetry import KEY, Report, Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +39,10 @@ class _Told:
 _STATE = "_diffusion_told"
 
 
-def take_reports_off() -> None:
+def take_reports_off(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
     """Make `OutputProcessor.process_outputs` read the reports and put them where they belong."""
-    from vllm.v1.engine.output_processor import OutputProcessor
 
-    original = OutputProcessor.process_outputs
-
-    @functools.wraps(original)
-    def process_outputs(
+    def reading(
         self: Any,
         engine_core_outputs: Sequence[Any],
         engine_core_timestamp: float | None = None,
@@ -66,7 +61,7 @@ def take_reports_off() -> None:
                 told.asked = report.asked
                 told.telemetry.add(report)
                 states[output.request_id] = state, told.telemetry
-        processed = original(
+        processed = process_outputs(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *args, **kwargs
         )
         if iteration_stats is not None:
@@ -77,32 +72,20 @@ def take_reports_off() -> None:
             _add(iteration_stats, seen)
         return processed
 
-    OutputProcessor.process_outputs = process_outputs
+    return reading
 
 
-def tell_in_completions() -> None:
+def tell_in_completions(new_completion: Callable[..., Any]) -> Callable[..., Any]:
     """Make `RequestState._new_completion_output` add the telemetry of a request that asked."""
-    from vllm.v1.engine.output_processor import RequestState
 
-    original = RequestState._new_completion_output
-
-    @functools.wraps(original)
-    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
+    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = new_completion(self, *args, **kwargs)
         told: _Told | None = vars(self).get(_STATE)
         if told is not None and told.asked:
             vars(output)[KEY] = told.telemetry
         return output
 
-    RequestState._new_completion_output = _new_completion_output
-
-
-def count_in_metrics() -> None:
-    """Put our Prometheus logger where vLLM looks its own up."""
-    # A module of its own: it derives from vLLM's logger.
-    from vllm_diffusion.patches import telemetry_metrics
-
-    telemetry_metrics.install()
+    return telling
 
 
 def told_by(completion: Any) -> Telemetry | None:
@@ -118,24 +101,12 @@ def reports_of(iteration_stats: Any) -> IterationReports | None:
 
 
 def outputs_have_no_place_of_their_own() -> bool:
-    """Whether an engine's output still has no field for what a plugin has to say."""
+    """Whether both outputs, the engine's and a client's, lack a field for what a plugin tells."""
+    from vllm.outputs import CompletionOutput
     from vllm.v1.engine import EngineCoreOutput
 
-    return _free_fields(EngineCoreOutput) == {"kv_transfer_params", "ec_transfer_params"}
-
-
-def completions_have_no_place_of_their_own() -> bool:
-    """Whether an answer's record still has no such field."""
-    from vllm.outputs import CompletionOutput
-
-    return not _free_fields(CompletionOutput)
-
-
-def logger_plugins_switch_statistics_on() -> bool:
-    """Whether a stat logger plugin still overrules `--disable-log-stats`."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return "log_stats or has_custom_loggers" in inspect.getsource(AsyncLLM.__init__)
+    borrowed = {"kv_transfer_params", "ec_transfer_params"}
+    return _free_fields(EngineCoreOutput) == borrowed and not _free_fields(CompletionOutput)
 
 
 def _free_fields(record: type) -> set[str]:

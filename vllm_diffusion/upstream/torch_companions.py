@@ -1,14 +1,8 @@
 """torchvision, torchaudio and torchcodec built for CUDA, beside a torch built for CPU.
 
 That is what plain pip installs on a CPU host: vLLM's CPU wheel asks for all three, and PyPI has
-CUDA builds only. Their libraries cannot load there. torchvision tolerates that (its Python
-transforms need none of it) except for two shape functions it registers for operators it assumes to
-exist: `operator torchvision::nms does not exist`. Declaring the operators, without implementing
-them, is enough, and calling one still fails with torchvision's own explanation. The other two raise
-when imported; decoding sound and moving pictures could not have worked, so they are made to count
-as not installed.
-
-Everything here is inert beside a GPU build of torch and where the libraries load.
+CUDA builds only. Their libraries cannot load there, and importing the packages raises. Beside a GPU
+build of torch, and where the libraries load, there is nothing to mend.
 """
 
 from __future__ import annotations
@@ -18,16 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    import torch
-
-MISSING_OPS: Final = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-"""Name and schema of the operators torchvision registers a shape function for, unconditionally."""
+from typing import Final
 
 LIBRARIES: Final = {
     "torchvision": "_C.*",
@@ -35,8 +20,6 @@ LIBRARIES: Final = {
     "torchcodec": "libtorchcodec_image*.so",
 }
 """The library each package loads first when it is imported, below its folder."""
-
-_defined: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
 
 
 def cannot_load(name: str) -> bool:
@@ -61,29 +44,6 @@ def cannot_load(name: str) -> bool:
     except OSError:
         return True
     return False
-
-
-def declare_torchvision_ops() -> None:
-    """Declare the operators of `MISSING_OPS` that do not exist yet."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    _defined.append(library)
-    for name, schema in MISSING_OPS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)  # type: ignore[no-untyped-call]
-
-
-def hide(name: str) -> None:
-    """Let a package count as not installed in this process.
-
-    None in `sys.modules` is Python's own mark for "there is no such module": looking for it finds
-    nothing, importing it raises the ImportError that optional imports expect. Transformers looks
-    when it is imported, which may be before torch is, and remembers; it is made to look again.
-    """
-    sys.modules[name] = None  # type: ignore[assignment]
-    if (transformers := sys.modules.get("transformers.utils.import_utils")) is not None:
-        vars(transformers)[f"is_{name}_available"].cache_clear()
 
 
 def fails_to_import(name: str) -> bool:

@@ -14,7 +14,6 @@ from vllm_diffusion.upstream.alias_distribution import Alias, AliasState
 from vllm_diffusion.upstream.versions import InstalledVllm
 
 PLUGIN = EntryPoint("diffusion", doctor.PLUGIN, "vllm.general_plugins")
-ROUTES = EntryPoint("diffusion", "vllm_diffusion.serve.routes:make", "vllm.endpoint_plugins")
 
 
 def levels(findings: list[Finding]) -> list[Level]:
@@ -29,7 +28,6 @@ def test_a_healthy_gpu_host_has_nothing_to_mend():
         *doctor.check_vllm(vllm),
         *doctor.check_alias(Alias(AliasState.NOT_NEEDED, "")),
         *doctor.check_plugin({}, [PLUGIN]),
-        *doctor.check_endpoints({}, []),
         *doctor.check_environment({}),
     ]
     assert set(levels(findings)) == {Level.OK}
@@ -87,15 +85,6 @@ def test_an_allow_list_with_the_plugin_is_fine():
 def test_a_plugin_that_is_switched_off_is_a_warning():
     (finding,) = doctor.check_plugin({"VLLM_DIFFUSION": "0"}, [PLUGIN])
     assert (finding.level, finding.mend) == (Level.WARNING, "unset VLLM_DIFFUSION")
-
-
-@pytest.mark.parametrize(
-    ("environ", "off"),
-    [({}, True), ({"VLLM_PLUGINS": "lora"}, True), ({"VLLM_PLUGINS": "diffusion"}, False)],
-)
-def test_routes_load_only_when_named(environ, off):
-    findings = doctor.check_endpoints(environ, [ROUTES])
-    assert levels(findings) == ([Level.NOTE] if off else [])
 
 
 def test_a_forced_runner_is_a_problem():

@@ -1,4 +1,4 @@
-from vllm_diffusion.upstream.cpu_host import runner_refusal
+from vllm_diffusion.upstream.runner import runner_refusal
 
 
 def test_names_the_variable_that_forced_the_old_runner():

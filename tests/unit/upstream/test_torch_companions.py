@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from vllm_diffusion.patches import host as early
+from vllm_diffusion.patches import host
 from vllm_diffusion.upstream import ledger, torch_companions
 
 
@@ -74,7 +74,7 @@ def test_a_companion_that_is_not_installed(monkeypatch):
 
 def test_a_hidden_package_counts_as_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio", None)  # put back what was there afterwards
-    torch_companions.hide("torchaudio")
+    host.hide_torchaudio()
     assert importlib.util.find_spec("torchaudio") is None
     with pytest.raises(ImportError):
         importlib.import_module("torchaudio")
@@ -87,14 +87,14 @@ def test_transformers_looks_again_after_hiding(monkeypatch):
     monkeypatch.setattr(fake, "is_torchaudio_available", probe, raising=False)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setitem(sys.modules, "torchaudio", None)
-    torch_companions.hide("torchaudio")
+    host.hide_torchaudio()
     assert cleared == ["torchaudio"]
 
 
 def test_declaring_the_operators_is_repeatable_and_they_exist():
-    torch_companions.declare_torchvision_ops()
-    torch_companions.declare_torchvision_ops()
-    for name in torch_companions.MISSING_OPS:
+    host.declare_torchvision_ops()
+    host.declare_torchvision_ops()
+    for name in host.MISSING_OPS:
         assert hasattr(torch.ops.torchvision, name)
 
 
@@ -103,4 +103,4 @@ def test_an_error_never_reaches_the_import_of_torch(monkeypatch):
         raise RuntimeError("broken row")
 
     monkeypatch.setattr(ledger, "apply", fail)
-    early.prepare_host()
+    host.prepare_host()

@@ -23,8 +23,7 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     check_adapter,
 )
 from vllm_diffusion.models.diffusion_gemma.adapter_names import SHARED, placed_at
-from vllm_diffusion.patches.lora import adapters_are_served
-from vllm_diffusion.upstream.cpu_host import is_triton_free_cpu
+from vllm_diffusion.upstream.cpu_host import adapters_are_served, is_triton_free_cpu
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -58,7 +58,6 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
 )
 from vllm_diffusion.models.quantised.configuration import adopt, is_released
 from vllm_diffusion.models.quantised.layers import describe
-from vllm_diffusion.patches.table import ADAPTER_PATCHES
 from vllm_diffusion.upstream import ledger
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         use_canvas_attention()
         if vllm_config.lora_config is not None:
             # Before the first experts are built, since they pick their kernel then.
-            ledger.apply(ADAPTER_PATCHES)
+            ledger.apply_stage(ledger.Stage.ADAPTERS)
 
         self._build_vision(vllm_config, prefix)
         self.model = Gemma4Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
