@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_diffusion.patches.structured_outputs import told_by
+from vllm_diffusion.engine.constraints.thinking import told_by
 from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
 
 pytestmark = pytest.mark.vllm

@@ -33,10 +33,10 @@ from vllm.v1.request import RequestStatus
 
 from vllm_diffusion.denoise.constants import ServedRules
 from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar, attach
+from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
 from vllm_diffusion.params import admitted_params, requested_rule
-from vllm_diffusion.patches.structured_outputs import thinking_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -15,9 +15,10 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_diffusion.engine.constraints.thinking import thinking_takes
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.patches.canvas_text import check_text
-from vllm_diffusion.patches.structured_outputs import check_room, thinking_takes
+from vllm_diffusion.patches.structured_outputs import check_room
 from vllm_diffusion.upstream.core_messages import check_message
 
 if TYPE_CHECKING:
