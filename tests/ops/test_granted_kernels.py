@@ -1,4 +1,4 @@
-"""The Triton forms of `GrantedRows`, run by Triton's interpreter, against the definition.
+"""The Triton forms of `engine.granted`, run by Triton's interpreter, against the definition.
 
 The interpreter is chosen when Triton is imported, so one subprocess runs this very file.
 """
@@ -47,8 +47,7 @@ def in_the_interpreter() -> None:
 
     import torch
 
-    from vllm_diffusion.engine import granted_kernels
-    from vllm_diffusion.engine.granted import GrantedRows
+    from vllm_diffusion.engine import granted, granted_kernels
     from vllm_diffusion.records import CanvasBatch, Emission
 
     pick = torch.Generator().manual_seed(3)
@@ -66,19 +65,15 @@ def in_the_interpreter() -> None:
         pool = SimpleNamespace(**{k: v.clone() for k, v in vars(state).items()}, num_slots=9)
         slots, text, index, emission, rejected, drafts = inputs
         rejected, drafts = rejected.clone(), drafts.clone()
-        if kernels:
-            assert granted_kernels.among(pool, slots, text).ran is None  # only a look
-        among = (granted_kernels if kernels else GrantedRows).among
-        rows = replace(among(pool, slots, text, begin=True), index=index)
+        form = granted_kernels if kernels else granted
+        assert form.look(pool, slots, text).ran is None  # only a look
+        rows = replace(form.look(pool, slots, text, begin=True), index=index)
         looked = [rows.fused, rows.committed, rows.idle, rows.before]
         zeros = torch.zeros_like(slots)
         batch = CanvasBatch(slots=slots, width=zeros, position=zeros, valid=zeros)
         ran = rows.begin(pool, batch)
         causal = pool.causal.clone()
-        if kernels:
-            granted_kernels.end(rows, pool, emission, rejected, drafts)
-        else:
-            rows.end(pool, emission, rejected, drafts)
+        form.settle(rows, pool, emission, rejected, drafts)
         return [*looked, ran.slots, ran.idle, causal, pool.causal, rejected, drafts]
 
     for number in range(30):

@@ -120,6 +120,7 @@ def requests() -> None:
     import torch
 
     from vllm_diffusion.engine import canvases, canvases_kernels
+    from vllm_diffusion.engine.step_rows import StepRows
     from vllm_diffusion.records import Emission
 
     rng = torch.Generator().manual_seed(0)
@@ -129,7 +130,7 @@ def requests() -> None:
         width = torch.randint(0, length + 1, (num,), generator=rng)
         width[0] = length
         count = int((width > 0).sum())
-        rows = canvases.StepRows(
+        rows = StepRows(
             slots=torch.randperm(num + 1, generator=rng)[:num],
             seq_lens=torch.randint(9, 500, (num + 3,), generator=rng, dtype=torch.int32),
             first=torch.cat([torch.zeros(1), width.cumsum(0)]).int(),

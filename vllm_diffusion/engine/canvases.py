@@ -6,11 +6,11 @@ here in torch is the definition, and what a CPU runs; ``canvases_kernels`` is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_diffusion.engine.step_rows import Told
 from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import CanvasBatch
 
@@ -18,26 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.engine.step_rows import StepRows
     from vllm_diffusion.records import Emission
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRows:
-    """Of N requests, on the device: whose rows a step runs."""
-
-    slots: Tensor  # [N] integer
-    seq_lens: Tensor  # [N] int32 or more of it, positions up to the last row of the step
-    first: Tensor  # [N + 1] int32, where each request's rows behind logits begin; the last is R
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What a step says of its N requests, as vLLM's sampler does."""
-
-    tokens: Tensor  # [N, L] int32, in the first ``gained`` places
-    gained: Tensor  # [N] int32
-    rejected: Tensor  # [N] int32, rows that do not count as computed
-    committed: CommittedCanvases | None = None  # None where no canvas ran
 
 
 def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch, Tensor]:

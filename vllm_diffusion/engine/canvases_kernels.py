@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_diffusion.engine.canvases import Told
+from vllm_diffusion.engine.step_rows import Told
 from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import CanvasBatch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.engine.canvases import StepRows
+    from vllm_diffusion.engine.step_rows import StepRows
     from vllm_diffusion.records import Emission
 
 _COUNTED = tl.constexpr(128)  # requests that are looked at at once

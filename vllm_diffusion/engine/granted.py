@@ -6,7 +6,7 @@ definition, and what a CPU runs; ``granted_kernels`` has what every step of a GP
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_diffusion.engine.step_rows import GrantedRows
+
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.records import CanvasBatch, Emission
+    from vllm_diffusion.records import Emission
 
 
 def text_rows(input_batch: InputBatch) -> np.ndarray:
@@ -31,102 +33,72 @@ def text_rows(input_batch: InputBatch) -> np.ndarray:
     return np.where(input_batch.is_prefilling_np[: input_batch.num_reqs], 0, rows - drafts)
 
 
-@dataclass(frozen=True, slots=True)
-class GrantedRows:
-    """What the rows of B requests are, each of which has rows for a canvas, [B] on the device."""
+def look(
+    pool: CanvasPool, slots: Tensor, text: Tensor | None = None, *, begin: bool = False
+) -> GrantedRows:
+    """Look at slots as they are before the forward, and behind it until they begin.
 
-    slots: Tensor  # int64
-    fused: Tensor  # bool, the slot's
-    committed: Tensor  # int64, of all its rows, from the first one on; 0 where none commits
-    idle: Tensor  # bool, no canvas runs: its place is a commit's, or it cannot stand there
-    text: Tensor | None = None  # int64, rows granted in front of the canvas's; None for nowhere
-    before: Tensor | None = None  # int64, so many rows further in front the canvas stands
-    index: Tensor | None = None  # int64, which requests they are; None for all
-    ran: Tensor | None = None  # int64, the slots that ``begin`` lets denoise, where it is done
+    Args:
+        pool: the canvases.
+        slots: [B] int64.
+        text: see ``GrantedRows``.
+        begin: a GPU does what ``GrantedRows.begin`` does to the pool in the same launch.
+    """
+    if slots.device.type == "cuda":
+        return _kernels().look(pool, slots, text, begin=begin)
+    fused = pool.fused[slots]
+    waits = pool.causal[slots] & fused
+    committed = torch.where(waits, pool.count[slots], 0)
+    if text is None:
+        return GrantedRows(slots, fused, committed, idle=waits)
+    before = torch.where(waits, 0, text)
+    return GrantedRows(slots, fused, committed, waits & (committed != text), text, before)
 
-    @staticmethod
-    def among(
-        pool: CanvasPool, slots: Tensor, text: Tensor | None = None, *, begin: bool = False
-    ) -> GrantedRows:
-        """Look at slots as they are before the forward, and behind it until ``begin``.
 
-        Args:
-            pool: the canvases.
-            slots: [B] int64.
-            text: see the class.
-            begin: a GPU does what ``begin`` does to the pool in the same launch.
-        """
-        if slots.device.type == "cuda":
-            return _kernels().among(pool, slots, text, begin=begin)
-        fused = pool.fused[slots]
-        waits = pool.causal[slots] & fused
-        committed = torch.where(waits, pool.count[slots], 0)
-        if text is None:
-            return GrantedRows(slots, fused, committed, idle=waits)
-        before = torch.where(waits, 0, text)
-        return GrantedRows(slots, fused, committed, waits & (committed != text), text, before)
+def granted_rows(pool: CanvasPool, input_batch: InputBatch, widths: np.ndarray) -> GrantedRows:
+    """What a step's rows are; takes in the commits that have no rows for a canvas beside them.
 
-    @staticmethod
-    def of(pool: CanvasPool, input_batch: InputBatch, widths: np.ndarray) -> GrantedRows:
-        """Those of a step; takes in the commits that have no rows for a canvas beside them.
+    Args:
+        pool: the canvases, as they were before the forward.
+        input_batch: the step's batch.
+        widths: [num_reqs], rows for a canvas.
+    """
+    slots, front = input_batch.idx_mapping, text_rows(input_batch)
+    if (alone := np.flatnonzero(front * (widths == 0))).size:
+        pool.causal.index_fill_(0, slots[_sent(alone, pool)], value=False)
+    index, decoding = None, np.flatnonzero(widths)
+    if decoding.size < widths.size:
+        index = _sent(decoding, pool)
+        slots = slots[index]
+    front = front[decoding]
+    text = _sent(front, pool) if front.any() else None
+    return replace(look(pool, slots, text, begin=True), index=index)
 
-        Args:
-            pool: the canvases, as they were before the forward.
-            input_batch: the step's batch.
-            widths: [num_reqs], rows for a canvas.
-        """
-        slots, front = input_batch.idx_mapping, text_rows(input_batch)
-        if (alone := np.flatnonzero(front * (widths == 0))).size:
-            pool.causal.index_fill_(0, slots[_sent(alone, pool)], value=False)
-        index, decoding = None, np.flatnonzero(widths)
-        if decoding.size < widths.size:
-            index = _sent(decoding, pool)
-            slots = slots[index]
-        front = front[decoding]
-        text = _sent(front, pool) if front.any() else None
-        return replace(GrantedRows.among(pool, slots, text, begin=True), index=index)
 
-    def placed(self, batch: CanvasBatch) -> CanvasBatch:
-        """The canvases where they stand: behind the rows granted in front of them, or on those."""
-        if self.before is None:
-            return batch
-        return replace(batch, position=batch.position - self.before[:, None])
+def settle(
+    rows: GrantedRows, pool: CanvasPool, emission: Emission, rejected: Tensor, drafts: Tensor
+) -> None:
+    """Take in which canvases are now to be committed, and which rows did not count.
 
-    def begin(self, pool: CanvasPool, batch: CanvasBatch) -> CanvasBatch:
-        """Let the canvases of a batch of these requests denoise; the last slot stands for no one.
-
-        Args:
-            pool: the canvases.
-            batch: where each canvas stands, idle ones anywhere.
-        """
-        ran, nobody = self.ran, pool.num_slots - 1
-        if ran is None:
-            pool.causal[self.slots] &= ~self.fused
-            pool.causal[nobody:].fill_(True)
-            ran = torch.where(self.idle, nobody, self.slots)
-        return replace(batch, slots=ran, idle=self.idle)
-
-    def end(self, pool: CanvasPool, emission: Emission, rejected: Tensor, drafts: Tensor) -> None:
-        """Take in which canvases are now to be committed, and which rows did not count.
-
-        Args:
-            pool: the canvases, one step on.
-            emission: of this step.
-            rejected: [num_reqs] int32, of a canvas's rows; becomes that of all.
-            drafts: [S, L or more], what the next rows read if they are as many as a canvas's.
-        """
-        if self.slots.device.type == "cuda":
-            _kernels().end(self, pool, emission, rejected, drafts)
-            return
-        given = (emission.count > 0) & self.fused
-        pool.causal[self.slots] |= given
-        said = torch.where(given[:, None], emission.tokens, pool.tokens[self.slots])
-        drafts[self.slots, : said.shape[1]] = said
-        more = -self.committed if self.text is None else self.text - self.committed
-        if self.index is None:
-            rejected += more
-        else:
-            rejected[self.index] += more.to(rejected.dtype)
+    Args:
+        rows: what they were granted for.
+        pool: the canvases, one step on.
+        emission: of this step.
+        rejected: [num_reqs] int32, of a canvas's rows; becomes that of all.
+        drafts: [S, L or more], what the next rows read if they are as many as a canvas's.
+    """
+    if rows.slots.device.type == "cuda":
+        _kernels().settle(rows, pool, emission, rejected, drafts)
+        return
+    given = (emission.count > 0) & rows.fused
+    pool.causal[rows.slots] |= given
+    said = torch.where(given[:, None], emission.tokens, pool.tokens[rows.slots])
+    drafts[rows.slots, : said.shape[1]] = said
+    more = -rows.committed if rows.text is None else rows.text - rows.committed
+    if rows.index is None:
+        rejected += more
+    else:
+        rejected[rows.index] += more.to(rejected.dtype)
 
 
 @cache
@@ -145,7 +117,7 @@ def _sent(values: np.ndarray, pool: CanvasPool) -> Tensor:
 def canvas_and_padding(input_batch: InputBatch, pool: CanvasPool) -> tuple[Tensor, Tensor]:
     """[num_reqs] int64: rows of every request's canvas in this forward, and rows behind it."""
     text = _sent(text_rows(input_batch), pool)
-    granted = GrantedRows.among(pool, input_batch.idx_mapping, text)
+    granted = look(pool, input_batch.idx_mapping, text)
     assert granted.before is not None
     drafts = torch.as_tensor(input_batch.num_draft_tokens_per_req, dtype=torch.int64)
     drafts = drafts.to(pool.device)
@@ -183,7 +155,7 @@ def place_rows(
     rows = _sent(np.repeat(first, front), pool) + offset
     index = input_batch.idx_mapping[places]
     ahead = _sent(front, pool)
-    granted = GrantedRows.among(pool, index, ahead)
+    granted = look(pool, index, ahead)
     # Where nothing is foreseen rows in front of a canvas's are text.
     committed, before = (granted.committed, granted.before) if foreseen else (ahead, ahead * 0)
     assert before is not None

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_diffusion.engine.granted import GrantedRows
+from vllm_diffusion.engine.step_rows import GrantedRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _ROWS: Final = 256  # rows of a request that a program places
 
 
-def among(
+def look(
     pool: CanvasPool, slots: Tensor, text: Tensor | None, *, begin: bool = False
 ) -> GrantedRows:
-    """See ``GrantedRows.among``."""
+    """See ``granted.look``."""
     committed = torch.empty_like(slots)
     fused = torch.empty_like(slots, dtype=torch.bool)
     rows = GrantedRows(
@@ -52,10 +52,10 @@ def among(
     return rows
 
 
-def end(
+def settle(
     rows: GrantedRows, pool: CanvasPool, emission: Emission, rejected: Tensor, drafts: Tensor
 ) -> None:
-    """See ``GrantedRows.end``."""
+    """See ``granted.settle``."""
     length = emission.tokens.shape[1]
     _end[(rows.slots.shape[0],)](
         rows.slots,

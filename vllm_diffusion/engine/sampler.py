@@ -24,8 +24,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_diffusion.engine.canvases import StepRows, canvases_of, tell
-from vllm_diffusion.engine.granted import GrantedRows
+from vllm_diffusion.engine.canvases import canvases_of, tell
+from vllm_diffusion.engine.granted import granted_rows, settle
+from vllm_diffusion.engine.step_rows import StepRows
 from vllm_diffusion.records import Noise
 from vllm_diffusion.step import advance
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.guard import Guards
     from vllm_diffusion.constrain.table import ConstraintTable
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
+    from vllm_diffusion.engine.step_rows import GrantedRows
     from vllm_diffusion.head import Head
     from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
     from vllm_diffusion.records import CanvasBatch, Emission
@@ -120,13 +122,13 @@ class CanvasSampler:
             widths = np.zeros_like(widths)
         emission = scored = granted = None
         if self.foreseen:
-            granted = GrantedRows.of(self.pool, input_batch, widths)
+            granted = granted_rows(self.pool, input_batch, widths)
         if widths.any():
             emission, scored = self._advance(hidden, input_batch, rows, widths, granted)
         self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
         told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
         if granted is not None and emission is not None:
-            granted.end(self.pool, emission, told.rejected, self.req_states.draft_tokens)
+            settle(granted, self.pool, emission, told.rejected, self.req_states.draft_tokens)
         return SamplerOutput(
             sampled_token_ids=told.tokens,
             logprobs_tensors=scored,
