@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import Noise
@@ -47,18 +48,21 @@ def main() -> None:
     print(json.dumps({rows: times(rows, embedding) for rows in options.rows}))
 
 
-def times(rows: int, embedding: Tensor) -> dict[str, float]:
+def times(num_rows: int, embedding: Tensor) -> dict[str, float]:
     """Milliseconds of the products and of the head."""
-    states = torch.randn(rows, embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
+    states = torch.randn(
+        num_rows, embedding.shape[1], device=embedding.device, dtype=embedding.dtype
+    )
     streaming, scale = head_of(embedding), embedding.shape[1] ** 0.5
     states /= scale  # logits of a few units
-    counter = torch.arange(rows, device=embedding.device)
+    counter = torch.arange(num_rows, device=embedding.device)
     noise = Noise(
         seed=counter[:, None].expand(-1, 2).contiguous(),
         position=counter,
         step=torch.zeros_like(counter),
     )
-    temperature = torch.full((rows,), TEMPERATURE, device=embedding.device)
+    temperature = torch.full((num_rows,), TEMPERATURE, device=embedding.device)
+    rows = Rows(hidden=states, temperature=temperature, noise=noise)
 
     def products(tile: int) -> None:
         for part in embedding.split(tile):
@@ -69,7 +73,7 @@ def times(rows: int, embedding: Tensor) -> dict[str, float]:
             milliseconds(lambda: products(len(embedding)), embedding.device),
             milliseconds(lambda: products(LARGE_TILE), embedding.device),
         ),
-        "head_ms": milliseconds(lambda: streaming(states, temperature, noise), embedding.device),
+        "head_ms": milliseconds(lambda: streaming(rows), embedding.device),
     }
 
 

@@ -9,7 +9,7 @@ of the host, as if the GPU waited for every one of them. No time here was measur
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,7 @@ def launched(rows: int, form: str) -> Launches:
     from triton.runtime.jit import JITFunction
 
     from vllm_diffusion.head.quantised import QuantisedOutput
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import Noise
@@ -174,10 +175,10 @@ def launched(rows: int, form: str) -> Launches:
     try:
         with Recorded(launches):
             hidden = matrix.new_empty(rows, HIDDEN)
+            asked = Rows(hidden=hidden, temperature=temperature, noise=noise)
             if form == "soft-64":
-                head(hidden, temperature, noise, None, counters, all_near=True)
-            else:
-                head(hidden, temperature, noise)
+                asked = replace(asked, soft_top_k=counters, all_near=True)
+            head(asked)
     finally:
         JITFunction.run = kept
     return launches

@@ -85,6 +85,7 @@ def measured(
     import torch
 
     from vllm_diffusion.head.reference import ReferenceHead
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import Noise
@@ -97,14 +98,14 @@ def measured(
     counter = torch.arange(rows)
     noise = Noise(seed=torch.ones(rows, 2, dtype=torch.int64), position=counter, step=counter * 0)
     states = (torch.randn(rows, embedding.shape[1]) * 1.0).to(embedding.dtype)
-    call = states, torch.full((rows,), TEMPERATURE), noise
+    asked = Rows(hidden=states, temperature=torch.full((rows,), TEMPERATURE), noise=noise)
     class_of = classes_of(len(embedding), layout, count)
 
     def both() -> None:
-        head.by_class(*call, class_of=class_of, num_classes=count)
+        head.by_class(asked, class_of=class_of, num_classes=count)
 
     def alone() -> None:
-        head(*call)
+        head(asked)
 
     alone()
     first = seconds(both)

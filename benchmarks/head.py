@@ -167,6 +167,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     from vllm_diffusion.head import native as library
     from vllm_diffusion.head.quantised import QuantisedOutput
     from vllm_diffusion.head.reference import COPIES, ReferenceHead
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import Noise, Rewrite, Truncation
@@ -229,11 +230,13 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
         )
         rewrite = Rewrite(canvas=torch.zeros(rows, dtype=torch.int64), truncation=cut)
         stats = (whole if head.startswith("reference") else streaming)(
-            states,
-            torch.full((rows,), TEMPERATURE),
-            noise,
-            rewrite if top_k < vocab or top_p < 1 else None,
-            torch.full((rows,), SOFT[soft]) if soft in SOFT else None,
+            Rows(
+                hidden=states,
+                temperature=torch.full((rows,), TEMPERATURE),
+                noise=noise,
+                rewrite=rewrite if top_k < vocab or top_p < 1 else None,
+                soft_top_k=torch.full((rows,), SOFT[soft]) if soft in SOFT else None,
+            )
         )
         return stats.entropy, stats.soft_embedding
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from _answers import Answer
     from torch import Tensor
 
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.records import CanvasStats
     from vllm_diffusion.testing.tasks import Item
@@ -113,12 +114,12 @@ class Compared:
         self._exact, self._others = exact, others
         self.shifts = {name: Shift() for name in others}
 
-    def __call__(self, hidden: Tensor, *arguments: Any) -> CanvasStats:  # noqa: ANN401 - a head's
+    def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
-        exact = self._exact(hidden, *arguments)
-        if len(hidden) % CANVAS == 0:
+        exact = self._exact(rows)
+        if len(rows) % CANVAS == 0:
             for name, head in self._others.items():
-                self.shifts[name].add(head(hidden, *arguments), exact)
+                self.shifts[name].add(head(rows), exact)
         return exact
 
 

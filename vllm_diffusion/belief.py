@@ -95,23 +95,11 @@ def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
 def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
     """Run the head where somebody reads what it says; zeros elsewhere, or anything."""
     if read is None or read.all():
-        return said_of(head, rows)
+        return head(rows)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():
         return CanvasStats.of_nothing(rows.hidden)
-    return said_of(head, rows.take(index)).spread(index, len(rows))
-
-
-def said_of(head: Head, rows: Rows) -> CanvasStats:
-    """What the head says of some rows."""
-    return head(
-        rows.hidden,
-        rows.temperature,
-        rows.noise,
-        rows.rewrite,
-        rows.soft_top_k,
-        all_near=rows.all_near,
-    )
+    return head(rows.take(index)).spread(index, len(rows))
 
 
 def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[ConstrainedCanvases]:
@@ -125,13 +113,7 @@ def _obedient(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasSt
     """Statistics of the rows of K canvases given that their automaton accepts them."""
     automaton, num = canvases.automaton, len(canvases.places)
     own, classes = head.by_class(
-        rows.hidden,
-        rows.temperature,
-        rows.noise,
-        rows.rewrite,
-        rows.soft_top_k,
-        class_of=automaton.class_of,
-        num_classes=automaton.num_classes,
+        rows, class_of=automaton.class_of, num_classes=automaton.num_classes
     )
     word, *_ = philox(rows.noise.seed, rows.noise.position, rows.noise.step, Purpose.PATH)
     posterior = condition(

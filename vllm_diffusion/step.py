@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from vllm_diffusion.belief import beliefs, read_rows, said_of
+from vllm_diffusion.belief import beliefs, read_rows
 from vllm_diffusion.constrain.guard import Guard, enforced, look_ahead, under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
@@ -99,8 +99,7 @@ def advance(
     if guards:
 
         def ask(index: Tensor, masks: Sequence[Tensor]) -> CanvasStats:
-            asked = replace(rows.take(index), rewrite=under_mask(rewrite, index, masks))
-            return said_of(head, asked)
+            return head(replace(rows.take(index), rewrite=under_mask(rewrite, index, masks)))
 
         guards, stats, corrected = look_ahead(guards, batch, stats, ask, pool.causal[slots])
     decision = rule.decide(pool, batch, stats)
@@ -108,9 +107,7 @@ def advance(
         commit = without_slack(rewrite.slack, decision.commit.tokens, batch.valid)
         decision = replace(decision, commit=commit)
     if rewrite is not None and rewrite.words is not None:
-        stats, decision = without_bad_words(
-            pool, batch, stats, decision, rows=rows.hidden, head=head, rewrite=rewrite
-        )
+        stats, decision = without_bad_words(pool, batch, stats, decision, rows=rows, head=head)
     if guards:
         same = (stats.argmax == pool.argmax[slots]) | ~batch.valid
         decision = enforced(
@@ -133,9 +130,8 @@ def without_bad_words(
     stats: CanvasStats,
     decision: Decision,
     *,
-    rows: Tensor,
+    rows: Rows,
     head: Head,
-    rewrite: Rewrite,
 ) -> tuple[CanvasStats, Decision]:
     """Let no canvas finish with a bad word in it, see ``constrain.words``.
 
@@ -143,11 +139,11 @@ def without_bad_words(
 
     Args:
         pool, batch, stats, decision: as in ``advance``.
-        rows: [B * L, H] hidden states.
+        rows: [B * L] of the batch; their rewrite has words.
         head: asked for other tokens where a canvas ends at its step limit.
-        rewrite: of the batch, with words.
     """
-    words, commit, slack = rewrite.words, decision.commit, rewrite.slack
+    assert rows.rewrite is not None
+    words, commit, slack = rows.rewrite.words, decision.commit, rows.rewrite.slack
     assert words is not None
     said, count = commit.tokens, batch.width if commit.count is None else commit.count
     place = torch.arange(said.shape[1], device=said.device)
@@ -167,7 +163,7 @@ def without_bad_words(
     said = said.clone()
     for canvas in broken:
         here = slice(canvas * length, (canvas + 1) * length)
-        candidates = head.candidates(rows[here], rewrite.rows(here), words.last.shape[1] + 2)
+        candidates = head.candidates(rows.take(here), words.last.shape[1] + 2)
         if commit.rows is not None and slack is not None:
             # Slack in place of a word's end would bring its neighbours together.
             candidates = candidates.masked_fill(candidates == slack.pad[canvas], -1)

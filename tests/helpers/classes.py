@@ -29,7 +29,7 @@ def classes_of(vocab: int, seed: int = 0, count: int = COUNT) -> Tensor:
 
 
 def both(case: Case, head, class_of: Tensor, count: int = COUNT) -> tuple[CanvasStats, ClassStats]:
-    return head.by_class(*case.arguments(), class_of=class_of, num_classes=count)
+    return head.by_class(case.rows(), class_of=class_of, num_classes=count)
 
 
 def assert_tokens(ours: ClassStats, truth: ClassStats) -> None:

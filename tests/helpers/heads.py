@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_diffusion.head import reading
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import CanvasStats, Noise, Penalties, Rewrite, Truncation
@@ -24,7 +25,7 @@ STATISTICS = ("entropy", "top_prob", "margin", "soft_embedding")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What a head is called with, and what it is made of."""
+    """What a head is made of, and the rows it is called with."""
 
     hidden: Tensor
     embedding: Tensor
@@ -33,12 +34,18 @@ class Case:
     softcap: float | None
     rewrite: Rewrite | None = None
 
-    def arguments(self) -> tuple[Any, ...]:
-        return self.hidden, self.temperature, self.noise, self.rewrite
+    def rows(self, **changes: Any) -> Rows:
+        rows = Rows(
+            hidden=self.hidden,
+            temperature=self.temperature,
+            noise=self.noise,
+            rewrite=self.rewrite,
+        )
+        return replace(rows, **changes)
 
     def truth(self) -> CanvasStats:
         """The definition, in fp64."""
-        return self.reference(torch.float64)(*self.arguments())
+        return self.reference(torch.float64)(self.rows())
 
     def reference(self, dtype: torch.dtype | None = None, max_rows: int = 1000) -> ReferenceHead:
         """The materialising head, its products in ``dtype`` or the model's."""

@@ -41,7 +41,6 @@ from vllm_diffusion.records import (
     Constraints,
     Emission,
     Noise,
-    Rewrite,
 )
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+    from vllm_diffusion.head.rows import Rows
 
 LENGTH, VOCAB, SLOTS = 16, 61, 6
 
@@ -243,22 +243,14 @@ class Engine:
         self.pool.admit(slot, seed=seed)
         self.pool.begin(torch.tensor([slot]), start + torch.arange(LENGTH)[None])
 
-    def watch_head(self) -> list[tuple[Tensor, Noise, Rewrite | None]]:
-        """What the head is given from now on: temperature and noise of all rows, the rewrite."""
-        seen: list[tuple[Tensor, Noise, Rewrite | None]] = []
+    def watch_head(self) -> list[Rows]:
+        """The rows that the head is called with from now on."""
+        seen: list[Rows] = []
         inner = self.head
 
-        def head(
-            hidden: Tensor,
-            temperature: Tensor,
-            noise: Noise,
-            rewrite: Rewrite | None,
-            soft_top_k: Tensor | None,
-            *,
-            all_near: bool,
-        ) -> CanvasStats:
-            seen.append((temperature, noise, rewrite))
-            return inner(hidden, temperature, noise, rewrite, soft_top_k, all_near=all_near)
+        def head(rows: Rows) -> CanvasStats:
+            seen.append(rows)
+            return inner(rows)
 
         self.head = head  # type: ignore[assignment]
         return seen

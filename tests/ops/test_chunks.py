@@ -93,7 +93,7 @@ def in_the_interpreter() -> None:
         case = make_case(3, vocab=vocab, softcap=softcap, dtype=dtype, hidden=16, **rows)
         if temperature is not None:
             case = replace(case, temperature=torch.full_like(case.temperature, temperature))
-        truth, plain = case.truth(), case.reference()(*case.arguments())
+        truth, plain = case.truth(), case.reference()(case.rows())
         if dtype == torch.bfloat16:
             exact, logits = case.reference(), case.reference().logits(case.hidden)
             embedding = case.embedding.double()
@@ -101,22 +101,22 @@ def in_the_interpreter() -> None:
                 exact,
                 logits=lambda _, logits=logits: logits.double(),
                 soft_embedding=lambda prob, embedding=embedding: prob @ embedding * 5.65,
-            )(*case.arguments())
+            )(case.rows())
         ours = case.streaming(budget=tiles * tile * len(case.hidden) * dtype.itemsize)
-        stats = ours(*case.arguments())
+        stats = ours(case.rows())
         assert_same_tokens(stats, truth)
         assert_no_worse(stats, plain, truth)
         cases += 1
     sample.TILE = 64
     case = make_case(1, vocab=512, **rows)
-    for stats in over_ranks(case, 4, lambda head: head(*case.arguments())):
+    for stats in over_ranks(case, 4, lambda head: head(case.rows())):
         assert_same_tokens(stats, case.truth())
-        assert_no_worse(stats, case.reference()(*case.arguments()), case.truth())
+        assert_no_worse(stats, case.reference()(case.rows()), case.truth())
     cases += 1
     for softcap in (30.0, None):
         case = make_case(0, vocab=200, softcap=softcap, **rows)
         case.hidden[3] = torch.nan
-        ours = case.streaming(budget=64 * len(case.hidden) * 4)(*case.arguments())
+        ours = case.streaming(budget=64 * len(case.hidden) * 4)(case.rows())
         assert ours.entropy[3].isnan()
         assert 0 <= int(ours.sample[3]) < 200
         assert 0 <= int(ours.argmax[3]) < 200
@@ -146,16 +146,16 @@ def in_the_interpreter_near() -> None:
         case.embedding[5:9] = case.embedding[4]  # equal logits, at a border too
         count = torch.tensor([8, 64, 16, 0, -1])
         ours = case.streaming(budget=tiles * tile * len(case.hidden) * dtype.itemsize)
-        plain = case.reference()(*case.arguments(), count)
-        stats = ours(*case.arguments(), count)
+        plain = case.reference()(case.rows(soft_top_k=count))
+        stats = ours(case.rows(soft_top_k=count))
         close = (
             {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.3}
         )
         torch.testing.assert_close(stats.soft_embedding, plain.soft_embedding, **close)
-        assert_same_tokens(stats, ours(*case.arguments()))
+        assert_same_tokens(stats, ours(case.rows()))
         near = torch.where(count > 0, count, 8)
-        stats = ours(*case.arguments(), near)
-        alone = ours(*case.arguments(), near, all_near=True)
+        stats = ours(case.rows(soft_top_k=near))
+        alone = ours(case.rows(soft_top_k=near, all_near=True))
         assert torch.equal(stats.soft_embedding, alone.soft_embedding)
         assert torch.equal(stats.entropy, alone.entropy)
 

@@ -157,17 +157,17 @@ def case_reads(case: Case, logits: torch.Tensor, ids: int) -> None:
             case.reference(),
             logits=capped,
             soft_embedding=lambda prob: prob.to(kept) @ embedding * 5.65,
-        )(*case.arguments())
+        )(case.rows())
 
     truth = definition(torch.float64, torch.float64)
     head = from_codes(case, ids)
-    stats = head(*case.arguments())
+    stats = head(case.rows())
     assert_same_tokens(stats, truth)
     # So few numbers: the head without a copy is off by as much here.
     assert_no_worse(stats, definition(torch.float32, torch.bfloat16), truth, factor=3.0)
     # As many rows at once as the budget holds: which ids are exact stays.
     narrow = replace(head, budget=2 * min(ids, len(case.embedding)) * 2)
-    fewer = narrow(*case.arguments())
+    fewer = narrow(case.rows())
     assert_same_tokens(fewer, stats)
     torch.testing.assert_close(fewer.entropy, stats.entropy, rtol=1e-5, atol=1e-5)
 
@@ -190,7 +190,7 @@ def rows_of_nan_and_zero() -> None:
     assert logits[3].isnan().all()
     assert (logits[4] == 0).all()
     assert logits[torch.arange(len(logits)) != 3].isfinite().all()
-    stats = from_codes(case, 128)(*case.arguments())
+    stats = from_codes(case, 128)(case.rows())
     assert stats.entropy[3].isnan()
     assert 0 <= int(stats.argmax[3]) < 200
     assert stats.entropy[4] == pytest.approx(torch.log(torch.tensor(200.0)).item(), abs=1e-4)
@@ -200,9 +200,9 @@ def a_copy_follows_its_matrix() -> None:
     """Weights that are loaded again are rounded again."""
     case = case_of(256)
     head = from_codes(case, 256)
-    before = head(*case.arguments())
+    before = head(case.rows())
     case.embedding.copy_(case.embedding.flip(0))
-    after = head(*case.arguments())
+    after = head(case.rows())
     assert torch.equal(after.argmax, 255 - before.argmax)
 
 
@@ -223,11 +223,11 @@ def ranks_say_what_one_says() -> None:
     product = chunks._Fp8Product
     product.__init__, product.__call__ = in_turn(product.__init__), in_turn(product.__call__)
     case = case_of(256)
-    alone = from_codes(case, 128)(*case.arguments())
+    alone = from_codes(case, 128)(case.rows())
 
     def call(head):
         copy = QuantisedOutput(head.vocabulary.output, "fp8")
-        return replace(head, vocabulary=replace(head.vocabulary, copy=copy))(*case.arguments())
+        return replace(head, vocabulary=replace(head.vocabulary, copy=copy))(case.rows())
 
     for stats in over_ranks(case, 2, call):
         assert_same_tokens(stats, alone)

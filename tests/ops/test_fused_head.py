@@ -60,7 +60,7 @@ def in_the_interpreter() -> None:
         case = make_case(3, vocab=vocab, softcap=softcap, dtype=dtype, hidden=16)
         if temperature is not None:
             case = replace(case, temperature=torch.full_like(case.temperature, temperature))
-        truth, plain = case.truth(), case.reference()(*case.arguments())
+        truth, plain = case.truth(), case.reference()(case.rows())
         if dtype == torch.bfloat16:
             exact, logits = case.reference(), plain and case.reference().logits(case.hidden)
             embedding = case.embedding.double()
@@ -68,20 +68,20 @@ def in_the_interpreter() -> None:
                 exact,
                 logits=lambda _, logits=logits: logits.double(),
                 soft_embedding=lambda prob, embedding=embedding: prob @ embedding * 5.65,
-            )(*case.arguments())
-        ours = case.streaming()(*case.arguments())
+            )(case.rows())
+        ours = case.streaming()(case.rows())
         assert_same_tokens(ours, truth)
         assert_no_worse(ours, plain, truth)
         count += 1
     sample.TILE = 64
     for seed in range(3):
         case = make_case(seed, rewrite=True)
-        assert_same_tokens(case.streaming()(*case.arguments()), case.truth())
+        assert_same_tokens(case.streaming()(case.rows()), case.truth())
         count += 1
     for softcap in (30.0, None):
         case = make_case(0, vocab=100, softcap=softcap)
         case.hidden[3] = torch.nan
-        ours = case.streaming()(*case.arguments())
+        ours = case.streaming()(case.rows())
         assert ours.entropy[3].isnan()
         assert 0 <= int(ours.sample[3]) < 100
         assert 0 <= int(ours.argmax[3]) < 100

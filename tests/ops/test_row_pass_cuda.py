@@ -123,9 +123,9 @@ def streams(
 
 
 def check(case: Case, truth: object = None) -> None:
-    plain = case.reference()(*case.arguments())
+    plain = case.reference()(case.rows())
     truth = truth or case.truth()
-    ours = case.streaming()(*case.arguments())
+    ours = case.streaming()(case.rows())
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
@@ -167,7 +167,7 @@ def test_logits_and_weights_of_low_precision(dtype: torch.dtype, seed: int) -> N
         exact,
         logits=lambda _: logits,
         soft_embedding=lambda prob: prob @ embedding * 5.65,
-    )(*case.arguments())
+    )(case.rows())
     check(case, truth)
 
 
@@ -177,7 +177,7 @@ def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
     case = make_case(0, vocab=100, softcap=softcap)
     hidden = case.hidden.clone()
     hidden[3] = torch.nan
-    ours = case.streaming()(hidden, *case.arguments()[1:])
+    ours = case.streaming()(case.rows(hidden=hidden))
     assert 0 <= int(ours.sample[3]) < 100
     assert 0 <= int(ours.argmax[3]) < 100
     assert ours.entropy[3].isnan()

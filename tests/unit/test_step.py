@@ -208,10 +208,10 @@ def test_the_temperature_reaches_the_head() -> None:
     engine.admit(1, seed=8, start=50)
     engine.step(1)
     engine.step(0, 1)
-    temperature, noise, rewrite = seen[1]
-    assert rewrite is None
+    rows, noise = seen[1], seen[1].noise
+    assert rows.rewrite is None
     first, second = 0.8, 0.4 + 0.4 * 11 / 12
-    assert temperature.tolist() == pytest.approx([first] * LENGTH + [second] * LENGTH)
+    assert rows.temperature.tolist() == pytest.approx([first] * LENGTH + [second] * LENGTH)
     assert noise.seed.tolist() == [[4, 9]] * LENGTH + [[8, 0]] * LENGTH
     assert noise.position.tolist() == [*range(30, 30 + LENGTH), *range(50, 50 + LENGTH)]
     assert noise.step.tolist() == [0] * LENGTH + [1] * LENGTH
@@ -227,4 +227,4 @@ def test_the_head_sees_no_commit_row_and_none_beyond_a_canvas() -> None:
     engine.step(0, 1, 2)
     engine.pool.causal[:] = True
     engine.step(0, 1, 2)  # nothing to compute, so no head
-    assert [len(temperature) for temperature, _, _ in seen] == [3 * LENGTH - 3, 2 * LENGTH - 2]
+    assert [len(rows) for rows in seen] == [3 * LENGTH - 3, 2 * LENGTH - 2]

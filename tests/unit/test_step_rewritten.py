@@ -150,9 +150,7 @@ def test_the_temperature_of_a_request_scales_the_schedule() -> None:
     engine.step(0, 1, 2)
     engine.step(0, 1, 2)
     second = 0.4 + 0.4 * 11 / 12
-    first_step, second_step = (
-        temperature.view(-1, LENGTH)[:, 0].tolist() for temperature, *_ in seen
-    )
+    first_step, second_step = (rows.temperature.view(-1, LENGTH)[:, 0].tolist() for rows in seen)
     assert first_step == pytest.approx([0.8, 0.4, 0.8])
     assert second_step == pytest.approx([second, second / 2, second])
 

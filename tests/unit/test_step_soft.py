@@ -18,9 +18,10 @@ def watched(engine: Engine) -> list[list[int] | None]:
     seen: list[list[int] | None] = []
     inner = engine.head
 
-    def head(hidden, temperature, noise, rewrite, soft_top_k, *, all_near):
-        seen.append(None if soft_top_k is None else soft_top_k.view(-1, LENGTH)[:, 0].tolist())
-        return inner(hidden, temperature, noise, rewrite, soft_top_k, all_near=all_near)
+    def head(rows):
+        asked = rows.soft_top_k
+        seen.append(None if asked is None else asked.view(-1, LENGTH)[:, 0].tolist())
+        return inner(rows)
 
     engine.head = head
     return seen

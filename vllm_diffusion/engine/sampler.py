@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_diffusion.engine.canvases import canvases_of, tell
 from vllm_diffusion.engine.granted import granted_rows, settle
 from vllm_diffusion.engine.step_rows import StepRows
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.records import Noise
 from vllm_diffusion.step import advance
 
@@ -251,10 +252,11 @@ class CanvasSampler:
         canvases = 1 if on_host else self.pool.num_slots - 1
         # Some requests let the head take all that it may have, which these rows do not: a cut.
         reserved = hidden.new_empty(0 if on_host else self.head_bytes, dtype=torch.uint8)
-        rows = hidden[:1].expand(canvases * self.pool.canvas_length, -1)
-        counter = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+        states = hidden[:1].expand(canvases * self.pool.canvas_length, -1)
+        counter = torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
         noise = Noise(seed=counter[:, None].expand(-1, 2), position=counter, step=counter)
-        self.head(rows, torch.ones_like(counter, dtype=torch.float32), noise)
+        temperature = torch.ones_like(counter, dtype=torch.float32)
+        self.head(Rows(hidden=states, temperature=temperature, noise=noise))
         del reserved
 
     def _to_device(self, values: np.ndarray) -> Tensor:

@@ -7,48 +7,23 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores
+    from vllm_diffusion.head.rows import Rows
+    from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores
 
 
 class Head(Protocol):
     """Turns the final hidden states of R canvas rows into their statistics."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        all_near: bool = False,
-    ) -> CanvasStats:
-        """Statistics of softmax(rewritten(softcap(hidden @ E^T)) / temperature).
+    def __call__(self, rows: Rows) -> CanvasStats:
+        """Statistics of softmax(rewritten(softcap(hidden @ E^T)) / temperature), [R].
 
         Args:
-            hidden: [R, H] model dtype.
-            temperature: [R] fp32, positive.
-            noise: the key of every row's sample.
-            rewrite: what requests change, see ``constrain.rewrite``; every statistic is of the
-                changed distribution. Its temperature is already in ``temperature``.
-            soft_top_k: [R] int64, how many of the most likely ids the soft embedding is the mean
-                of, their probabilities renormalised: an approximation. 0, or None for all rows, is
-                all of them, exactly; -1 says that nobody reads it, and it is 0.
-            all_near: the host knows that none of these numbers is 0. A GPU then spares the product;
-                it does not look at them.
+            rows: hidden states, temperature and everything else that a row is read with.
         """
         ...
 
     def by_class(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        class_of: Tensor,
-        num_classes: int,
+        self, rows: Rows, *, class_of: Tensor, num_classes: int
     ) -> tuple[CanvasStats, ClassStats]:
         """What ``__call__`` gives, and the same distribution by class of tokens.
 
@@ -58,19 +33,18 @@ class Head(Protocol):
         the best token of the class.
 
         Args:
-            hidden, temperature, noise, rewrite, soft_top_k: see ``__call__``.
+            rows: as for ``__call__``.
             class_of: [V] int32, in [0, num_classes); 0 for tokens that nobody asks about. Give the
                 same tensor, unchanged, in every step: what is prepared for it is kept with it.
             num_classes: C, class 0 counted. [R, C] numbers exist, whatever the memory budget.
         """
         ...
 
-    def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
+    def candidates(self, rows: Rows, count: int) -> Tensor:
         """The best ids of every row after the rewrite, truncation left out.
 
         Args:
-            hidden: [R, H] model dtype.
-            rewrite: of these rows.
+            rows: only their hidden states and rewrite are read.
             count: ids a row.
 
         Returns:

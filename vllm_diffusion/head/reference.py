@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.rewrite import lenient_logits, rewrite_logits, truncate_logits
-from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import class_keys, race, sample_rows
 from vllm_diffusion.head.soft import most_likely
 from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.records import Noise, Rewrite
+    from vllm_diffusion.head.rows import Rows
+    from vllm_diffusion.records import Rewrite
 
 # fp32 tensors of [rows, vocab] that exist at once at the highest, a cut of the rows included.
 # Measured by tests/unit/head/test_memory.py.
@@ -40,46 +40,14 @@ class ReferenceHead:
     max_rows: int
     """Rows whose [rows, V] fp32 tensors may exist at once."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        all_near: bool = False,
-    ) -> CanvasStats:
+    def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
-        del all_near
-        rows = Rows(
-            hidden=hidden,
-            temperature=temperature,
-            noise=noise,
-            rewrite=rewrite,
-            soft_top_k=soft_top_k,
-        )
         return CanvasStats.concatenate([self._rows(part) for part in rows.chunks(self.max_rows)])
 
     def by_class(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        class_of: Tensor,
-        num_classes: int,
+        self, rows: Rows, *, class_of: Tensor, num_classes: int
     ) -> tuple[CanvasStats, ClassStats]:
         """See ``Head``."""
-        rows = Rows(
-            hidden=hidden,
-            temperature=temperature,
-            noise=noise,
-            rewrite=rewrite,
-            soft_top_k=soft_top_k,
-        )
         stats, classes = [], []
         for part in rows.chunks(self.max_rows):
             stats.append(self._rows(part))
@@ -87,11 +55,11 @@ class ReferenceHead:
             classes.append(class_statistics(logits, part, class_of, num_classes))
         return CanvasStats.concatenate(stats), ClassStats.concatenate(classes)
 
-    def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
+    def candidates(self, rows: Rows, count: int) -> Tensor:
         """See ``Head``."""
         parts = []
-        for rows in self._chunks(hidden):
-            logits = rewrite_logits(self.logits(hidden[rows]), rewrite.rows(rows))
+        for part in rows.chunks(self.max_rows):
+            logits = self._rewritten(part)
             best = logits.topk(min(count, logits.shape[-1]), dim=-1)
             parts.append(best.indices.masked_fill(best.values == -torch.inf, -1))
         return torch.cat(parts)
@@ -108,8 +76,9 @@ class ReferenceHead:
     ) -> TokenScores:
         """See ``Head``."""
         parts = []
-        for rows in self._chunks(hidden):
-            logits, chosen = self.logits(hidden[rows]), tokens[rows, None]
+        pieces = torch.split(hidden, self.max_rows), torch.split(tokens[:, None], self.max_rows)
+        for states, chosen in zip(*pieces, strict=True):
+            logits = self.logits(states)
             if ids is None:
                 beside = logits.topk(logits.shape[-1] if count < 0 else count, dim=-1).indices
             else:
@@ -124,18 +93,13 @@ class ReferenceHead:
             parts.append(TokenScores(ids=listed, values=values, ranks=ranks))
         return TokenScores.concatenate(parts)
 
-    def _chunks(self, hidden: Tensor) -> list[slice]:
-        return [
-            slice(start, start + self.max_rows)
-            for start in range(0, hidden.shape[0], self.max_rows)
-        ]
+    def _rewritten(self, rows: Rows) -> Tensor:
+        logits = self.logits(rows.hidden)
+        return logits if rows.rewrite is None else rewrite_logits(logits, rows.rewrite)
 
     def _rows(self, rows: Rows) -> CanvasStats:
-        logits = self.logits(rows.hidden)
-        if rows.rewrite is not None:
-            logits = rewrite_logits(logits, rows.rewrite)
         return row_statistics(
-            logits,
+            self._rewritten(rows),
             rows,
             draw=lambda prob: sample_rows(prob, rows.noise),
             soft_embedding=self.soft_embedding,

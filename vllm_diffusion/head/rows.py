@@ -1,4 +1,4 @@
-"""The rows that a head is called with, as one record: what comes in, some of it, parts of it."""
+"""What a head is called with: R canvas rows as one record, which can be split by row."""
 
 from __future__ import annotations
 
@@ -15,21 +15,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """The arguments of ``Head.__call__``, by the names they have there."""
+    """R canvas rows and everything that decides their statistics."""
 
     hidden: Tensor
+    """[R, H] model dtype, final hidden states."""
     temperature: Tensor
+    """[R] fp32, positive; includes the factor in ``rewrite.temperature``."""
     noise: Noise
+    """The key of every row's sample."""
     rewrite: Rewrite | None = None
+    """What requests change in the logits, see ``constrain.rewrite``. All statistics describe the
+    changed distribution. None: nothing."""
     soft_top_k: Tensor | None = None
+    """[R] int64, how many of the most likely ids the soft embedding averages, with renormalised
+    probabilities: an approximation. 0, or None for all rows, averages all ids, exactly. -1: nobody
+    reads the soft embedding of this row, and it is 0."""
     all_near: bool = False
+    """The host knows that ``soft_top_k`` has no 0. A GPU, where nobody looks at these numbers, then
+    skips the second product."""
 
     def __len__(self) -> int:
-        """Rows there are."""
+        """R."""
         return len(self.hidden)
 
     def take(self, index: slice | Tensor) -> Rows:
-        """Some of the rows."""
+        """The rows at ``index``."""
         return Rows(
             hidden=self.hidden[index],
             temperature=self.temperature[index],
@@ -40,7 +50,7 @@ class Rows:
         )
 
     def chunks(self, at_once: int) -> Iterator[Rows]:
-        """All of them, some at a time: at least one chunk."""
+        """All rows, ``at_once`` at a time: at least one chunk."""
         if len(self) <= at_once:
             yield self
             return

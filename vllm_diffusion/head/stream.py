@@ -34,16 +34,16 @@ from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of
 from vllm_diffusion.head.cut_rows import CutRows, among
 from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
 from vllm_diffusion.head.reference import kept_token
-from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.scores import scores
-from vllm_diffusion.records import CanvasStats, ClassStats, Noise, Rewrite, TokenScores, Wish
+from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from vllm_diffusion.head.reference import ReferenceHead
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
 
 
@@ -56,25 +56,9 @@ class StreamingHead:
     budget: int
     """Bytes that the tiles of a step may take, beside what is O(R * H)."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        all_near: bool = False,
-    ) -> CanvasStats:
+    def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
-        rows = Rows(
-            hidden=hidden,
-            temperature=temperature,
-            noise=noise,
-            rewrite=rewrite,
-            soft_top_k=soft_top_k,
-            all_near=all_near,
-        )
+        rewrite = rows.rewrite
         if rewrite is None:
             return self._streamed(rows)
         if not changes_logits(rewrite):
@@ -85,7 +69,7 @@ class StreamingHead:
         for kind, index in kinds.places(kinds.of_rows(rewrite, self.vocabulary.size)):
             places.append(index)
             parts.append(self._of_kind(kind, rows.take(index)))
-        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(hidden))
+        return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
 
     def _of_kind(self, kind: int, rows: Rows, ids: Tensor | None = None) -> CanvasStats:
         ways = {
@@ -114,24 +98,10 @@ class StreamingHead:
         return stats if pinned is None else stats.where(pinned < 0, self._pinned(rows))
 
     def by_class(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: Rewrite | None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        class_of: Tensor,
-        num_classes: int,
+        self, rows: Rows, *, class_of: Tensor, num_classes: int
     ) -> tuple[CanvasStats, ClassStats]:
         """See ``Head``."""
-        rows = Rows(
-            hidden=hidden,
-            temperature=temperature,
-            noise=noise,
-            rewrite=rewrite,
-            soft_top_k=soft_top_k,
-        )
+        rewrite = rows.rewrite
         classes = TokenClasses(of=class_of, count=num_classes)
         if rewrite is None or (rewrite.greedy is None and not changes_logits(rewrite)):
             return self._plain_by_class(rows, classes)
@@ -149,18 +119,16 @@ class StreamingHead:
             stats.append(one)
             found.append(other)
         order = torch.cat(places)
-        together = CanvasStats.concatenate(stats).spread(order, len(hidden))
+        together = CanvasStats.concatenate(stats).spread(order, len(rows))
         return together, ClassStats.concatenate(found).spread(order)
 
-    def candidates(self, hidden: Tensor, rewrite: Rewrite, count: int) -> Tensor:
+    def candidates(self, rows: Rows, count: int) -> Tensor:
         """See ``Head``."""
         count = min(count, self.vocabulary.size)
         parts = []
-        for rows in self._chunks(hidden):
+        for part in rows.chunks(self._at_once(tile_bytes())):
             best = Best(count)
-            for _, first, logits in reading.tiles(
-                self.vocabulary, hidden[rows], rewrite.rows(rows)
-            ):
+            for _, first, logits in reading.tiles(self.vocabulary, part.hidden, part.rewrite):
                 best.add(logits, first)
             values, ids = best.over_ranks(self.vocabulary)
             parts.append(ids.masked_fill(values == -torch.inf, -1))
@@ -181,18 +149,21 @@ class StreamingHead:
             return self.whole.scores(hidden, tokens, count=count, raw_logits=raw_logits)
         # Asked for once a canvas, and told to users: of the matrix itself.
         exact = replace(self.vocabulary, copy=None)
+        at_once = self._at_once(tile_bytes())
         parts = [
             scores(
-                partial(reading.tiles, exact, hidden[rows], None),
-                hidden[rows],
-                tokens[rows],
+                partial(reading.tiles, exact, part, None),
+                part,
+                chosen,
                 exact,
                 count=count,
                 ids=ids,
                 among=among,
                 raw=raw_logits,
             )
-            for rows in self._chunks(hidden)
+            for part, chosen in zip(
+                torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True
+            )
         ]
         return TokenScores.concatenate(parts)
 
@@ -258,7 +229,7 @@ class StreamingHead:
 
     def _lenient(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
         """Rows with masks: another pass, over another distribution."""
-        stats = self(rows.hidden, rows.temperature, rows.noise, rows.rewrite, rows.soft_top_k)
+        stats = self(rows)
         assert rows.rewrite is not None
         found, unread = [], torch.full_like(rows.noise.step, -1)
         bytes_a_row = tile_bytes() + CLASS_BYTES * classes.count
@@ -281,11 +252,6 @@ class StreamingHead:
     def _at_once(self, bytes_a_row: int) -> int:
         """Rows whose tiles fit the budget; a wider step reads the embedding more than once."""
         return max(1, self.budget // bytes_a_row)
-
-    def _chunks(self, hidden: Tensor) -> Iterator[slice]:
-        at_once = self._at_once(tile_bytes())
-        for start in range(0, len(hidden), at_once):
-            yield slice(start, start + at_once)
 
     def _streamed(self, rows: Rows) -> CanvasStats:
         """Rows over the whole vocabulary."""

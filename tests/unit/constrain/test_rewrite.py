@@ -9,6 +9,7 @@ import torch
 
 from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.records import CanvasStats, Noise, Penalties, Rewrite, Truncation
 
 LENGTH, VOCAB = 6, 24
@@ -49,11 +50,18 @@ def random_rows(seed: int = 0) -> torch.Tensor:
     return torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
 
 
-def keys(rows: int = ROWS) -> Noise:
-    return Noise(
-        seed=torch.tensor([5, 6]).expand(rows, 2),
-        position=torch.arange(rows),
-        step=torch.zeros(rows, dtype=torch.int64),
+def rows_of(
+    logits: torch.Tensor, temperature: float | torch.Tensor = 1.0, rewrite: Rewrite | None = None
+) -> Rows:
+    """[R, V] logits, as the hidden rows of a head that passes them on."""
+    counter = torch.arange(len(logits))
+    return Rows(
+        hidden=logits,
+        temperature=torch.as_tensor(temperature).expand(len(logits)),
+        noise=Noise(
+            seed=torch.tensor([5, 6]).expand(len(logits), 2), position=counter, step=counter * 0
+        ),
+        rewrite=rewrite,
     )
 
 
@@ -99,8 +107,8 @@ def test_truncation_is_of_the_scaled_distribution() -> None:
     )
     rewrite = Rewrite(canvas=torch.zeros(1, dtype=torch.int64), truncation=truncation)
     logits = torch.tensor([[3.0, 2.0, 0.0]])
-    warm = make_head()(logits, torch.ones(1), keys(1), rewrite)
-    cold = make_head()(logits, torch.full((1,), 0.25), keys(1), rewrite)
+    warm = make_head()(rows_of(logits, 1.0, rewrite))
+    cold = make_head()(rows_of(logits, 0.25, rewrite))
     assert float(warm.margin) == pytest.approx(0.4621172)
     assert float(cold.margin) == 1.0
     assert float(cold.entropy) == 0.0
@@ -109,9 +117,9 @@ def test_truncation_is_of_the_scaled_distribution() -> None:
 def test_all_statistics_are_of_the_rewritten_distribution() -> None:
     rewrite, logits = full_rewrite(), random_rows(1)
     temperature = torch.linspace(0.4, 1.1, ROWS)
-    stats = make_head()(logits, temperature, keys(), rewrite)
+    stats = make_head()(rows_of(logits, temperature, rewrite))
     changed = truncate_logits(rewrite_logits(logits, rewrite) / temperature[:, None], rewrite)
-    plain = make_head()(changed, torch.ones(ROWS), keys())
+    plain = make_head()(rows_of(changed))
     for field in fields(CanvasStats):
         ours, theirs = getattr(stats, field.name), getattr(plain, field.name)
         if field.name == "sample":
@@ -124,35 +132,32 @@ def test_all_statistics_are_of_the_rewritten_distribution() -> None:
 
 
 def test_a_canvas_that_asks_for_nothing_keeps_every_bit_beside_others() -> None:
-    logits, temperature = random_rows(2), torch.full((ROWS,), 0.7)
-    mixed = make_head()(logits, temperature, keys(), full_rewrite())
-    alone = make_head()(logits, temperature, keys())
+    logits = random_rows(2)
+    mixed = make_head()(rows_of(logits, 0.7, full_rewrite()))
+    alone = make_head()(rows_of(logits, 0.7))
     for field in fields(CanvasStats):
         assert torch.equal(getattr(mixed, field.name)[:6], getattr(alone, field.name)[:6])
 
 
 @pytest.mark.parametrize("max_rows", [1, 4, 7])
 def test_chunks_equal_the_whole(max_rows: int) -> None:
-    logits, temperature, rewrite = random_rows(3), torch.full((ROWS,), 0.7), full_rewrite()
-    whole = make_head()(logits, temperature, keys(), rewrite)
-    parts = make_head(max_rows)(logits, temperature, keys(), rewrite)
+    rows = rows_of(random_rows(3), 0.7, full_rewrite())
+    whole, parts = make_head()(rows), make_head(max_rows)(rows)
     for field in fields(CanvasStats):
         assert torch.equal(getattr(whole, field.name), getattr(parts, field.name))
-    assert torch.equal(
-        make_head().candidates(logits, rewrite, 4),
-        make_head(max_rows).candidates(logits, rewrite, 4),
-    )
+    assert torch.equal(make_head().candidates(rows, 4), make_head(max_rows).candidates(rows, 4))
 
 
 def test_candidates_are_the_best_ids_that_may_stand_there() -> None:
     logits, rewrite = random_rows(4), full_rewrite()
-    best = make_head().candidates(logits, rewrite, 4)
+    rows = rows_of(logits, rewrite=rewrite)
+    best = make_head().candidates(rows, 4)
     changed = rewrite_logits(logits, rewrite)
     for row in range(ROWS):
         order = changed[row].argsort(descending=True).tolist()
         expected = [token if changed[row, token] > -INF else -1 for token in order[:4]]
         assert best[row].tolist() == expected
-    assert make_head().candidates(logits, rewrite, 100).shape == (ROWS, VOCAB)
+    assert make_head().candidates(rows, 100).shape == (ROWS, VOCAB)
 
 
 def test_a_rewrite_of_nothing_is_nothing() -> None:

@@ -169,8 +169,8 @@ def test_rows_are_cut_as_the_reference_cuts_them(
     monkeypatch.setattr(sample, "TILE", 64)
     monkeypatch.setattr(cut, "LISTED", listed)
     case = cut_case(seed, ties=ties)
-    truth, plain = case.truth(), case.reference()(*case.arguments())
-    ours = case.streaming()(*case.arguments())
+    truth, plain = case.truth(), case.reference()(case.rows())
+    ours = case.streaming()(case.rows())
     assert_same_tokens(ours, plain if ties else truth)
     assert_no_worse(ours, plain, truth)
 
@@ -184,7 +184,7 @@ def test_a_small_budget_changes_nothing(
     monkeypatch.setattr(cut, "LISTED", listed)
     case = cut_case(9, rewrite=False)
     budget = rows_at_once * cut.TABLE_BYTES
-    assert_same_tokens(case.streaming(budget)(*case.arguments()), case.truth())
+    assert_same_tokens(case.streaming(budget)(case.rows()), case.truth())
 
 
 def test_the_id_on_the_limit_stays_where_products_round_by_their_rows(
@@ -204,7 +204,7 @@ def test_the_id_on_the_limit_stays_where_products_round_by_their_rows(
     )
     case = cut_case(9, rewrite=False)
     case = replace(case, rewrite=replace(case.rewrite, truncation=two))
-    ours = case.streaming(4 * cut.TABLE_BYTES)(*case.arguments())
+    ours = case.streaming(4 * cut.TABLE_BYTES)(case.rows())
     assert bool((ours.entropy > 0).all()), "one of two ids was lost"
 
 
@@ -215,8 +215,8 @@ def test_ranks_cut_at_one_limit(ranks: int, listed: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(cut, "LISTED", listed)
     for seed in range(3):
         case = cut_case(seed, vocab=512)
-        truth, plain = case.truth(), case.reference()(*case.arguments())
-        for ours in over_ranks(case, ranks, lambda head, case=case: head(*case.arguments())):
+        truth, plain = case.truth(), case.reference()(case.rows())
+        for ours in over_ranks(case, ranks, lambda head, case=case: head(case.rows())):
             assert_same_tokens(ours, truth)
             assert_no_worse(ours, plain, truth)
 
@@ -225,7 +225,7 @@ def test_a_row_of_nan_does_not_end_the_process() -> None:
     case = cut_case(0, rewrite=False)
     hidden = case.hidden.clone()
     hidden[3] = torch.nan
-    ours = case.streaming()(hidden, *case.arguments()[1:])
+    ours = case.streaming()(case.rows(hidden=hidden))
     assert 0 <= int(ours.sample[3]) < 700
     others = torch.arange(len(hidden)) != 3
     assert torch.equal(ours.sample[others], case.truth().sample[others])
@@ -240,7 +240,7 @@ def test_no_row_takes_the_head_that_holds_its_logits(monkeypatch: pytest.MonkeyP
 
     whole = ReferenceHead(logits=refused, soft_embedding=refused, max_rows=1)
     head = StreamingHead(vocabulary=case.vocabulary(), whole=whole, budget=1 << 28)
-    assert_same_tokens(head(*case.arguments()), case.truth())
+    assert_same_tokens(head(case.rows()), case.truth())
 
 
 def test_rows_that_keep_few_ids_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_rows_that_keep_few_ids_are_read_once(monkeypatch: pytest.MonkeyPatch) -
         min_p=torch.zeros(40), top_k=torch.full((40,), 20), top_p=torch.ones(40), sorts=True
     )
     rewrite = replace(case.rewrite, truncation=few)
-    ours = case.streaming()(*replace(case, rewrite=rewrite).arguments())
+    ours = case.streaming()(replace(case, rewrite=rewrite).rows())
     assert read == [40]
     assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
     assert of_rows(few, torch.tensor([3])).top_k.tolist() == [20]

@@ -16,6 +16,7 @@ import torch
 from vllm_diffusion.head import native
 from vllm_diffusion.head.quantised import HEAD_FORMS
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.records import Noise, Rewrite, Truncation
@@ -62,12 +63,18 @@ def call(rows):
         soft = torch.full((rows,), 64)
     counter = torch.arange(rows)
     noise = Noise(seed=torch.ones(rows, 2, dtype=torch.int64), position=counter, step=counter * 0)
-    call = states[:rows], torch.full((rows,), 0.6), noise
+    if kind == "classes-cut":
+        rewrite = Rewrite(canvas=canvas, truncation=cut)
+    read = Rows(
+        hidden=states[:rows],
+        temperature=torch.full((rows,), 0.6),
+        noise=noise,
+        rewrite=rewrite,
+        soft_top_k=soft,
+    )
     if "classes" in kind:
-        if kind == "classes-cut":
-            rewrite = Rewrite(canvas=canvas, truncation=cut)
-        return head.by_class(*call, rewrite, class_of=class_of, num_classes=3000)
-    head(*call, rewrite, soft)
+        return head.by_class(read, class_of=class_of, num_classes=3000)
+    head(read)
 call(2)
 Path("/proc/self/clear_refs").write_text("5")
 before = held("VmRSS")

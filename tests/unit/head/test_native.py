@@ -38,10 +38,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def check(case: Case, truth_of: Case | None = None) -> None:
-    plain = case.reference()(*case.arguments())
+    plain = case.reference()(case.rows())
     truth = (truth_of or case).truth()
     assert native.fits(torch.empty(1, 64, dtype=case.hidden.dtype)), "the torch form would run"
-    ours = case.streaming()(*case.arguments())
+    ours = case.streaming()(case.rows())
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
@@ -75,7 +75,7 @@ def test_any_temperature_is_safe(temperature: float) -> None:
 @pytest.mark.usefixtures("isa")
 def test_bf16_logits_and_weights() -> None:
     case = make_case(2, vocab=TILE + 77, dtype=torch.bfloat16)
-    ours, plain = case.streaming()(*case.arguments()), case.reference()(*case.arguments())
+    ours, plain = case.streaming()(case.rows()), case.reference()(case.rows())
     # The same products, rounded to bf16 alike: in fp64 from there on.
     exact = case.reference()
     logits = exact.logits(case.hidden).double()
@@ -84,7 +84,7 @@ def test_bf16_logits_and_weights() -> None:
         exact,
         logits=lambda _: logits,
         soft_embedding=lambda prob: prob @ embedding * 5.65,
-    )(*case.arguments())
+    )(case.rows())
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
@@ -97,7 +97,7 @@ def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
     case = make_case(0, vocab=100, softcap=softcap)
     hidden = case.hidden.clone()
     hidden[3] = torch.nan
-    ours = case.streaming()(hidden, *case.arguments()[1:])
+    ours = case.streaming()(case.rows(hidden=hidden))
     assert 0 <= int(ours.sample[3]) < 100
     assert 0 <= int(ours.argmax[3]) < 100
     assert ours.entropy[3].isnan()
@@ -109,11 +109,11 @@ def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
 @needs_it
 def test_threads_share_the_rows() -> None:
     case = make_case(4, vocab=TILE + 5, hidden=16)
-    alone = case.streaming()(*case.arguments())
+    alone = case.streaming()(case.rows())
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        together = case.streaming()(*case.arguments())
+        together = case.streaming()(case.rows())
     finally:
         torch.set_num_threads(before)
     assert_same_tokens(together, alone)
@@ -141,7 +141,7 @@ def installed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pa
 @pytest.mark.usefixtures("installed_in")
 def test_without_the_library_the_torch_form_runs_and_says_so_once(log: list[str]) -> None:
     case = make_case(0)
-    assert_same_tokens(case.streaming()(*case.arguments()), case.truth())
+    assert_same_tokens(case.streaming()(case.rows()), case.truth())
     assert not native.fits(case.hidden)
     (message,) = log
     assert "C++ compiler" in message

@@ -129,9 +129,7 @@ def test_what_is_forbidden_takes_no_place_among_the_best():
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_a_head_that_scores_every_id_exactly_is_the_exact_one(form, rewritten):
     case = make_case(3, vocab=MOST, hidden=32, rewrite=rewritten)
-    own, exact = (
-        head(*case.arguments()) for head in (quantised(case, form, MOST), case.streaming())
-    )
+    own, exact = (head(case.rows()) for head in (quantised(case, form, MOST), case.streaming()))
     assert_same_tokens(own, exact)
     for name in ("entropy", "top_prob", "margin", "soft_embedding"):
         assert torch.allclose(getattr(own, name), getattr(exact, name), atol=1e-4), name
@@ -143,20 +141,19 @@ def test_rescoring_takes_most_of_the_error(form):
     truth = case.truth()
 
     def error(count: int) -> float:
-        stats = quantised(case, form, count)(*case.arguments())
+        stats = quantised(case, form, count)(case.rows())
         return float((stats.entropy - truth.entropy).abs().mean())
 
-    exact = float((case.streaming()(*case.arguments()).entropy - truth.entropy).abs().mean())
+    exact = float((case.streaming()(case.rows()).entropy - truth.entropy).abs().mean())
     assert exact < error(16) < 0.5 * error(0)
 
 
 @pytest.mark.parametrize("form", HEAD_FORMS)
 def test_a_row_gives_the_same_in_any_batch(form):
     case = make_case(5, vocab=VOCAB, canvases=3, length=4)
-    together = quantised(case, form)(*case.arguments())
+    together = quantised(case, form)(case.rows())
     for row in range(len(case.hidden)):
-        noise = case.noise.rows(slice(row, row + 1))
-        alone = quantised(case, form)(case.hidden[[row]], case.temperature[[row]], noise)
+        alone = quantised(case, form)(case.rows().take(slice(row, row + 1)))
         assert alone.argmax == together.argmax[row]
         assert alone.sample == together.sample[row]
         assert torch.allclose(alone.entropy, together.entropy[row], rtol=1e-5, atol=1e-6)
@@ -168,12 +165,10 @@ def test_cuts_and_classes_read_the_copy_too():
     count = int(class_of.max()) + 1
     for form in ("int8", "fp8"):
         head = quantised(case, form)
-        stats, classes = head.by_class(*case.arguments(), class_of=class_of, num_classes=count)
-        plain = head(*case.arguments())
+        stats, classes = head.by_class(case.rows(), class_of=class_of, num_classes=count)
+        plain = head(case.rows())
         assert torch.equal(stats.argmax, plain.argmax)
-        exact = case.streaming().by_class(*case.arguments(), class_of=class_of, num_classes=count)[
-            1
-        ]
+        exact = case.streaming().by_class(case.rows(), class_of=class_of, num_classes=count)[1]
         named = exact.best >= 0
         assert torch.equal(named, classes.best >= 0)
         off = (classes.log_mass - exact.log_mass)[named & torch.isfinite(exact.log_mass)]
@@ -193,10 +188,10 @@ def test_scores_that_users_are_told_are_those_of_the_matrix():
 def test_a_changed_matrix_is_copied_again():
     case = make_case(8, vocab=700)
     head = quantised(case)
-    before = head(*case.arguments())
+    before = head(case.rows())
     case.embedding.copy_(case.embedding.flip(0))
-    after = head(*case.arguments())
-    fresh = quantised(case)(*case.arguments())
+    after = head(case.rows())
+    fresh = quantised(case)(case.rows())
     assert torch.equal(after.argmax, fresh.argmax)
     assert not torch.equal(after.argmax, before.argmax)
 
@@ -207,20 +202,20 @@ def test_ranks_agree_on_what_one_sees():
     def call(head: StreamingHead):
         vocabulary = head.vocabulary
         copy = QuantisedOutput(vocabulary.output, "int8")
-        return replace(head, vocabulary=replace(vocabulary, copy=copy))(*case.arguments())
+        return replace(head, vocabulary=replace(vocabulary, copy=copy))(case.rows())
 
     first, second = over_ranks(case, 2, call)
     assert_same_tokens(first, second)
-    alone = quantised(case)(*case.arguments())
+    alone = quantised(case)(case.rows())
     assert torch.equal(first.argmax, alone.argmax)
     assert torch.allclose(first.entropy, alone.entropy, atol=1e-2)
 
 
 def test_without_the_packed_products_the_definition_runs(monkeypatch):
     case = make_case(10, vocab=700)
-    packed = [quantised(case, form)(*case.arguments()) for form in ("fp8", "nvfp4")]
+    packed = [quantised(case, form)(case.rows()) for form in ("fp8", "nvfp4")]
     monkeypatch.setattr("vllm_diffusion.quant.native.library", lambda: None)
-    plain = [quantised(case, form)(*case.arguments()) for form in ("fp8", "nvfp4")]
+    plain = [quantised(case, form)(case.rows()) for form in ("fp8", "nvfp4")]
     for one, other in zip(packed, plain, strict=True):
         assert_same_tokens(one, other)
         assert torch.allclose(one.entropy, other.entropy, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_diffusion.head.reference import ReferenceHead
+from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_rows
 from vllm_diffusion.records import CanvasStats, Noise
 
@@ -16,8 +17,8 @@ ROWS, HIDDEN, VOCAB, SOFTCAP = 21, 32, 700, 30.0
 SCALE = HIDDEN**0.5
 
 
-def make_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Noise]:
-    """Hidden rows, embedding, temperatures, noise; rows from flat to sharp."""
+def make_inputs(seed: int = 0) -> tuple[Tensor, Rows]:
+    """An embedding, and rows from flat to sharp."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator)
     hidden *= torch.logspace(-1, 0.7, ROWS)[:, None]
@@ -28,7 +29,19 @@ def make_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Noise]:
         position=torch.arange(ROWS),
         step=torch.arange(ROWS) % 5,
     )
-    return hidden, embedding, temperature, noise
+    return embedding, Rows(hidden=hidden, temperature=temperature, noise=noise)
+
+
+def rows_of(logits: Tensor, temperature: float = 1.0) -> Rows:
+    """[R, V] logits, as the hidden rows of a head that passes them on."""
+    counter = torch.arange(len(logits))
+    return Rows(
+        hidden=logits,
+        temperature=torch.full((len(logits),), temperature),
+        noise=Noise(
+            seed=torch.zeros(len(logits), 2, dtype=torch.int64), position=counter, step=counter * 0
+        ),
+    )
 
 
 def make_head(embedding: Tensor, max_rows: int = 1000) -> ReferenceHead:
@@ -41,10 +54,10 @@ def make_head(embedding: Tensor, max_rows: int = 1000) -> ReferenceHead:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_statistics_equal_fp64(seed: int) -> None:
-    hidden, embedding, temperature, noise = make_inputs(seed)
-    stats = make_head(embedding)(hidden, temperature, noise)
-    logits = SOFTCAP * torch.tanh(hidden.double() @ embedding.double().T / SOFTCAP)
-    prob = (logits / temperature.double()[:, None]).softmax(-1)
+    embedding, rows = make_inputs(seed)
+    stats = make_head(embedding)(rows)
+    logits = SOFTCAP * torch.tanh(rows.hidden.double() @ embedding.double().T / SOFTCAP)
+    prob = (logits / rows.temperature.double()[:, None]).softmax(-1)
     entropy = -torch.xlogy(prob, prob).sum(-1)
     top = prob.topk(2, dim=-1).values
 
@@ -53,7 +66,7 @@ def test_statistics_equal_fp64(seed: int) -> None:
     assert_near(stats.top_prob, top[:, 0], 2e-5)
     assert_near(stats.margin, top[:, 0] - top[:, 1], 2e-5)
     assert_near(stats.soft_embedding, prob @ embedding.double() * SCALE, 3e-4)
-    assert torch.equal(stats.sample, sample_rows(prob.float(), noise))
+    assert torch.equal(stats.sample, sample_rows(prob.float(), rows.noise))
 
 
 def assert_near(ours: Tensor, truth: Tensor, tolerance: float) -> None:
@@ -65,15 +78,10 @@ def test_the_arithmetic_between_the_callables_adds_no_error_of_its_own() -> None
     # Given exact logits, what is left is one fp32 log_softmax: compare with that error, not with a
     # number tuned until it passes.
     logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(9)) * 8
-    noise = Noise(
-        seed=torch.zeros(64, 2, dtype=torch.int64),
-        position=torch.arange(64),
-        step=torch.zeros(64, dtype=torch.int64),
-    )
     head = ReferenceHead(
         logits=lambda hidden: hidden, soft_embedding=lambda prob: prob, max_rows=64
     )
-    stats = head(logits, torch.ones(64), noise)
+    stats = head(rows_of(logits))
     truth = logits.double().softmax(-1)
     plain = (logits.softmax(-1).double() - truth).abs().max()
     assert float((stats.soft_embedding.double() - truth).abs().max()) <= 2 * float(plain) + 1e-7
@@ -85,9 +93,9 @@ def test_the_arithmetic_between_the_callables_adds_no_error_of_its_own() -> None
 
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 20, ROWS, 10_000])
 def test_chunks_equal_the_whole(max_rows: int) -> None:
-    hidden, embedding, temperature, noise = make_inputs()
-    whole = make_head(embedding)(hidden, temperature, noise)
-    chunked = make_head(embedding, max_rows)(hidden, temperature, noise)
+    embedding, rows = make_inputs()
+    whole = make_head(embedding)(rows)
+    chunked = make_head(embedding, max_rows)(rows)
     for field in fields(CanvasStats):
         one, other = getattr(whole, field.name), getattr(chunked, field.name)
         assert one.shape == other.shape
@@ -100,16 +108,16 @@ def test_chunks_equal_the_whole(max_rows: int) -> None:
 
 
 def test_no_more_than_max_rows_of_logits_exist_at_once() -> None:
-    hidden, embedding, temperature, noise = make_inputs()
+    embedding, rows = make_inputs()
     seen = []
     plain = make_head(embedding)
 
-    def logits(rows: Tensor) -> Tensor:
-        seen.append(rows.shape[0])
-        return plain.logits(rows)
+    def logits(hidden: Tensor) -> Tensor:
+        seen.append(hidden.shape[0])
+        return plain.logits(hidden)
 
     head = ReferenceHead(logits=logits, soft_embedding=plain.soft_embedding, max_rows=8)
-    head(hidden, temperature, noise)
+    head(rows)
     assert seen == [8, 8, 5]
 
 
@@ -117,12 +125,7 @@ def test_masked_ids_have_no_probability_and_no_entropy() -> None:
     logits = torch.zeros(4, 10)
     logits[:, 3:] = -torch.inf
     head = ReferenceHead(logits=lambda hidden: hidden, soft_embedding=lambda prob: prob, max_rows=4)
-    noise = Noise(
-        seed=torch.zeros(4, 2, dtype=torch.int64),
-        position=torch.arange(4),
-        step=torch.zeros(4, dtype=torch.int64),
-    )
-    stats = head(logits, torch.full((4,), 0.5), noise)
+    stats = head(rows_of(logits, 0.5))
     assert stats.entropy.tolist() == pytest.approx([1.0986123] * 4)
     assert int(stats.sample.max()) < 3
     assert stats.top_prob.tolist() == pytest.approx([1 / 3] * 4)
@@ -132,13 +135,8 @@ def test_masked_ids_have_no_probability_and_no_entropy() -> None:
 def test_a_certain_row_has_zero_entropy_and_full_margin() -> None:
     logits = torch.full((1, 10), -200.0)
     logits[0, 6] = 200.0
-    noise = Noise(
-        seed=torch.zeros(1, 2, dtype=torch.int64),
-        position=torch.zeros(1, dtype=torch.int64),
-        step=torch.zeros(1, dtype=torch.int64),
-    )
     head = ReferenceHead(logits=lambda hidden: hidden, soft_embedding=lambda p: p, max_rows=4)
-    stats = head(logits, torch.ones(1), noise)
+    stats = head(rows_of(logits))
     assert (int(stats.argmax), int(stats.sample)) == (6, 6)
     assert float(stats.entropy) == 0.0
     assert float(stats.top_prob) == float(stats.margin) == 1.0
@@ -149,20 +147,16 @@ def test_entropy_is_as_exact_as_the_published_one(temperature: float) -> None:
     # The published rule takes the entropy from torch.distributions.Categorical. Both round, in
     # other places; ours may not be the worse one.
     scaled = torch.randn(256, VOCAB, generator=torch.Generator().manual_seed(2)) * 6 / temperature
-    noise = Noise(
-        seed=torch.zeros(256, 2, dtype=torch.int64),
-        position=torch.arange(256),
-        step=torch.zeros(256, dtype=torch.int64),
-    )
     head = ReferenceHead(logits=lambda hidden: hidden, soft_embedding=lambda p: p, max_rows=256)
-    stats = head(scaled, torch.ones(256), noise)
+    stats = head(rows_of(scaled))
     truth = torch.distributions.Categorical(logits=scaled.double()).entropy()
     published = torch.distributions.Categorical(logits=scaled).entropy()
     assert_near(stats.entropy, truth, 2 * float((published.double() - truth).abs().max()) + 1e-7)
 
 
 def test_scores_are_of_temperature_1_and_rank_as_vllm_does() -> None:
-    hidden, embedding, _, _ = make_inputs(1)
+    embedding, rows = make_inputs(1)
+    hidden = rows.hidden
     logits = SOFTCAP * torch.tanh(hidden.double() @ embedding.double().T / SOFTCAP)
     truth = logits.log_softmax(-1)
     tokens = torch.arange(ROWS) * 7
@@ -180,7 +174,8 @@ def test_scores_are_of_temperature_1_and_rank_as_vllm_does() -> None:
 
 
 def test_scores_of_chosen_ids() -> None:
-    hidden, embedding, _, _ = make_inputs(2)
+    embedding, rows = make_inputs(2)
+    hidden = rows.hidden
     logits = SOFTCAP * torch.tanh(hidden.double() @ embedding.double().T / SOFTCAP)
     ids = (3, 600, 40)
     tokens = torch.tensor(ids)[torch.arange(ROWS) % 3]

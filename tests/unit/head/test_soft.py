@@ -37,9 +37,9 @@ def test_it_is_that_of_the_reference(
     monkeypatch.setattr(sample, "TILE", tile)
     case = make_case(seed, rewrite=rewrite)
     top_k = counts(case)
-    truth = case.reference(torch.float64)(*case.arguments(), top_k)
-    plain = case.reference()(*case.arguments(), top_k)
-    ours = case.streaming()(*case.arguments(), top_k)
+    truth = case.reference(torch.float64)(case.rows(soft_top_k=top_k))
+    plain = case.reference()(case.rows(soft_top_k=top_k))
+    ours = case.streaming()(case.rows(soft_top_k=top_k))
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
@@ -53,16 +53,16 @@ def test_it_is_the_mean_of_the_most_likely_embeddings() -> None:
     weight = best.values.softmax(dim=1)[:, :, None]
     expected = (weight * case.embedding.double()[best.indices]).sum(dim=1) * SCALE
     eight = torch.full((len(case.hidden),), 8)
-    ours = case.streaming()(*case.arguments(), eight).soft_embedding
+    ours = case.streaming()(case.rows(soft_top_k=eight)).soft_embedding
     torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
-    assert float((ours - case.streaming()(*case.arguments()).soft_embedding).abs().max()) > 1.0
+    assert float((ours - case.streaming()(case.rows()).soft_embedding).abs().max()) > 1.0
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_every_other_statistic_keeps_every_bit(rewrite: bool) -> None:
     case = make_case(4, rewrite=rewrite)
-    exact = case.streaming()(*case.arguments())
-    near = case.streaming()(*case.arguments(), counts(case))
+    exact = case.streaming()(case.rows())
+    near = case.streaming()(case.rows(soft_top_k=counts(case)))
     for field in fields(CanvasStats):
         if field.name != "soft_embedding":
             assert torch.equal(getattr(near, field.name), getattr(exact, field.name)), field.name
@@ -79,16 +79,14 @@ def test_a_row_is_the_same_beside_any_others_where_bf16_ties(
     case = make_case(5, dtype=torch.bfloat16)
     case = replace(case, hidden=case.hidden.mul(4).round().div(4))
     top_k = torch.full((len(case.hidden),), 16)
-    together = case.streaming()(*case.arguments(), top_k).soft_embedding
+    together = case.streaming()(case.rows(soft_top_k=top_k)).soft_embedding
     logits = case.reference().logits(case.hidden)
     best = logits.sort(dim=1, descending=True).values
     assert bool((best[:, 15] == best[:, 16]).any()), "no tie decides which ids are taken"
     for row in range(0, len(case.hidden), 7):
         # Other places of the same ids among the candidates: another order of the other rows.
         other = torch.tensor([row, (row + 11) % len(case.hidden)])
-        part = case.streaming()(
-            case.hidden[other], case.temperature[other], case.noise.rows(other), None, top_k[:2]
-        )
+        part = case.streaming()(case.rows(soft_top_k=top_k).take(other))
         torch.testing.assert_close(part.soft_embedding[0], together[row], rtol=0.02, atol=0.02)
 
 
@@ -96,8 +94,8 @@ def test_where_too_many_are_equally_good_the_argmax_stands_alone() -> None:
     case = make_case(6, vocab=300)
     case = replace(case, hidden=torch.zeros_like(case.hidden))  # every logit is 0
     eight = torch.full((len(case.hidden),), 8)
-    truth = case.reference()(*case.arguments(), eight)
-    ours = case.streaming()(*case.arguments(), eight)
+    truth = case.reference()(case.rows(soft_top_k=eight))
+    ours = case.streaming()(case.rows(soft_top_k=eight))
     assert torch.equal(ours.argmax, truth.argmax)
     torch.testing.assert_close(ours.soft_embedding, truth.soft_embedding)
     torch.testing.assert_close(ours.soft_embedding[0], case.embedding[0] * SCALE)
@@ -108,9 +106,9 @@ def test_ranks_take_the_same_ids(ranks: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sample, "TILE", 64)
     case = make_case(7, vocab=512, rewrite=True)
     top_k = counts(case)
-    truth = case.reference(torch.float64)(*case.arguments(), top_k)
-    plain = case.reference()(*case.arguments(), top_k)
-    for ours in over_ranks(case, ranks, lambda head: head(*case.arguments(), top_k)):
+    truth = case.reference(torch.float64)(case.rows(soft_top_k=top_k))
+    plain = case.reference()(case.rows(soft_top_k=top_k))
+    for ours in over_ranks(case, ranks, lambda head: head(case.rows(soft_top_k=top_k))):
         assert_same_tokens(ours, truth)
         assert_no_worse(ours, plain, truth)
 
@@ -125,7 +123,7 @@ def test_the_second_product_is_of_the_rows_that_need_it(monkeypatch: pytest.Monk
         inner(self, weight, shrink, first)
 
     monkeypatch.setattr(soft.SoftEmbedding, "add", counted)
-    case.streaming()(*case.arguments(), counts(case))
+    case.streaming()(case.rows(soft_top_k=counts(case)))
     assert products == [len(case.hidden) // len(COUNTS)]
 
 

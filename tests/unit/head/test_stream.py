@@ -32,8 +32,8 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 def check(case: Case, factor: float = 2.0) -> None:
-    truth, plain = case.truth(), case.reference()(*case.arguments())
-    ours = case.streaming()(*case.arguments())
+    truth, plain = case.truth(), case.reference()(case.rows())
+    ours = case.streaming()(case.rows())
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth, factor)
@@ -89,15 +89,15 @@ def test_a_temperature_and_greedy_tokens_cost_no_row_a_rewrite(
     asked = replace(case, rewrite=greedy)
     truth = asked.truth()
     monkeypatch.setattr(reading, "TiledRewrite", None)
-    ours = asked.streaming()(*asked.arguments())
+    ours = asked.streaming()(asked.rows())
     assert_same_tokens(ours, truth)
     free = replace(case, rewrite=None)
-    plain = free.streaming()(*free.arguments())
+    plain = free.streaming()(free.rows())
     assert torch.equal(ours.entropy, plain.entropy), "asking for a temperature changes a bit"
     warm = replace(case, rewrite=replace(greedy, greedy=None))
     classes = {"class_of": torch.arange(len(case.embedding)).int() % 7, "num_classes": 7}
-    _, by_class = warm.streaming().by_class(*warm.arguments(), **classes)
-    _, same = free.streaming().by_class(*free.arguments(), **classes)
+    _, by_class = warm.streaming().by_class(warm.rows(), **classes)
+    _, same = free.streaming().by_class(free.rows(), **classes)
     assert torch.equal(by_class.log_mass, same.log_mass)
 
 
@@ -132,12 +132,12 @@ def test_what_neighbours_ask_changes_no_bit_of_a_row() -> None:
         rewrite=None,
     )
     assert 0 < len(here) < rows
-    found, expected = crowd.streaming()(*crowd.arguments()), alone.streaming()(*alone.arguments())
+    found, expected = crowd.streaming()(crowd.rows()), alone.streaming()(alone.rows())
     for name in ("argmax", "sample", "entropy", "margin", "soft_embedding"):
         assert torch.equal(getattr(found, name)[here], getattr(expected, name)), name
     classes = {"class_of": torch.arange(len(case.embedding)).int() % 7, "num_classes": 7}
-    _, found = crowd.streaming().by_class(*crowd.arguments(), **classes)
-    _, expected = alone.streaming().by_class(*alone.arguments(), **classes)
+    _, found = crowd.streaming().by_class(crowd.rows(), **classes)
+    _, expected = alone.streaming().by_class(alone.rows(), **classes)
     assert torch.equal(found.log_mass[here], expected.log_mass)
     assert torch.equal(found.sample[here], expected.sample)
 
@@ -160,7 +160,7 @@ def test_a_row_whose_every_id_is_forbidden_may_say_them() -> None:
     canvas = torch.arange(rows) // 8
     case = replace(case, rewrite=Rewrite(canvas=canvas, forbidden=forbidden))
     check(case)
-    assert bool((case.streaming()(*case.arguments()).argmax[::2] == 4).all())
+    assert bool((case.streaming()(case.rows()).argmax[::2] == 4).all())
 
 
 @pytest.mark.usefixtures("tile")
@@ -174,8 +174,8 @@ def test_bf16_products(seed: int) -> None:
         soft_embedding=lambda prob: prob @ case.embedding.double() * 5.65,
         max_rows=1000,
     )
-    truth, plain = exact(*case.arguments()), case.reference()(*case.arguments())
-    ours = case.streaming()(*case.arguments())
+    truth, plain = exact(case.rows()), case.reference()(case.rows())
+    ours = case.streaming()(case.rows())
     assert_same_shape(ours, plain)
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
@@ -185,7 +185,7 @@ def test_bf16_products(seed: int) -> None:
 def test_row_chunks_equal_the_whole(at_once: int) -> None:
     case = make_case(2, rewrite=True)
     budget = at_once * reading.TILE_COPIES * 4 * sample.TILE
-    assert_same_tokens(case.streaming(budget)(*case.arguments()), case.truth())
+    assert_same_tokens(case.streaming(budget)(case.rows()), case.truth())
 
 
 # ---- what fp32 bears ----
@@ -203,8 +203,8 @@ def test_any_temperature_and_softcap_are_safe(
     hidden = case.hidden * min(1.0, (softcap or 30.0) / 30.0)
     even = torch.full_like(case.temperature, temperature)
     case = replace(case, hidden=hidden, temperature=even)
-    truth, plain = case.truth(), case.reference()(*case.arguments())
-    ours = case.streaming()(*case.arguments())
+    truth, plain = case.truth(), case.reference()(case.rows())
+    ours = case.streaming()(case.rows())
     assert torch.equal(ours.argmax, truth.argmax)
     assert_no_worse(ours, plain, truth)
 
@@ -228,7 +228,7 @@ def test_a_row_of_nan_does_not_end_the_process() -> None:
     case = make_case(0)
     hidden = case.hidden.clone()
     hidden[3] = math.nan
-    ours = case.streaming()(hidden, *case.arguments()[1:])
+    ours = case.streaming()(case.rows(hidden=hidden))
     assert 0 <= int(ours.sample[3]) < 700
     others = torch.arange(len(hidden)) != 3
     assert torch.equal(ours.sample[others], case.truth().sample[others])
@@ -246,7 +246,7 @@ def test_rows_with_short_lists_and_pins_are_not_streamed(
     pinned = torch.full((32,), -1)
     pinned[1] = pinned[9] = 4
     rewrite = Rewrite(canvas=torch.arange(4).repeat_interleave(8), allowed=allowed, pinned=pinned)
-    ours = case.streaming()(*replace(case, rewrite=rewrite).arguments())
+    ours = case.streaming()(replace(case, rewrite=rewrite).rows())
     assert read == [15]
     assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
 
@@ -259,8 +259,8 @@ def test_rows_with_short_lists_and_pins_are_not_streamed(
 def test_candidates_are_those_of_the_reference(count: int) -> None:
     case = make_case(6, rewrite=True)
     assert case.rewrite is not None
-    ours = case.streaming().candidates(case.hidden, case.rewrite, count)
-    theirs = case.reference(torch.float64).candidates(case.hidden, case.rewrite, count)
+    ours = case.streaming().candidates(case.rows(), count)
+    theirs = case.reference(torch.float64).candidates(case.rows(), count)
     assert torch.equal(ours >= 0, theirs >= 0)
     assert ours.shape == theirs.shape
     if count < 1000:  # beyond that, near ties may stand in either order
@@ -307,8 +307,8 @@ def test_ranks_with_a_part_of_the_vocabulary_agree_with_one(
     monkeypatch.setattr(sample, "TILE", 64)
     for seed in range(4):
         case = make_case(seed, vocab=512, rewrite=rewrite)
-        truth, plain = case.truth(), case.reference()(*case.arguments())
-        for ours in over_ranks(case, ranks, lambda head, case=case: head(*case.arguments())):
+        truth, plain = case.truth(), case.reference()(case.rows())
+        for ours in over_ranks(case, ranks, lambda head, case=case: head(case.rows())):
             assert_same_tokens(ours, truth)
             assert_no_worse(ours, plain, truth)
 
@@ -318,8 +318,8 @@ def test_ranks_agree_on_candidates_and_scores(monkeypatch: pytest.MonkeyPatch) -
     case = make_case(8, vocab=512, rewrite=True)
     tokens = torch.arange(len(case.hidden)) * 11 % 512
     truth = case.reference(torch.float64)
-    for best in over_ranks(case, 2, lambda head: head.candidates(case.hidden, case.rewrite, 4)):
-        assert torch.equal(best, truth.candidates(case.hidden, case.rewrite, 4))
+    for best in over_ranks(case, 2, lambda head: head.candidates(case.rows(), 4)):
+        assert torch.equal(best, truth.candidates(case.rows(), 4))
     for how in HOW:
         if how["count"] < 0:
             continue

@@ -36,9 +36,9 @@ def test_rows_by_wishes_are_the_rows_of_the_reference(
     monkeypatch.setattr(sample, "TILE", 64)
     case = make_case(seed, rewrite=True)
     assert case.rewrite is not None
-    truth, plain = case.truth(), case.reference()(*case.arguments())
+    truth, plain = case.truth(), case.reference()(case.rows())
     known = replace(case, rewrite=replace(case.rewrite, wishes=wishes_of(case)))
-    ours = known.streaming()(*known.arguments())
+    ours = known.streaming()(known.rows())
     assert_same_tokens(ours, truth)
     assert_no_worse(ours, plain, truth)
 
@@ -51,9 +51,9 @@ def test_canvases_that_all_ask_for_the_same_go_together(monkeypatch: pytest.Monk
     nothing = (Wish(moves=False, cuts=False, allowed=None),) * 5
     free = replace(case, rewrite=rewrite)
     known = replace(case, rewrite=replace(rewrite, wishes=nothing))
-    ours, seen = known.streaming()(*known.arguments()), free.streaming()(*free.arguments())
+    ours, seen = known.streaming()(known.rows()), free.streaming()(free.rows())
     assert_same_tokens(ours, seen)
-    assert_no_worse(ours, free.reference()(*free.arguments()), free.truth())
+    assert_no_worse(ours, free.reference()(free.rows()), free.truth())
 
 
 @pytest.mark.parametrize("pins", [False, True])
