@@ -11,8 +11,8 @@ import torch
 
 from vllm_diffusion.constrain.automaton import native
 from vllm_diffusion.constrain.automaton.edges import Edges
-from vllm_diffusion.constrain.automaton.posterior import Posterior, condition
-from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+from vllm_diffusion.constrain.automaton.posterior import condition
+from vllm_diffusion.constrain.automaton.record import Posterior, TokenAutomaton
 from vllm_diffusion.records import CanvasStats, ClassStats
 
 if TYPE_CHECKING:

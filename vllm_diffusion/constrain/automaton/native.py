@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from vllm_diffusion.compiled import load
+from vllm_diffusion.constrain.automaton.record import Posterior
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from vllm_diffusion.constrain.automaton.posterior import Posterior
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -131,7 +131,6 @@ class MergedEdges:
 
 
 def condition(
-    posterior: Posterior,
     *,
     merged: MergedEdges,
     log_mass: Tensor,
@@ -141,8 +140,8 @@ def condition(
     rows: Tensor,
     left: Tensor,
     uniforms: Tensor,
-) -> None:
-    """Fill ``posterior``, contiguous tensors of a CPU; the rest: see ``posterior.condition``."""
+) -> Posterior:
+    """See ``posterior.condition``; all tensors are on the CPU."""
     compiled = library()
     assert compiled is not None
     numbers = {
@@ -156,6 +155,15 @@ def condition(
         **{name: values.to(torch.float32).contiguous() for name, values in numbers.items()},
         **{name: values.to(torch.int64).contiguous() for name, values in states.items()},
     }
+    ids = partial(torch.empty, free.shape, dtype=torch.int64)
+    posterior = Posterior(
+        marginal=torch.empty(log_mass.shape),
+        ended=torch.empty(free.shape),
+        sample_class=ids(),
+        map_class=ids(),
+        map_state=ids(),
+        log_z=torch.empty(len(free), dtype=torch.float64),
+    )
     canvases = CanvasPointers(
         canvases=free.shape[0],
         length=free.shape[1],
@@ -172,6 +180,7 @@ def condition(
         ctypes.byref(automaton), ctypes.byref(canvases), torch.get_num_threads()
     )
     assert status == 0, f"{merged.states} states, start {start.tolist()}"
+    return posterior
 
 
 @cache

@@ -14,13 +14,13 @@ its constraint, weights are hundreds of nats apart within a row, thousands over 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_diffusion.constrain.automaton import native
+from vllm_diffusion.constrain.automaton.record import Posterior
 from vllm_diffusion.constrain.crossing import together
 
 if TYPE_CHECKING:
@@ -29,41 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.constrain.automaton.edges import Edges
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Posterior:
-    """Canvases given that they are accepted. B canvases, L rows, C classes.
-
-    A row is free if nothing constrains it: those behind the constrained rows, those behind the end,
-    and all rows of a canvas that cannot be accepted.
-    """
-
-    marginal: Tensor  # [B, L, C] fp32, probability that the row is not free and holds the class
-    ended: Tensor  # [B, L] fp32, probability that the row is free; with the marginals it sums to 1
-    sample_class: Tensor  # [B, L] int64, of one joint sample; -1 where it leaves the row free
-    map_class: Tensor  # [B, L] int64, of the most likely canvas; -1 where it leaves the row free
-    map_state: Tensor  # [B, L] int64, the state behind each row of it
-    log_z: Tensor  # [B] fp64, log-probability that the canvas is accepted; -inf: it cannot be
-
-    @staticmethod
-    def empty(log_mass: Tensor) -> Posterior:
-        """One of the shape of ``log_mass`` that is still to be filled, on the host."""
-        shape = log_mass.shape[:-1]
-        ids = partial(torch.empty, shape, dtype=torch.int64)
-        return Posterior(
-            marginal=torch.empty(log_mass.shape),
-            ended=torch.empty(shape),
-            sample_class=ids(),
-            map_class=ids(),
-            map_state=ids(),
-            log_z=torch.empty(len(log_mass), dtype=torch.float64),
-        )
-
-    def to(self, device: torch.device) -> Posterior:
-        """The same on ``device``."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Posterior(**together(values, device))
 
 
 def condition(
@@ -108,9 +73,9 @@ def condition(
     # On a GPU the chain is tens of small launches a row: the host is done sooner, and waits for the
     # device once.
     host = together(asked, torch.device("cpu"))
-    posterior = Posterior.empty(host["log_mass"])
-    native.condition(posterior, merged=edges.merged, **host)
-    return posterior.to(log_mass.device)
+    posterior = native.condition(merged=edges.merged, **host)
+    values = {each.name: getattr(posterior, each.name) for each in fields(Posterior)}
+    return Posterior(**together(values, log_mass.device))
 
 
 def chain(

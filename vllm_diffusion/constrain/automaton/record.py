@@ -1,4 +1,7 @@
-"""The compiled form of a constraint: which token sequences it accepts."""
+"""The records of this folder: a compiled constraint, and what canvases are under one.
+
+No torch: whoever compiles a constraint needs none.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -51,3 +55,19 @@ class TokenAutomaton:
             self.distance,
         )
         return sum(array.nbytes for array in arrays)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posterior:
+    """Canvases given that an automaton accepts them. B canvases, L rows, C classes.
+
+    A row is free if nothing constrains it: rows behind the constrained ones, rows behind the end,
+    and all rows of a canvas that cannot be accepted.
+    """
+
+    marginal: Tensor  # [B, L, C] fp32, probability that the row is not free and holds the class
+    ended: Tensor  # [B, L] fp32, probability that the row is free; with the marginals it sums to 1
+    sample_class: Tensor  # [B, L] int64, of one joint sample; -1 where it leaves the row free
+    map_class: Tensor  # [B, L] int64, of the most likely canvas; -1 where it leaves the row free
+    map_state: Tensor  # [B, L] int64, the state behind each row of it
+    log_z: Tensor  # [B] fp64, log-probability that the canvas is accepted; -inf: it cannot be

@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.constrain.automaton.posterior import Posterior
+    from vllm_diffusion.constrain.automaton.record import Posterior
     from vllm_diffusion.records import CanvasStats, ClassStats
 
 

@@ -13,7 +13,8 @@ from helpers.chains import FORMS, random_automaton, random_canvas, statistics_of
 
 from vllm_diffusion.constrain.automaton import native
 from vllm_diffusion.constrain.automaton.edges import Edges
-from vllm_diffusion.constrain.automaton.posterior import Posterior, chain, condition
+from vllm_diffusion.constrain.automaton.posterior import chain, condition
+from vllm_diffusion.constrain.automaton.record import Posterior
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -23,8 +23,7 @@ from helpers.chains import (
 from helpers.frequencies import assert_frequencies
 
 if TYPE_CHECKING:
-    from vllm_diffusion.constrain.automaton.posterior import Posterior
-    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
+    from vllm_diffusion.constrain.automaton.record import Posterior, TokenAutomaton
 
 LENGTH = 4
 SEEDS = range(80)
