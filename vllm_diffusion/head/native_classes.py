@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.head.native import DTYPES, library
+from vllm_diffusion.head.running_classes import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.head.classes import RunningClasses
+    from vllm_diffusion.head.running_classes import RunningClasses
 
 CHUNK: Final = 16  # VD_CHUNK, VD_SLOTS and VD_TILE of the headers
 SLOTS: Final = 8192
 _TILE: Final = 4096
-_RECORD: Final = 8  # words of vd_running_class
 
 WIDE: Final = 64
 """Ids of a tile from which on a class takes all lanes of a chunk."""
@@ -150,7 +150,7 @@ def absorb(
     """
     compiled = library()
     assert compiled is not None
-    assert running.best.stride(1) == _RECORD
+    assert running.best.stride(1) == RECORD
     assert temperature.is_contiguous()
     assert key[0].is_contiguous()
     assert key[1].is_contiguous()

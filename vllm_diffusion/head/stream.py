@@ -30,10 +30,11 @@ from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.best import Best
-from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, TokenClasses, of_pins
+from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, of_pins
 from vllm_diffusion.head.cut_rows import CutRows, among
 from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
 from vllm_diffusion.head.reference import kept_token
+from vllm_diffusion.head.running_classes import TokenClasses
 from vllm_diffusion.head.scores import scores
 from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores, Wish
 
