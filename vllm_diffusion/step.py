@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from vllm_diffusion.belief import beliefs, read_rows
-from vllm_diffusion.constrain.guard import Guard, enforced, look_ahead, under_mask
+from vllm_diffusion.constrain.corrections import enforce, look_ahead
+from vllm_diffusion.constrain.masked import under_mask
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
 from vllm_diffusion.head.rows import Rows
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
+    from vllm_diffusion.constrain.guard import Guard
     from vllm_diffusion.head import Head
     from vllm_diffusion.rules.rule import Rule
 
@@ -110,7 +112,7 @@ def advance(
         stats, decision = without_bad_words(pool, batch, stats, decision, rows=rows, head=head)
     if guards:
         same = (stats.argmax == pool.argmax[slots]) | ~batch.valid
-        decision = enforced(
+        decision = enforce(
             guards,
             corrected,
             batch,

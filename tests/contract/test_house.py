@@ -40,7 +40,17 @@ PURE_ROOMS = {
     "rules": {"canvas", "denoise", "records"},
     "belief": {"canvas", "constrain", "denoise", "head", "records"},
     "step": {"belief", "canvas", "constrain", "denoise", "head", "records", "rules"},
-    "trace": {"__init__", "canvas", "constrain", "denoise", "errors", "head", "records", "rules", "step"},
+    "trace": {
+        "__init__",
+        "canvas",
+        "constrain",
+        "denoise",
+        "errors",
+        "head",
+        "records",
+        "rules",
+        "step",
+    },
     "testing": set(),
 }
 

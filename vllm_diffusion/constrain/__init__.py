@@ -7,6 +7,7 @@ order; window -> the same for one tile of the vocabulary; table -> every slot's 
 ``records.Rewrite``.
 
 A text that must obey: language -> a constraint as a grammar; automaton -> as an automaton that
-canvases are conditioned on; grammar, guard -> on the host, as a parser that corrects them; outcomes
--> which of the two, or neither; compile_pool, compile_process -> who finds out, when and where.
+canvases are conditioned on; grammar, guard -> as a parser on the host; corrections, masked -> what
+that parser changes in a canvas; outcomes -> automaton, parser or neither; compile_pool,
+compile_process -> where and when that is found out.
 """

@@ -1,0 +1,143 @@
+"""Canvases whose grammar no automaton of a fair size can hold: a parser on the host corrects them.
+
+A parser reads from left to right and a canvas settles anywhere, so a parser cannot condition all of
+its rows at once as ``constrain.automaton`` does. It can say how far a canvas is legal:
+
+1. Every step, the argmax of a guarded canvas is read from the committed text on. The first row
+   that may not stand there is asked again under the mask of what may: all of its statistics become
+   those of the masked distribution, and its new argmax is the next input of the row. The rows
+   behind it were guessed beside another token. They are left to the ordinary rule, and see the
+   correction in the next step.
+2. A canvas whose argmax is legal as it is settles by the ordinary rule, and is committed whole.
+3. One that needs a correction ends where the rule would settle it and the correction has changed
+   nothing since the step before; or at the step limit. It commits its rows up to the corrected one,
+   which is at least one. The rest is denoised again, as part of the next canvas, behind a text that
+   the model cannot overlook any more.
+
+So whatever is committed is the beginning of a text that the grammar allows, and behind a complete
+one stands an end token. What follows the end is free, as are rows that the request's budget does
+not reach. A budget may run out before the text is complete: then it is a beginning, no more. A
+constraint wins over every other wish, so bad words and pins hold only where the grammar leaves a
+choice.
+
+The parser is on the host: a batch with guarded canvases waits for the device twice in every step,
+before the corrections and behind the decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_diffusion.constrain.crossing import on_device, sent
+from vllm_diffusion.records import StopReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from vllm_diffusion.constrain.guard import Guard
+    from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
+
+
+def look_ahead(
+    guards: Mapping[int, Guard],
+    batch: CanvasBatch,
+    stats: CanvasStats,
+    ask: Callable[[Tensor, Sequence[Tensor]], CanvasStats],
+    causal: Tensor,
+) -> tuple[dict[int, Guard], CanvasStats, dict[int, int]]:
+    """Read every guarded canvas that denoises and correct its first illegal row.
+
+    Args:
+        guards: by their place in the batch.
+        batch: of B canvases.
+        stats: theirs, [B, L].
+        ask: the head once more, given [N] int64 rows of the batch and a mask [V] bool for each.
+        causal: [B] bool, canvases that are being committed: what these hold has been written.
+
+    Returns:
+        The guards of the canvases that denoise; the statistics with those of the corrected rows in
+        them; the row by canvas.
+    """
+    length, device = stats.argmax.shape[1], stats.argmax.device
+    told = torch.cat([stats.argmax, batch.width[:, None], causal[:, None]], dim=1).tolist()
+    denoising = {canvas: guard for canvas, guard in guards.items() if not told[canvas][-1]}
+    corrected, masks = {}, []
+    for canvas, guard in denoising.items():
+        *argmax, width, _ = told[canvas]
+        guard.rewind()
+        row = guard.walk(argmax[:width])
+        if row < width:
+            corrected[canvas] = row
+            masks.append(guard.legal())
+    if not corrected:
+        return denoising, stats, corrected
+    rows = on_device([canvas * length + row for canvas, row in corrected.items()], device)
+    again = ask(rows, masks)
+    # Logits that are no numbers have no best token, and end no canvas: any legal one does.
+    legal = sent(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
+    any_legal = on_device([int(mask.int().argmax()) for mask in masks], device)
+    again = replace(again, argmax=torch.where(legal, again.argmax, any_legal))
+    return denoising, stats.replaced(rows, again), corrected
+
+
+def enforce(
+    guards: Mapping[int, Guard],
+    corrected: Mapping[int, int],
+    batch: CanvasBatch,
+    stats: CanvasStats,
+    decision: Decision,
+    *,
+    rests: Tensor,
+    out_of_steps: Tensor,
+) -> Decision:
+    """Hold the corrections of guarded canvases, and let nothing illegal settle or be committed.
+
+    Args:
+        guards, batch: as for ``look_ahead``; a guard of a canvas that finishes has written it.
+        corrected: the rows that ``look_ahead`` has corrected.
+        stats: of the step, corrections in.
+        decision: of the rule.
+        rests: [B] bool, the argmax is that of the step before, corrections in.
+        out_of_steps: [B] bool, canvases that must end.
+    """
+    held = torch.zeros_like(batch.valid)
+    for canvas, row in corrected.items():
+        held[canvas, row] = True
+    may_end = ~held.any(dim=1) | rests
+    finished = decision.finished & (may_end | out_of_steps)
+    decision = replace(
+        decision,
+        accept=decision.accept | held,
+        next_tokens=torch.where(held, stats.argmax, decision.next_tokens),
+        finished=finished,
+        reason=torch.where(may_end, decision.reason, StopReason.STEPS),
+    )
+    commit = decision.commit
+    whole = batch.width if commit.count is None else commit.count
+    read = torch.cat([commit.tokens, whole[:, None], finished[:, None]], dim=1).tolist()
+    tokens, count = commit.tokens.clone(), whole.clone()
+    changed = False
+    for canvas, guard in guards.items():
+        *said, asked, finishes = read[canvas]
+        if not finishes:
+            continue
+        guard.rewind()
+        end = min(asked, corrected.get(canvas, asked) + 1)
+        legal = guard.walk(said[:end])
+        if not legal:
+            # A bad word was taken out of the first row, and the grammar leaves nothing else there.
+            best = int(guard.legal().int().argmax())
+            said[0] = tokens[canvas, 0] = best
+            legal = 1
+            changed = True
+        changed |= legal < asked
+        count[canvas] = legal
+        guard.write(said[:legal])
+    if changed:
+        decision = replace(decision, commit=replace(commit, tokens=tokens, count=count))
+    return decision
