@@ -145,7 +145,7 @@ def launched(rows: int, form: str) -> Launches:
     """What one step launches; its form is one of ``FORMS``."""
     from triton.runtime.jit import JITFunction
 
-    from vllm_diffusion.head.quantised import QuantisedOutput
+    from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary

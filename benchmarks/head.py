@@ -165,7 +165,7 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     import torch
 
     from vllm_diffusion.head import native as library
-    from vllm_diffusion.head.quantised import QuantisedOutput
+    from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.reference import COPIES, ReferenceHead
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead

@@ -32,13 +32,13 @@ from vllm_diffusion.denoise.constants import (
 )
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
-from vllm_diffusion.head.quantised import HEAD_FORMS
+from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.params import malformed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_diffusion.head.quantised import HeadForm
+    from vllm_diffusion.head.output_copy import HeadForm
 
 _FUSED_COMMIT: Final = "fused_commit"
 

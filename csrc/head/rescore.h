@@ -1,6 +1,6 @@
 // The best ids of a row, found while its logits are approximate, and their exact logits put there.
 //
-// The definition is vllm_diffusion/head/quantised.py, `Rescoring`.
+// The definition is vllm_diffusion/head/rescoring.py, `Rescoring`.
 #pragma once
 
 #include "row_pass.h"

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm_diffusion.errors import CheckpointError
 from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
 from vllm_diffusion.models.diffusion_gemma.weights import unquantised, whole
-from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
+from vllm_diffusion.testing.quantise import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

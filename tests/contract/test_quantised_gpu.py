@@ -33,9 +33,9 @@ from vllm.platforms import Platform, PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils import flashinfer
 
+from vllm_diffusion.engine.packed_layers.configuration import adopt
 from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
-from vllm_diffusion.models.quantised.configuration import adopt
-from vllm_diffusion.testing.quantised import _plain_linears, _quantisation_config
+from vllm_diffusion.testing.quantise import _plain_linears, _quantisation_config
 
 pytestmark = pytest.mark.vllm
 

@@ -10,7 +10,7 @@ from helpers.engines import SERVER_OPTIONS
 from openai import OpenAI
 
 from vllm_diffusion.quant import native
-from vllm_diffusion.testing.quantised import quantise_checkpoint
+from vllm_diffusion.testing.quantise import quantise_checkpoint
 from vllm_diffusion.testing.server import serve
 
 if TYPE_CHECKING:

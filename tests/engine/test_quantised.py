@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.dequantised import matrix, write_dequantised
 from helpers.doubt import decided_run
 from helpers.inside import Inside
 from helpers.oracle import Oracle
@@ -20,20 +21,19 @@ from helpers.parity import (
     make_prompt,
 )
 from helpers.probe import Probe
-from helpers.quantised import matrix, write_dequantised
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 
+from vllm_diffusion.engine.packed_layers.layers import HostExperts, HostLinear, describe
 from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.models.quantised.layers import HostExperts, HostLinear, describe
 from vllm_diffusion.quant import native
 from vllm_diffusion.quant.packed import dequantise
-from vllm_diffusion.testing import quantised as maker
+from vllm_diffusion.testing import quantise as maker
 from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
-from vllm_diffusion.testing.quantised import WEIGHTS, quantise_checkpoint
+from vllm_diffusion.testing.quantise import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from vllm_diffusion.engine import serving
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
-from vllm_diffusion.head.quantised import HEAD_FORMS
+from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.quant import int8
 
 if TYPE_CHECKING:

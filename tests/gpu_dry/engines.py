@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.testing.quantised import Form, _plain_linears, _quantisation_config
+from vllm_diffusion.testing.quantise import Form, _plain_linears, _quantisation_config
 from vllm_diffusion.testing.tiny_checkpoint import RELEASED, _config, _generation_config
 from vllm_diffusion.testing.tiny_tokenizer import (
     build_tokenizer,

@@ -13,7 +13,7 @@ import torch
 from helpers.heads import Case, assert_no_worse, assert_same_tokens, make_case, over_ranks
 from helpers.interpreter import compiled_for, interpreted, spilled
 
-from vllm_diffusion.head.quantised import RESCORED, QuantisedOutput
+from vllm_diffusion.head.output_copy import RESCORED, QuantisedOutput
 from vllm_diffusion.quant.packed import dequantise
 from vllm_diffusion.quant.rounding import to_fp8
 

@@ -2,8 +2,9 @@
 
     scripts/test tests/ops/test_packed_speed.py
 
-`benchmarks/quantised.py` has experts, other numbers of rows, and what vLLM runs for plain weights.
-Time has no bound here, which a busy host would break; the error has, that of plain bf16 weights.
+`benchmarks/packed_products.py` has experts, other numbers of rows, and what vLLM runs for plain
+weights. Time has no bound here, which a busy host would break; the error has, that of plain bf16
+weights.
 """
 
 from __future__ import annotations

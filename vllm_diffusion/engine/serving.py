@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
     from vllm_diffusion.denoise.constants import ServedRules
-    from vllm_diffusion.head.quantised import HeadForm
+    from vllm_diffusion.head.output_copy import HeadForm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.head.quantised import QuantisedOutput
+    from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.head.classes import ClassPass
-    from vllm_diffusion.head.quantised import QuantisedOutput
+    from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
     from vllm_diffusion.records import CanvasStats, Rewrite
@@ -61,7 +61,7 @@ def tiles(
         hidden: [R, H].
         rewrite: of the rows.
         cap: also where nothing is rewritten.
-        ranked_by: a rewrite that only says which ids of a row are its best; see ``quantised``.
+        ranked_by: a rewrite that only says which ids of a row are its best; see ``rescoring``.
     """
     tiled = None if rewrite is None else _tiled(vocabulary, rewrite)
     product = _product(vocabulary, hidden)

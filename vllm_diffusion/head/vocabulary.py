@@ -10,14 +10,14 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from vllm_diffusion.head import sample
-from vllm_diffusion.head.quantised import QuantisedOutput
+from vllm_diffusion.head.output_copy import QuantisedOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from vllm_diffusion.head.quantised import HeadForm
+    from vllm_diffusion.head.output_copy import HeadForm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

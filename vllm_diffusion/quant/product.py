@@ -18,7 +18,7 @@ from vllm_diffusion.quant import native
 from vllm_diffusion.quant.packed import PackedMatrix
 
 PANEL: Final = 512
-"""Rows of a matrix that are unpacked at a time; benchmarks/quantised.py compares others."""
+"""Rows of a matrix that are unpacked at a time; benchmarks/packed_products.py compares others."""
 
 
 def linear(x: Tensor, matrix: PackedMatrix, *, panel: int = PANEL) -> Tensor:

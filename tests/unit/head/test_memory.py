@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 import torch
 from vllm_diffusion.head import native
-from vllm_diffusion.head.quantised import HEAD_FORMS
+from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead

@@ -38,6 +38,8 @@ from vllm.model_executor.models.transformers.utils import recursive_replace_line
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_diffusion.engine.packed_layers.configuration import adopt, is_released
+from vllm_diffusion.engine.packed_layers.layers import describe
 from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
 from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
@@ -56,8 +58,6 @@ from vllm_diffusion.models.diffusion_gemma.weights import (
     unquantised,
     whole,
 )
-from vllm_diffusion.models.quantised.configuration import adopt, is_released
-from vllm_diffusion.models.quantised.layers import describe
 from vllm_diffusion.upstream import ledger
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Quantise a DiffusionGemma checkpoint the way the released ones are: `... quantised FROM TO`.
+"""Quantise a DiffusionGemma checkpoint the way the released ones are: `... quantise FROM TO`.
 
 Takes a checkpoint folder with plain weights. Gives a folder with the same model in the layout that
 llm-compressor saves: FP8-dynamic or NVFP4 (W4A4) of compressed-tensors, whose own code rounds and
@@ -212,7 +212,7 @@ def _quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the path and the sizes before and after."""
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_diffusion.testing.quantised",
+        prog="python -m vllm_diffusion.testing.quantise",
         description="Quantise a tiny DiffusionGemma checkpoint as the released ones are.",
     )
     parser.add_argument("source", type=Path, help="checkpoint with plain weights, in one file")

@@ -31,7 +31,7 @@ HeadForm = Literal["int8", "fp8", "nvfp4"]
 HEAD_FORMS: Final[tuple[HeadForm, ...]] = get_args(HeadForm)
 
 RESCORED: Final = 16
-"""Ids of a row whose logits are exact; benchmarks/quantised_head.py compares others."""
+"""Ids of a row whose logits are exact; benchmarks/output_copy.py compares others."""
 
 
 class QuantisedOutput:

@@ -1,6 +1,6 @@
 """Products with packed weights beside plain bf16 ones on a CPU: time and memory, in one run.
 
-    python benchmarks/quantised.py [--quick] [--json FILE] [--rows N ...] [--panel N ...]
+    python benchmarks/packed_products.py [--quick] [--json FILE] [--rows N ...] [--panel N ...]
 
     linear     [R, 2816] x [4224, 2816]: gate and up of the released model's dense MLP
     experts    32 of the released model's experts (2816, 704), 8 a row, weights of router alike

@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from safetensors.torch import load_file, save_file
 
-from vllm_diffusion.testing.quantised import WEIGHTS
+from vllm_diffusion.testing.quantise import WEIGHTS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -37,7 +37,7 @@ from vllm_diffusion.quant.packed import GROUP, PackedMatrix, dequantise
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_diffusion.models.quantised.forms import WeightForm
+    from vllm_diffusion.engine.packed_layers.forms import WeightForm
 
 _BYTE: Final = torch.uint8
 

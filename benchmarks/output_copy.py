@@ -1,12 +1,12 @@
 """What a copy of the head's matrix in fewer bits changes: statistics, answers, thresholds.
 
-    python benchmarks/quantised_head.py [--quick] [--json FILE] [--n N] [--seed N] [--hard]
+    python benchmarks/output_copy.py [--quick] [--json FILE] [--n N] [--seed N] [--hard]
         [--form FORM ...] [--rescored K ...] [--preset NAME ...]
 
 The trained tiny checkpoint answers held-out items, the same seeds under every arm. An arm is a form
-and how many of a row's best ids are scored exactly, see `vllm_diffusion/head/quantised.py`; `exact`
-is the matrix itself. First every arm's head is given the rows of the exact one's answers, noise and
-all, as the reference rule makes them:
+and how many of a row's best ids are scored exactly, see `vllm_diffusion/head/output_copy.py`. The
+arm `exact` is the matrix itself. First every arm's head is given the rows of the exact one's
+answers, noise and all, as the reference rule makes them:
 
     argmax, sample     rows in which the token is another one, in percent
     sure, torn, open   how far the entropy moves, in nats, mean magnitude and, behind it, the mean,
@@ -36,7 +36,7 @@ import torch
 from quality import judge
 
 from vllm_diffusion.denoise.accept import entropy_bound
-from vllm_diffusion.head.quantised import HEAD_FORMS, RESCORED, QuantisedOutput
+from vllm_diffusion.head.output_copy import HEAD_FORMS, RESCORED, QuantisedOutput
 from vllm_diffusion.testing.tasks import TASKS, held_out_items
 from vllm_diffusion.tune.compare import paired, summarised
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 import torch
-from helpers.quantised import matrix
+from helpers.dequantised import matrix
 from safetensors.torch import load_file
 
-from vllm_diffusion.testing.quantised import WEIGHTS, Form, main, quantise_checkpoint
+from vllm_diffusion.testing.quantise import WEIGHTS, Form, main, quantise_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,16 +20,16 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from vllm_diffusion.engine.packed_layers.forms import OPTIMIZER_NVFP4, described, form_of
+from vllm_diffusion.engine.packed_layers.layers import HostExperts, HostLinear
 from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.models.quantised.forms import OPTIMIZER_NVFP4, described, form_of
-from vllm_diffusion.models.quantised.layers import HostExperts, HostLinear
 from vllm_diffusion.quant.packed import GROUP
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization import QuantizationConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-    from vllm_diffusion.models.quantised.forms import WeightForm
+    from vllm_diffusion.engine.packed_layers.forms import WeightForm
 
 _REFUSALS: Final = (AssertionError, NotImplementedError, RuntimeError, ValueError)
 """What vLLM raises where it has no scheme or no kernel for a layer."""
