@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import TURN_END, token_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

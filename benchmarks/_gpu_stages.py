@@ -248,7 +248,7 @@ def recipe(
     """`recipe.py`; in the dry form on a random checkpoint, its first part alone."""
     file, how = folder / "recipe.json", []
     if dry:
-        from vllm_diffusion.testing.tiny_checkpoint import make_tiny_checkpoint
+        from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import make_tiny_checkpoint
 
         checkpoint = str(make_tiny_checkpoint(folder / "tiny"))
         how = ["--quick", "--rounds", "1", "--phases", "recipe"]

@@ -28,12 +28,12 @@ from vllm_diffusion.config import served_rules
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
+from vllm_diffusion.models.diffusion_gemma.testing.reference import CACHE
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import TURN_END, token_id
 from vllm_diffusion.records import CanvasBatch
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
-from vllm_diffusion.testing.reference import CACHE
 from vllm_diffusion.testing.tasks import TASKS, held_out_items, solved
-from vllm_diffusion.testing.tiny_tokenizer import TURN_END, token_id
 from vllm_diffusion.tune.compare import Outcome, repeated_share
 
 if TYPE_CHECKING:

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 import _report
 
 from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 from vllm_diffusion.testing.constraints import PROMPTS, draw_constraint
 from vllm_diffusion.testing.tasks import held_out_items, solved
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
     from vllm_diffusion.testing.constraints import Constraint

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from _cell import measure
 
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import make_tiny_checkpoint
 from vllm_diffusion.testing.tasks import TASKS, held_out_items
-from vllm_diffusion.testing.tiny_checkpoint import make_tiny_checkpoint
 from vllm_diffusion.trace.file import checksum, load
 from vllm_diffusion.trace.record import VARIABLE
 

@@ -44,7 +44,7 @@ import _trained
 from _cell import measure
 from _native_host import has_gpu, pretend_triton_has_a_cpu_backend, use_stand_ins
 
-from vllm_diffusion.testing.tiny_checkpoint import (
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import (
     RELEASED,
     TinySpec,
     make_tiny_checkpoint,

@@ -42,8 +42,8 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
 from vllm_diffusion.engine.lora.rows import AdapterRows
-from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import merge_adapter, write_adapter
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

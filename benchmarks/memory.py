@@ -23,7 +23,7 @@ from _cell import measure
 from _native_host import use_stand_ins
 from _resident import resident
 
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

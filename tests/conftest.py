@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 from helpers.engines import SERVER_OPTIONS, EnginePool
 
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 from vllm_diffusion.testing.server import Server, serve
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

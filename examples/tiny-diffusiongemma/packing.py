@@ -16,8 +16,14 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import (
+    BOS,
+    PAD,
+    TURN_END,
+    TURN_START,
+    token_id,
+)
 from vllm_diffusion.testing import tasks
-from vllm_diffusion.testing.tiny_tokenizer import BOS, PAD, TURN_END, TURN_START, token_id
 
 VIEWS = 2
 """Noised canvases per item: of different canvases where it has several, else of the same one."""

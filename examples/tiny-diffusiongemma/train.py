@@ -24,9 +24,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import (
+    TinySpec,
+    build_model,
+    save_checkpoint,
+)
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer
 from vllm_diffusion.testing import tasks
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model, save_checkpoint
-from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
 
 SPEC = TinySpec(
     seed=1,

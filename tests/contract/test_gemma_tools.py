@@ -12,8 +12,8 @@ from helpers.spelling import Walk
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.errors import ConstraintError
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer
 from vllm_diffusion.patches.gemma_tools import constrain_calls, type_arguments
-from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.vllm
 

@@ -110,6 +110,10 @@ VLLM_ROOMS = {
 
 ROOMS = PURE_ROOMS | VLLM_ROOMS
 
+# Parts of a family that processes without vLLM load, by folder.
+PURE_FAMILY_PARTS = {"testing"}
+
+
 # Imports against the direction of the table that are still there. It may only shrink.
 KNOWN_DETOURS = {
     ("engine", "models.diffusion_gemma"),
@@ -280,6 +284,12 @@ def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
     ways = {node: reached(node) for node in graph}
     together = {frozenset(other for other in ways[node] if node in ways[other]) for node in graph}
     return sorted((set(each) for each in together if each), key=sorted)
+
+
+def test_a_family_keeps_vllm_out_of_what_is_loaded_without_it():
+    files = [file for part in PURE_FAMILY_PARTS for file in PACKAGE.glob(f"models/*/{part}/*.py")]
+    assert files
+    assert [file for file in files if imports_vllm(file)] == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)

@@ -16,8 +16,8 @@ from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, build_model
 from vllm_diffusion.patches import adapter_layers
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
 
 pytestmark = pytest.mark.vllm
 

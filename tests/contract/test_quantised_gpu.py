@@ -35,7 +35,8 @@ from vllm.utils import flashinfer
 
 from vllm_diffusion.engine.packed_layers.configuration import adopt
 from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
-from vllm_diffusion.testing.quantise import _plain_linears, _quantisation_config
+from vllm_diffusion.models.diffusion_gemma.testing.quantisable import plain_linears
+from vllm_diffusion.testing.quantise import quantisation_config
 
 pytestmark = pytest.mark.vllm
 
@@ -156,8 +157,8 @@ def mapped(form: Any) -> CompressedTensorsConfig:
         "model.encoder.embed_vision.embedding_projection.weight",
         "model.encoder.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight",
     )
-    ignore = _plain_linears({name: torch.empty(1, 1) for name in kept})
-    config = CompressedTensorsConfig.from_config(_quantisation_config(form, ignore=ignore))
+    ignore = plain_linears({name: torch.empty(1, 1) for name in kept})
+    config = CompressedTensorsConfig.from_config(quantisation_config(form, ignore=ignore))
     model = DiffusionGemmaForBlockDiffusion
     config.apply_vllm_mapper(model.hf_to_vllm_mapper.get_rename_mapper())
     config.packed_modules_mapping = dict(model.packed_modules_mapping)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_diffusion.engine.constraints.thinking import told_by
-from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer, token_id
 
 pytestmark = pytest.mark.vllm
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.engines import SERVER_OPTIONS
 from openai import NotFoundError, OpenAI
 
-from vllm_diffusion.testing.adapters import DECODER, ONE_STACK, write_adapter
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import DECODER, ONE_STACK, write_adapter
 from vllm_diffusion.testing.server import serve
 
 if TYPE_CHECKING:

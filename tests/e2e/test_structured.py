@@ -12,8 +12,8 @@ from helpers.engines import SERVER_OPTIONS
 from openai import BadRequestError, OpenAI
 from pydantic import BaseModel, Field
 
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import token_id
 from vllm_diffusion.testing.server import Server, serve
-from vllm_diffusion.testing.tiny_tokenizer import token_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_diffusion.constrain.grammar import GrammarCompiler
 from vllm_diffusion.engine.model_state import CanvasModelState
-from vllm_diffusion.testing.tiny_tokenizer import EOS, SPECIAL_TOKENS, token_id
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import EOS, SPECIAL_TOKENS, token_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -23,7 +23,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
-from vllm_diffusion.testing.adapters import (
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import (
     DECODER,
     ENCODER,
     ONE_STACK,

@@ -294,7 +294,7 @@ def activate(adapters, *rows):
 
 @pytest.fixture(scope="module")
 def text_config():
-    from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
+    from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, build_model
 
     return build_model(TinySpec()).config.text_config
 

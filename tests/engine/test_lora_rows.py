@@ -19,8 +19,8 @@ from vllm_diffusion.engine.lora import rows as lora_rows
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
 from vllm_diffusion.engine.lora.rows import AdapterRows, CanvasAdapters
 from vllm_diffusion.errors import AdapterError, ConfigError
-from vllm_diffusion.testing.adapters import write_adapter
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import write_adapter
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,10 +29,10 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_diffusion.engine.packed_layers.layers import HostExperts, HostLinear, describe
 from vllm_diffusion.errors import CheckpointError
+from vllm_diffusion.models.diffusion_gemma.testing import quantisable as maker
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import merge_adapter, write_adapter
 from vllm_diffusion.quant import native
 from vllm_diffusion.quant.packed import dequantise
-from vllm_diffusion.testing import quantise as maker
-from vllm_diffusion.testing.adapters import merge_adapter, write_adapter
 from vllm_diffusion.testing.quantise import WEIGHTS, quantise_checkpoint
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def quantised(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: Any
     folder = tmp_path_factory.mktemp("quantised") / request.param
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "nvfp4-more":
-            patch.setattr(maker, "_split", split_more)
+            patch.setattr(maker, "split", split_more)
         quantise_checkpoint(plain, folder, request.param.removesuffix("-more"))
     if request.param == "nvfp4":
         set_scales_apart(folder / WEIGHTS)
@@ -81,7 +81,7 @@ def quantised(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: Any
     return folder
 
 
-def split_more(weights: dict[str, torch.Tensor], split: Any = maker._split) -> Any:
+def split_more(weights: dict[str, torch.Tensor], split: Any = maker.split) -> Any:
     """What the maker quantises, self-conditioning and the vision connector."""
     matrices, rest = split(weights)
     for name in [name for name in rest if name.endswith("_proj.weight") or "_projection" in name]:

@@ -15,7 +15,7 @@ from helpers.parity import SPEC, conditioned_checkpoint
 from helpers.ranks import OPTIONS, answers
 
 from vllm_diffusion.head.sample import TILE
-from vllm_diffusion.testing.adapters import write_adapter
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

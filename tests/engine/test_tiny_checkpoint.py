@@ -17,13 +17,17 @@ from transformers import (
     DiffusionGemmaForBlockDiffusion,
 )
 
-from vllm_diffusion.testing.tiny_checkpoint import (
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import (
     TinySpec,
-    main,
     make_tiny_checkpoint,
     make_weightless_checkpoint,
 )
-from vllm_diffusion.testing.tiny_tokenizer import MIN_VOCAB, SPECIAL_TOKENS, build_tokenizer
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import (
+    MIN_VOCAB,
+    SPECIAL_TOKENS,
+    build_tokenizer,
+)
+from vllm_diffusion.testing.tiny_checkpoint import main
 
 
 @pytest.fixture(scope="module")

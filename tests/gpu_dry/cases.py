@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec
 
 SPEC: Final = TinySpec(
     seed=5,

@@ -7,13 +7,18 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.testing.quantise import Form, _plain_linears, _quantisation_config
-from vllm_diffusion.testing.tiny_checkpoint import RELEASED, _config, _generation_config
-from vllm_diffusion.testing.tiny_tokenizer import (
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import (
+    RELEASED,
+    _config,
+    _generation_config,
+)
+from vllm_diffusion.models.diffusion_gemma.testing.quantisable import plain_linears
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import (
     build_tokenizer,
     write_json,
     write_processor_files,
 )
+from vllm_diffusion.testing.quantise import Form, quantisation_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +61,7 @@ def released(folder: Path, form: Form | None) -> Path:
             ),
             torch.empty(1, 1),
         )
-        config.quantization_config = _quantisation_config(form, ignore=_plain_linears(plain))
+        config.quantization_config = quantisation_config(form, ignore=plain_linears(plain))
     config.save_pretrained(folder)
     write_json(folder / "generation_config.json", _generation_config(RELEASED))
     write_processor_files(

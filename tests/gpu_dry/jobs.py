@@ -127,7 +127,7 @@ class Pool:
     def _checkpoint(self) -> str:
         """The small random checkpoint, made once."""
         from gpu_dry.cases import SPEC
-        from vllm_diffusion.testing.tiny_checkpoint import make_tiny_checkpoint
+        from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import make_tiny_checkpoint
 
         with self._making:
             folder = self.folder / "checkpoint"

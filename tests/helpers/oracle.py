@@ -20,8 +20,8 @@ from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.head.sample import sample_rows
+from vllm_diffusion.models.diffusion_gemma.testing.reference import CACHE
 from vllm_diffusion.records import Noise
-from vllm_diffusion.testing.reference import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

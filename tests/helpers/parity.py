@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, make_tiny_checkpoint
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -35,6 +35,7 @@ from vllm_diffusion.denoise.renoise import initial_canvas, uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.sample import sample_rows
+from vllm_diffusion.models.diffusion_gemma.testing.reference import CACHE
 from vllm_diffusion.records import (
     CanvasBatch,
     CanvasStats,
@@ -44,7 +45,6 @@ from vllm_diffusion.records import (
 )
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
-from vllm_diffusion.testing.reference import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,8 +21,14 @@ from vllm_diffusion.models.diffusion_gemma.adapter import (
     read_adapter,
 )
 from vllm_diffusion.models.diffusion_gemma.adapter_names import placed_at
-from vllm_diffusion.testing.adapters import DECODER, ENCODER, ONE_STACK, changes, write_adapter
-from vllm_diffusion.testing.tiny_checkpoint import TinySpec, build_model
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import (
+    DECODER,
+    ENCODER,
+    ONE_STACK,
+    changes,
+    write_adapter,
+)
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -349,7 +355,7 @@ def test_experts_of_a_quantised_checkpoint_stay_as_they_are(
 
 
 def test_the_writer_says_what_peft_says(write: Callable[..., Path]) -> None:
-    """Names and shapes as PEFT 0.21.2 wrote them for this checkpoint; see testing.adapters."""
+    """Names and shapes as PEFT 0.21.2 wrote them for this checkpoint, see `testing.adapters`."""
     factors = load_file(write() / WEIGHTS)
     shapes = {
         name.removeprefix("base_model.model.model.decoder."): tuple(factor.shape)

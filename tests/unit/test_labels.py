@@ -5,8 +5,8 @@ import string
 import pytest
 from tokenizers import Tokenizer
 
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer
 from vllm_diffusion.testing.labels import LABELS, with_labels
-from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer
 
 TEXT = "Paris, a city on the river Seine: yesterday we said yes or no, 17 times."
 

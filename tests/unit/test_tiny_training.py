@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import build_model
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import PAD, TURN_END, token_id
+from vllm_diffusion.models.diffusion_gemma.testing.weights import randomise
 from vllm_diffusion.testing.tasks import TASKS
-from vllm_diffusion.testing.tiny_checkpoint import build_model
-from vllm_diffusion.testing.tiny_tokenizer import PAD, TURN_END, token_id
-from vllm_diffusion.testing.tiny_weights import randomise
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny-diffusiongemma"
 

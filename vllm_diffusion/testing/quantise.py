@@ -1,10 +1,10 @@
-"""Quantise a DiffusionGemma checkpoint the way the released ones are: `... quantise FROM TO`.
+"""Quantise a checkpoint the way released ones are: `... quantise FROM TO`.
 
 Takes a checkpoint folder with plain weights. Gives a folder with the same model in the layout that
 llm-compressor saves: FP8-dynamic or NVFP4 (W4A4) of compressed-tensors, whose own code rounds and
 packs every matrix, or in that of NVIDIA's Model Optimizer, which holds the same NVFP4 under other
-names. Experts are named one by one, full-attention layers have no v_proj, and head, embeddings,
-routers, self-conditioning and vision stay as they are and are listed under `ignore`.
+names. The family says which matrices are quantised (`testing/quantisable.py` in its folder); the
+linear layers that stay plain are listed under `ignore`.
 
 Weights are rounded to nearest, without calibration. A row of FP8 has the scale of its largest
 weight, a group of NVFP4 the one with the smallest squared error. NVFP4 asks for a scale of the
@@ -14,9 +14,11 @@ activations too: every matrix gets that of `ACTIVATION_PEAK`. Nothing here reads
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+from vllm_diffusion.testing.families import part_of
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -39,12 +41,6 @@ ACTIVATION_PEAK: Final = 16.0
 
 WEIGHTS: Final = "model.safetensors"
 
-_LAYERS = "model.decoder.layers."
-_QUANTISED = ("self_attn.", "mlp.", "experts.")
-
-# Projections that an engine multiplies as one matrix share the scale of their whole tensor.
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-
 
 def quantise_checkpoint(source: str | Path, target: str | Path, form: Form) -> Path:
     """Write a quantised copy of the checkpoint `source` into the folder `target`; return that.
@@ -59,46 +55,22 @@ def quantise_checkpoint(source: str | Path, target: str | Path, form: Form) -> P
     for file in source.iterdir():
         if file.suffix in {".json", ".jinja"}:
             shutil.copyfile(file, target / file.name)
-    matrices, rest = _split(load_file(source / WEIGHTS))
-    packed = _compress(matrices, form)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    family = part_of(config["model_type"], "quantisable")
+    matrices, rest = family.split(load_file(source / WEIGHTS))
+    packed = _compress(matrices, form, family.FUSED)
     if form == "modelopt-nvfp4":
         packed = dict(_renamed(name, tensor) for name, tensor in packed.items())
     weights = {**rest, **packed}
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = _quantisation_config(form, ignore=_plain_linears(rest))
+    config["quantization_config"] = quantisation_config(form, ignore=family.plain_linears(rest))
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
 
 
-def _split(weights: Mapping[str, "Tensor"]) -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:
-    """The matrices to quantise, by module, and the tensors to leave alone, by name."""
-    matrices: dict[str, Tensor] = {}
-    rest: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        _, _, inside = name.removeprefix(_LAYERS).partition(".")
-        if not name.startswith(_LAYERS) or not inside.startswith(_QUANTISED) or weight.ndim < 2:  # noqa: PLR2004 -- norms are vectors
-            rest[name] = weight
-        elif inside.startswith("experts."):
-            matrices.update(_single_experts(name, weight))
-        else:
-            matrices[name.removesuffix(".weight")] = weight
-    return matrices, rest
-
-
-def _single_experts(name: str, weight: "Tensor") -> Iterator[tuple[str, "Tensor"]]:
-    """The matrices of a fused tensor [E, ...] by the name of the module each would be."""
-    experts, _, projection = name.rpartition(".")
-    for number, expert in enumerate(weight):
-        if projection == "gate_up_proj":
-            gate, up = expert.chunk(2)
-            yield f"{experts}.{number}.gate_proj", gate
-            yield f"{experts}.{number}.up_proj", up
-        else:
-            yield f"{experts}.{number}.{projection}", expert
-
-
-def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor"]:
+def _compress(
+    matrices: Mapping[str, "Tensor"], form: Form, fused: Sequence[set[str]]
+) -> dict[str, "Tensor"]:
     """Every matrix as the tensors that compressed-tensors stores for it, by full name."""
     import torch
     from compressed_tensors.compressors import BaseCompressor
@@ -109,7 +81,7 @@ def _compress(matrices: Mapping[str, "Tensor"], form: Form) -> dict[str, "Tensor
     scheme = preset_name_to_scheme(preset, ["Linear"])
     compressor = BaseCompressor.get_value_from_registry(layout)
     group = scheme.weights.group_size
-    peaks = _shared_peaks(matrices)
+    peaks = _shared_peaks(matrices, fused)
     stored: dict[str, Tensor] = {}
     for module, weight in matrices.items():
         if group and weight.shape[1] % group:
@@ -154,14 +126,16 @@ def _best_scales(weight: "Tensor", form: "QuantizationArgs", overall: "Tensor | 
     return torch.stack(scales).gather(0, best)[0]
 
 
-def _shared_peaks(matrices: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+def _shared_peaks(
+    matrices: Mapping[str, "Tensor"], fused: Sequence[set[str]]
+) -> dict[str, "Tensor"]:
     """Of every matrix the largest magnitude of all that an engine may fuse with it."""
     peaks = {}
     for module, weight in matrices.items():
         parent, _, name = module.rpartition(".")
-        family = next((names for names in _FUSED if name in names), {name})
-        fused = [matrices[f"{parent}.{one}"] for one in family if f"{parent}.{one}" in matrices]
-        peaks[module] = max(one.abs().max().float() for one in (weight, *fused))
+        alike = next((names for names in fused if name in names), {name})
+        others = [matrices[f"{parent}.{one}"] for one in alike if f"{parent}.{one}" in matrices]
+        peaks[module] = max(one.abs().max().float() for one in (weight, *others))
     return peaks
 
 
@@ -177,17 +151,7 @@ def _renamed(name: str, tensor: "Tensor") -> tuple[str, "Tensor"]:
     return f"{module}.{names.get(part, part)}", 1 / tensor[0] if inverse else tensor
 
 
-def _plain_linears(rest: Mapping[str, "Tensor"]) -> list[str]:
-    """The linear modules that stay as they are, as llm-compressor lists them: by name."""
-    modules = {
-        name.removesuffix(".weight")
-        for name, weight in rest.items()
-        if name.endswith(".weight") and weight.ndim > 1 and not name.endswith("embed_tokens.weight")
-    }
-    return [*sorted(modules), "lm_head"]
-
-
-def _quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]:
+def quantisation_config(form: Form, *, ignore: Sequence[str]) -> dict[str, Any]:
     """What `config.json` says about it."""
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
@@ -213,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the path and the sizes before and after."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_diffusion.testing.quantise",
-        description="Quantise a tiny DiffusionGemma checkpoint as the released ones are.",
+        description="Quantise a tiny checkpoint as the released ones of its family are.",
     )
     parser.add_argument("source", type=Path, help="checkpoint with plain weights, in one file")
     parser.add_argument("target", type=Path, help="where to write the quantised one")

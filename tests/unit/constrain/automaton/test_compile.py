@@ -9,7 +9,7 @@ from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.constrain.language.syntax import mark
 from vllm_diffusion.errors import AutomatonError, ConstraintError
-from vllm_diffusion.testing import tiny_tokenizer
+from vllm_diffusion.models.diffusion_gemma.testing import tokenizer as tiny_tokenizer
 
 ARITHMETIC = 'root ::= sum\nsum ::= sum "+" atom | atom\natom ::= [0-9]+ | "(" sum ")"'
 

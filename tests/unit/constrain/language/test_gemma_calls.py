@@ -22,7 +22,7 @@ from vllm_diffusion.constrain.language.gemma_calls import (
 from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.constrain.language.syntax import MARK
 from vllm_diffusion.errors import ConstraintError
-from vllm_diffusion.testing.tiny_tokenizer import build_tokenizer, token_id
+from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer, token_id
 from vllm_diffusion.testing.tool_lists import browser, code_host, file_system
 
 pytest.importorskip("xgrammar")

@@ -9,10 +9,11 @@ are those of ``get_peft_model(model, LoraConfig(target_modules=..., target_param
 
 import json
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_diffusion.testing.keyed_noise import keyed_noise
 
 if TYPE_CHECKING:
     import torch
@@ -168,11 +169,7 @@ def _factors(
     key: str, shape: Sequence[int], rank: int, size: float
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """A and B of a weight [out, in], or of experts [E, out, in] in PEFT's layout."""
-    import torch
-
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     *experts, outputs, inputs = shape
     rows = rank * (experts[0] if experts else 1)
-    a = torch.randn(rows, inputs, generator=generator) / inputs**0.5
-    b = torch.randn(outputs, rows, generator=generator) * size / rank**0.5
-    return a, b
+    a, b = keyed_noise(key, (rows, inputs), (outputs, rows))
+    return a / inputs**0.5, b * size / rank**0.5

@@ -4,12 +4,13 @@ Takes a vocabulary size. Gives the files of a tokenizer and of a Gemma 4 process
 the training text is in this file, so the same size gives the same bytes everywhere.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
+
+from vllm_diffusion.testing.byte_tokenizer import BYTES, byte_tokenizer
+from vllm_diffusion.testing.json_file import write_json
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
 TURN_START, TURN_END = "<|turn>", "<turn|>"
@@ -26,7 +27,6 @@ SPECIAL_TOKENS = (
 )
 """In id order: the id of a special token is its index here, at every vocabulary size."""
 
-BYTES = 256
 MIN_VOCAB = len(SPECIAL_TOKENS) + BYTES
 
 # Content is a string or a list of parts; iterating over it is also how vLLM recognises a template
@@ -89,40 +89,7 @@ def token_id(token: str) -> int:
 
 def build_tokenizer(vocab: int, corpus: Iterable[str] = _CORPUS) -> Tokenizer:
     """Train a tokenizer with exactly `vocab` ids; digits are always separate tokens."""
-    if vocab < MIN_VOCAB:
-        raise ValueError(
-            f"Expected a vocabulary of at least {MIN_VOCAB} ({len(SPECIAL_TOKENS)} special tokens "
-            f"and {BYTES} bytes), but got {vocab}."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer = _filled_up(tokenizer, vocab)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, token_id(BOS))]
-    )
-    return tokenizer
-
-
-def _filled_up(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
-    """Give every id up to `vocab` a token: an id without one would crash a detokenizer."""
-    state = json.loads(tokenizer.to_str())
-    words: dict[str, int] = state["model"]["vocab"]
-    for index in range(len(words), vocab):
-        words[f"<unused{index}>"] = index
-    return Tokenizer.from_str(json.dumps(state))
+    return byte_tokenizer(vocab, corpus, special_tokens=SPECIAL_TOKENS, bos=BOS)
 
 
 def write_processor_files(
@@ -183,8 +150,3 @@ def write_processor_files(
             "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
         },
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with sorted keys, so that equal content is equal bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

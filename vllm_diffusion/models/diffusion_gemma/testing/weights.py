@@ -15,9 +15,10 @@ above 3.8; logits up to 24.
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from vllm_diffusion.testing.keyed_noise import keyed_noise
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ ROUTER_SPREAD = 2.0
 """Standard deviation of router scores: wide enough that two experts hardly ever tie."""
 
 
-def randomise(model: Any, *, seed: int) -> None:  # noqa: ANN401 -- Transformers is not followed
+def randomise(model: Any, *, seed: int) -> None:
     """Overwrite every weight of a `DiffusionGemmaForBlockDiffusion`, in place.
 
     Each tensor has a generator of its own, keyed by `seed` and its name, so adding a layer leaves
@@ -71,11 +72,7 @@ def randomise(model: Any, *, seed: int) -> None:  # noqa: ANN401 -- Transformers
 
 
 def _noise(name: str, shape: Sequence[int], seed: int) -> "torch.Tensor":
-    import torch
-
-    # torch's CPU generator keeps the low 32 bits of its seed, so both keys go through the hash.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    return torch.randn(tuple(shape), generator=generator)
+    return keyed_noise(f"{seed}:{name}", shape)[0]
 
 
 def _weight(
