@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 import pytest
+from helpers.cases import each
 from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, after
 
 from vllm_diffusion.constrain.automaton.allowed import restricted
@@ -48,8 +49,7 @@ def naive(dfa, vocabulary, usable):
     return moves, distance
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS)
-@pytest.mark.parametrize("allowed", [None, [*range(3, 130), *range(262, 270)]])
+@each(expression=EXPRESSIONS, allowed=[None, [*range(3, 130), *range(262, 270)]])
 def test_equals_a_walk_token_by_token(expression, allowed):
     dfa = dfa_of(expression)
     usable = range(3, len(VOCABULARY)) if allowed is None else allowed

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.cases import each
 from helpers.choices import of_choices
 
 from vllm_diffusion.constrain.automaton.thinking import Thinking, behind_thinking
@@ -16,8 +17,7 @@ VOCAB, END, UNTIL, OTHER_END = 7, 5, 6, 4
 CHOICES = [[1, 2], [3]]
 
 
-@pytest.mark.parametrize("begin", [None, 0, 2, 3])
-@pytest.mark.parametrize("until", [UNTIL, 1, 3])
+@each(until=[UNTIL, 1, 3], begin=[None, 0, 2, 3])
 def test_every_sequence_of_four_tokens(until: int, begin: int | None) -> None:
     """``until`` and ``begin`` may also be tokens that the constraint reads, alone or not."""
     plain = Walk(of_choices(CHOICES, [END], VOCAB))

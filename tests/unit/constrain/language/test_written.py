@@ -4,6 +4,7 @@ import json
 
 import pytest
 import xgrammar
+from helpers.cases import each
 from helpers.schemas import TABLE
 from helpers.spelling import END, VOCABULARY, Walk
 from xgrammar.testing import _is_grammar_accept_string
@@ -28,7 +29,7 @@ def read(kind, text):
     return xgrammar.Grammar.from_ebnf(written(grammar_of(kind, text)))
 
 
-@pytest.mark.parametrize("name", TABLE)
+@each(name=TABLE)
 def test_a_schema(name):
     schema, _, invalid = TABLE[name]
     text = json.dumps(schema)
