@@ -8,25 +8,18 @@ a model of ours is about to be served (``engine.serving``): vLLM sets up its log
 from __future__ import annotations
 
 import os
-from typing import Final
 
+from vllm_diffusion.models import FAMILIES, family_module
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.ledger import Stage
 from vllm_diffusion.upstream.versions import require_supported_vllm, switched_off
 
-MODELS: Final = {
-    "DiffusionGemmaForBlockDiffusion": (
-        "vllm_diffusion.models.diffusion_gemma.model:DiffusionGemmaForBlockDiffusion"
-    ),
-}
-"""Architectures we serve, as lazy references: the front end must not import model code."""
-
 _registered = False
 
 
 def register() -> None:
-    """Make vLLM serve the architectures of ``MODELS`` with this package.
+    """Make vLLM serve the architectures of ``models.FAMILIES`` with this package.
 
     Does nothing when ``VLLM_DIFFUSION=0``.
 
@@ -42,6 +35,7 @@ def register() -> None:
 
     from vllm import ModelRegistry
 
-    for architecture, reference in MODELS.items():
-        ModelRegistry.register_model(architecture, reference)
+    for architecture in FAMILIES:
+        # As a reference: the front end must not import model code.
+        ModelRegistry.register_model(architecture, family_module(architecture).MODEL)
     _registered = True

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm.config.compilation import CUDAGraphMode
 
-from vllm_diffusion.engine import model_state
+from vllm_diffusion.engine import step_attention
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 from vllm_diffusion.engine.attention.segments import Visibility, plan_segments
 from vllm_diffusion.engine.attention.sequences import parts_of, sequences_of
@@ -218,18 +218,19 @@ def test_who_reads_flags_gets_flags(monkeypatch, mode, for_capture, drafts, flag
         num_draft_tokens_per_req=None,
         req_ids=["a"],
     )
-    state = object.__new__(model_state.CanvasModelState)
-    vars(state).update(
-        device=torch.device("cuda"),
-        pool=types.SimpleNamespace(causal=phase),
-        supports_mm_inputs=False,
-        model_config=types.SimpleNamespace(is_mm_prefix_lm=False, max_model_len=512),
+    attention = object.__new__(step_attention.StepAttention)
+    vars(attention).update(
+        _pool=types.SimpleNamespace(causal=phase, device=torch.device("cuda")),
+        _max_model_len=512,
         _causal=torch.zeros(4, dtype=torch.int32),
         _fusion=types.SimpleNamespace(why_not=None),
         _block_local_mask=types.SimpleNamespace(set_canvas_ranges=lambda _: None),
     )
     built = []
-    monkeypatch.setattr(model_state, "build_attn_metadata", lambda **of: built.append(of))
-    state.prepare_attn(batch, mode, (tables,), None, [], None, for_capture=for_capture)
+    monkeypatch.setattr(step_attention, "build_attn_metadata", lambda **of: built.append(of))
+    padded = mode == CUDAGraphMode.FULL
+    attention.metadata(
+        batch, (tables,), None, [], None, spans=[[]], padded=padded, for_capture=for_capture
+    )
     (causal,) = (of["causal"] for of in built)
     assert isinstance(causal, torch.Tensor) if flags else causal is True

@@ -33,6 +33,8 @@ PURE_ROOMS = {
     "constrain": {"compiled", "errors", "records"},
     "head": {"compiled", "constrain", "denoise", "errors", "quant", "records"},
     "quant": {"compiled"},
+    "family": {"head"},
+    "grid": {"family"},
     "canvas": {"denoise", "errors", "records"},
     "canvas_kernels": {"canvas", "denoise", "records"},
     "rules": {"canvas", "denoise", "records"},
@@ -69,7 +71,10 @@ VLLM_ROOMS = {
         "engine.constraints",
         "engine.lora",
         "errors",
+        "family",
+        "grid",
         "head",
+        "models",
         "params",
         "quant",
         "records",
@@ -79,12 +84,13 @@ VLLM_ROOMS = {
         "trace",
         "upstream",
     },
-    "models": set(),
+    "models": {"family"},
     "models.diffusion_gemma": {
         "engine",
         "engine.attention",
         "engine.lora",
         "errors",
+        "family",
         "head",
         "engine.packed_layers",
         "testing",
@@ -98,12 +104,13 @@ VLLM_ROOMS = {
         "engine.lora",
         "errors",
         "fill",
+        "models",
         "params",
         "records",
         "telemetry",
         "upstream",
     },
-    "plugin": {"patches", "upstream"},
+    "plugin": {"models", "patches", "upstream"},
     "doctor": {"__init__", "constrain", "errors", "head", "patches", "quant", "upstream"},
     "tune": {"denoise", "errors", "params", "records", "telemetry"},
     "cli": {"__init__", "doctor", "trace", "tune"},
@@ -117,13 +124,11 @@ PURE_FAMILY_PARTS = {"testing"}
 
 # Imports against the direction of the table that are still there. It may only shrink.
 KNOWN_DETOURS = {
-    ("engine", "models.diffusion_gemma"),
     ("engine.lora", "models.diffusion_gemma"),
 }
 
 # Modules that still import each other in a circle. It may only shrink.
 KNOWN_CIRCLES = [
-    {"engine.model_state", "engine.sampler", "models.diffusion_gemma.model"},
     {"patches.request_validation", "patches.structured_outputs"},
 ]
 

@@ -305,7 +305,7 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
         is_diffusion=is_diffusion,
         max_model_len=50,
         get_vocab_size=lambda: 9,
-        hf_config=types.SimpleNamespace(end_token_ids=None),
+        hf_config=types.SimpleNamespace(diffusion_family={"ends": []}),
     )
     told = StructuredOutputsConfig()
     config = types.SimpleNamespace(model_config=model, structured_outputs_config=told)

@@ -67,8 +67,8 @@ OVERRIDES = [
         ["forward"],
     ),
     (
-        "vllm.model_executor.models.config.DiffusionGemmaModelForBlockDiffusionConfig",
-        "vllm_diffusion.engine.serving.DiffusionGemmaServing",
+        "vllm.model_executor.models.config.VerifyAndUpdateConfig",
+        "vllm_diffusion.engine.serving.CanvasServing",
         ["verify_and_update_config"],
     ),
 ]

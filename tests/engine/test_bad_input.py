@@ -21,7 +21,7 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_diffusion import fill, params
-from vllm_diffusion.engine import serving
+from vllm_diffusion.engine import refusals
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def test_an_installed_logits_processor_is_refused_rather_than_left_uncalled(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plugin = EntryPoint("shout", "loud.processor:Shout", "vllm.logits_processors")
-    monkeypatch.setattr(serving, "entry_points", lambda group: [plugin] * (group == plugin.group))
+    monkeypatch.setattr(refusals, "entry_points", lambda group: [plugin] * (group == plugin.group))
     with pytest.raises(ValueError, match=r"'shout' \(loud.processor:Shout\) does nothing"):
         EngineArgs(str(tiny_checkpoint), max_model_len=512).create_engine_config()
 

@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
-from vllm_diffusion.engine import serving
+from vllm_diffusion.engine import refusals, serving
+from vllm_diffusion.engine.refusals import refuse_head
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.head import cuda
@@ -74,7 +75,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, *, cuda: bool = T
 def test_forms_of_the_head_but_fp8_are_for_cpu_hosts(monkeypatch: pytest.MonkeyPatch, form: str):
     on_a_gpu(monkeypatch, 90)
     with pytest.raises(ConfigError, match=f"head_weights={form} is not supported on a GPU"):
-        serving.DiffusionGemmaServing._head_can_be(form, 64, 640, torch.bfloat16)
+        refuse_head(form, 64, 640, torch.bfloat16)
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
@@ -82,21 +83,21 @@ def test_a_head_in_fp8_is_for_gpus_that_multiply_it(
     monkeypatch: pytest.MonkeyPatch, capability: int
 ):
     on_a_gpu(monkeypatch, capability)
-    serving.DiffusionGemmaServing._head_can_be("fp8", 2816, 262144, torch.bfloat16)
+    refuse_head("fp8", 2816, 262144, torch.bfloat16)
     for inputs, ids, dtype in (
         (40, 640, torch.bfloat16),
         (64, 644, torch.bfloat16),
         (64, 640, torch.float16),
     ):
         with pytest.raises(ConfigError, match=f"for {ids} ids of {inputs} inputs in {dtype}"):
-            serving.DiffusionGemmaServing._head_can_be("fp8", inputs, ids, dtype)
+            refuse_head("fp8", inputs, ids, dtype)
 
 
 @pytest.mark.parametrize(("capability", "cuda"), [(80, True), (90, False)])
 def test_other_gpus_refuse_it(monkeypatch: pytest.MonkeyPatch, capability: int, cuda: bool):
     on_a_gpu(monkeypatch, capability, cuda=cuda)
     with pytest.raises(ConfigError, match="head_weights=fp8 is not supported on this GPU"):
-        serving.DiffusionGemmaServing._head_can_be("fp8", 64, 640, torch.bfloat16)
+        refuse_head("fp8", 64, 640, torch.bfloat16)
 
 
 def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
@@ -106,7 +107,7 @@ def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
     with pytest.raises(ValueError, match="whose int8 sums overflow"):
         with_head(tiny_checkpoint, "int8")
     with pytest.raises(ConfigError, match="40 inputs, which are no groups of 16"):
-        serving.DiffusionGemmaServing._head_can_be("nvfp4", 40, 640, torch.bfloat16)
+        refuse_head("nvfp4", 40, 640, torch.bfloat16)
 
 
 def test_an_attention_that_this_host_has_not_is_refused(tiny_checkpoint: Path):
@@ -145,7 +146,7 @@ def test_a_gpu_whose_own_choice_takes_no_ranges_gets_triton(
         ),
         attention_config=SimpleNamespace(backend=None, flash_attn_version=version),
     )
-    serving.DiffusionGemmaServing._attention_of_ranges(on_gpu)
+    serving.choose_attention_of_ranges(on_gpu)
     assert on_gpu.attention_config.backend is chosen
 
 
@@ -156,7 +157,8 @@ def test_a_gpu_whose_own_choice_takes_no_ranges_gets_triton(
 def warnings_of_serving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `engine.serving` warns of, whatever levels and handlers vLLM gives its loggers."""
     messages: list[str] = []
-    monkeypatch.setattr(serving.logger, "warning", lambda text, *of: messages.append(text % of))
+    for module in (serving, refusals):
+        monkeypatch.setattr(module.logger, "warning", lambda text, *of: messages.append(text % of))
     return messages
 
 

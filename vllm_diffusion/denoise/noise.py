@@ -57,3 +57,8 @@ class AbsorbingNoise:
     def renoise(self, seed: Tensor, position: Tensor, step: Tensor) -> Tensor:  # noqa: ARG002
         """Masks."""
         return self.initial(seed, position)
+
+
+def noise_of(mask_id: int | None, vocab_size: int) -> CanvasNoise:
+    """The noise of a family: its mask token, or without one any token of the vocabulary."""
+    return UniformNoise(vocab_size) if mask_id is None else AbsorbingNoise(mask_id)

@@ -14,7 +14,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.models.diffusion_gemma.layers import SelfConditioning
+    from vllm_diffusion.family import SelfConditioning
 
 
 def condition(

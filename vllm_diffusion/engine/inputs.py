@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.models.diffusion_gemma.layers import SelfConditioning
+    from vllm_diffusion.family import SelfConditionedModel, SelfConditioning
 
 
 class CanvasInputs:
@@ -28,7 +28,7 @@ class CanvasInputs:
         max_tokens: most rows of a step, those of padding among them.
     """
 
-    def __init__(self, model: Any, pool: CanvasPool, *, max_tokens: int) -> None:
+    def __init__(self, model: SelfConditionedModel, pool: CanvasPool, *, max_tokens: int) -> None:
         self._model, self._pool = model, pool
         soft = pool.soft_embedding
         self.buffer = torch.zeros(max_tokens, soft.shape[-1], dtype=soft.dtype, device=soft.device)

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
-import torch
-from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.attention import Attention
 from vllm.tokenizers import cached_tokenizer_from_config
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_diffusion.canvas import pool_class
@@ -31,18 +26,20 @@ from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.constants import ServedRules
 from vllm_diffusion.denoise.draft import begun_from_draft
+from vllm_diffusion.denoise.noise import noise_of
 from vllm_diffusion.denoise.rng import request_seed
+from vllm_diffusion.engine.account import Account
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
-from vllm_diffusion.engine.attention.segments import plan_segments
-from vllm_diffusion.engine.attention.sequences import Parts, parts_of, sequences_of
 from vllm_diffusion.engine.constraints.backend import attached
 from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.fusion import Fusion
-from vllm_diffusion.engine.granted import canvas_and_padding, place_rows, text_rows
+from vllm_diffusion.engine.granted import place_rows
 from vllm_diffusion.engine.inputs import CanvasInputs
 from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
+from vllm_diffusion.engine.step_attention import StepAttention
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.family import Family
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
@@ -50,6 +47,7 @@ from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.record import Recorder, trace_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionCGSupport
@@ -60,6 +58,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
 
+    from vllm_diffusion.family import SelfConditionedModel
     from vllm_diffusion.head import Head
 
 
@@ -78,6 +77,7 @@ class CanvasModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         text_config = self.model_config.hf_text_config
+        self.family = Family.from_dict(self.model_config.hf_config.diffusion_family)
         self.rules = ServedRules.from_dict(self.model_config.hf_config.denoising_rules)
         self.pool = pool_class(device.type)(
             num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
@@ -85,6 +85,7 @@ class CanvasModelState(ModelState):
             hidden_size=text_config.hidden_size,
             vocab_size=self.model_config.get_vocab_size(),
             constants=self.rules.default,
+            noise=noise_of(self.family.mask_id, self.model_config.get_vocab_size()),
             remembered=self.rules.remembered,
             dtype=self.dtype,
             device=device,
@@ -98,24 +99,25 @@ class CanvasModelState(ModelState):
         self.automata = AutomatonSlots(num_slots=self.max_num_reqs, device=device)
         self.guards = Guards()
         self._fusion = Fusion.of(vllm_config)
+        self._account = Account(
+            self.family,
+            slots=self.max_num_reqs,
+            width=self.pool.canvas_length,
+            end=self.max_model_len,
+        )
         self.logprobs = CanvasLogprobs(raw_logits=self.model_config.logprobs_mode == "raw_logits")
         self._slot_of: dict[str, int] = {}
         self._recorder = self._make_recorder()
-        # What captured graphs read must stay at one address.
-        # A request may be two sequences of attention.
-        max_sequences = 2 * self.max_num_reqs
-        self._causal = torch.zeros(max_sequences, dtype=torch.int32, device=device)
-        self._inputs = CanvasInputs(model, self.pool, max_tokens=self.max_num_tokens)
-        if device.type != "cpu":
-            self._block_local_mask = BlockLocalMask(
-                get_layers_from_vllm_config(vllm_config, Attention),
-                canvas_length=self.pool.canvas_length,
-                max_model_len=self.max_model_len,
-                max_rows=max_sequences,
-                max_tokens=self.max_num_tokens,
-                device=device,
-                max_span=text_config.sliding_window if self.supports_mm_inputs else 0,
-            )
+        self._attention = StepAttention(
+            vllm_config,
+            self.pool,
+            self._fusion,
+            slots=self.max_num_reqs,
+            max_tokens=self.max_num_tokens,
+            max_span=text_config.sliding_window if self.supports_mm_inputs else 0,
+        )
+        conditioned = cast("SelfConditionedModel", model)
+        self._inputs = CanvasInputs(conditioned, self.pool, max_tokens=self.max_num_tokens)
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Which batches may run as one captured graph, see ``BlockLocalMask``."""
@@ -150,13 +152,16 @@ class CanvasModelState(ModelState):
             self.model,
             self.pool,
             head,
-            rule_for(self.rules.default.kind, self.pool.noise, device_type=self.device.type),
+            rule_for(self.family.rule, self.pool.noise, device_type=self.device.type),
             sampler.req_states,
             constraints=self.constraints,
             automata=self.automata,
             guards=self.guards,
             logprobs=self.logprobs,
             head_bytes=budget,
+            account=None
+            if self._fusion.foreseen or self._fusion.why_not is not None
+            else self._account,
             foreseen=self._fusion.foreseen,
         )
         if self._recorder is not None:
@@ -184,6 +189,7 @@ class CanvasModelState(ModelState):
         rule = requested_rule(params, self.rules)
         fused = self._fusion.holds_for(sampling.extra_args)
         self.pool.admit(req_index, seed=seed, constants=rule, fused=fused)
+        self._account.admit(req_index, params.canvas_length)
         asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
         if params.noise_level is not None:
             asked = begun_from_draft(
@@ -246,101 +252,16 @@ class CanvasModelState(ModelState):
         ubatch_idx: int = 0,  # noqa: ARG002 - vLLM does not micro-batch diffusion
     ) -> dict[str, Any]:
         """Attention metadata by layer name: causal rows and canvas rows in one batch."""
-        padded = cudagraph_mode == CUDAGraphMode.FULL
-        num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
-        num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
-        if self.device.type == "cpu":
-            causal = self._causal[:num_reqs]
-            causal.zero_()
-            causal[: input_batch.num_reqs] = self.pool.causal[input_batch.idx_mapping].int()
-            return self._prepare_attn_cpu(
-                input_batch, causal, block_tables, slot_mappings, attn_groups
-            )
-        sequences = sequences_of(
+        return self._attention.metadata(
             input_batch,
-            self._parts(input_batch),
-            count=num_reqs,
-            phase=self.pool.causal,
-            causal=self._causal,
-            block_tables=block_tables,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
             spans=self._image_spans(input_batch),
+            padded=cudagraph_mode == CUDAGraphMode.FULL,
+            for_capture=for_capture,
         )
-        metadata = build_attn_metadata(
-            attn_groups=attn_groups,
-            num_reqs=sequences.lens.shape[0],
-            num_tokens=num_tokens,
-            query_start_loc_gpu=sequences.starts,
-            query_start_loc_cpu=sequences.starts_on_host,
-            max_query_len=sequences.longest,
-            seq_lens=sequences.lens,
-            max_seq_len=self.max_model_len,
-            block_tables=sequences.block_tables,
-            slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=sequences.lens_at_most,
-            mm_req_doc_ranges={
-                index: [(first, behind - 1) for first, behind in spans]
-                for index, spans in enumerate(sequences.spans)
-            },
-            for_cudagraph_capture=for_capture,
-            # A batch of prompts alone takes the backends' cheaper causal path; a graph has flags.
-            causal=sequences.causal
-            if for_capture or padded or input_batch.num_draft_tokens
-            else True,
-        )
-        self._block_local_mask.set_canvas_ranges(metadata)
-        return metadata
-
-    def _parts(self, input_batch: InputBatch) -> Parts | None:
-        """Text and canvas rows where a slot's phase does not say which a request's rows are.
-
-        Only fused commits run text in a slot whose canvas has begun, before it or alone.
-        """
-        drafts = input_batch.num_draft_tokens_per_req
-        if self._fusion.why_not is not None or drafts is None:
-            return None
-        rows, foreseen = input_batch.num_scheduled_tokens, self._fusion.foreseen
-        return parts_of(rows, drafts, foreseen=foreseen) if text_rows(input_batch).any() else None
-
-    def _prepare_attn_cpu(
-        self,
-        input_batch: InputBatch,
-        causal: Tensor,
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-        attn_groups: list[list[AttentionGroup]],
-    ) -> dict[str, Any]:
-        # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
-        from vllm_diffusion.engine.attention.cpu import segmented_metadata
-
-        # A slot that is not causal may still run text alone, or before its canvas.
-        drafts = input_batch.num_draft_tokens_per_req
-        canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
-        canvas, padding = np.where(causal.numpy() == 0, canvas, 0), None
-        if self._fusion.foreseen and drafts is not None:
-            canvas, padding = canvas_and_padding(input_batch, self.pool)
-        segments = plan_segments(
-            input_batch.query_start_loc_np.tolist(),
-            input_batch.seq_lens[: causal.shape[0]].tolist(),
-            canvas.tolist(),
-            self._image_spans(input_batch),
-            None if padding is None else padding.tolist(),
-        )
-        return {
-            name: metadata
-            for groups, table, slots in zip(attn_groups, block_tables, slot_mappings, strict=True)
-            for group in groups
-            for metadata in (
-                segmented_metadata(
-                    segments,
-                    builder=group.get_metadata_builder(),
-                    block_table=group.map_to_kernel_block_table(table),
-                    slot_mapping=slots,
-                    num_tokens=input_batch.num_tokens,
-                ),
-            )
-            for name in group.layer_names
-        }
 
     def _image_spans(self, input_batch: InputBatch) -> list[list[tuple[int, int]]]:
         """Half-open absolute ranges that attend bidirectionally, for every request of the batch."""

@@ -44,10 +44,11 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
     from vllm_diffusion.constrain.guard import Guards
     from vllm_diffusion.constrain.table import ConstraintTable
+    from vllm_diffusion.engine.account import Account
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.engine.step_rows import GrantedRows
+    from vllm_diffusion.family import CanvasModel
     from vllm_diffusion.head import Head
-    from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
     from vllm_diffusion.records import CanvasBatch, Emission
     from vllm_diffusion.rules.rule import Rule
     from vllm_diffusion.step import Observer
@@ -64,7 +65,7 @@ class CanvasSampler:
 
     def __init__(
         self,
-        model: DiffusionGemmaForBlockDiffusion,
+        model: CanvasModel,
         pool: CanvasPool,
         head: Head,
         rule: Rule,
@@ -74,6 +75,7 @@ class CanvasSampler:
         guards: Guards,
         logprobs: CanvasLogprobs,
         head_bytes: int,
+        account: Account | None,
         foreseen: bool = False,
     ) -> None:
         self.model = model
@@ -86,6 +88,7 @@ class CanvasSampler:
         self.guards = guards
         self.logprobs = logprobs
         self.head_bytes = head_bytes
+        self.account = account
         self.foreseen = foreseen
         self.observe: Observer | None = None
 
@@ -121,6 +124,8 @@ class CanvasSampler:
         widths = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1])
         if not input_batch.num_draft_tokens:
             widths = np.zeros_like(widths)
+        if self.account is not None:
+            self.account.check(input_batch, widths)
         emission = scored = granted = None
         if self.foreseen:
             granted = granted_rows(self.pool, input_batch, widths)

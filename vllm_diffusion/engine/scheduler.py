@@ -31,11 +31,13 @@ from vllm.v1.core.sched.diffusion_scheduler import (
 )
 from vllm.v1.request import RequestStatus
 
+from vllm_diffusion import grid
 from vllm_diffusion.denoise.constants import ServedRules
 from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar, attach
 from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
+from vllm_diffusion.family import Family
 from vllm_diffusion.params import admitted_params, requested_rule
 
 if TYPE_CHECKING:
@@ -68,8 +70,9 @@ class WholeCanvasMixin:
         self._guesses: dict[str, int] = {}
         self._in_flight: deque[StepInFlight] = deque()
         self._taken: dict[str, int] = {}
-        rules = self.vllm_config.model_config.hf_config.denoising_rules  # type: ignore[attr-defined]
-        self._rules = ServedRules.from_dict(rules)
+        served = self.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
+        self._family = Family.from_dict(served.diffusion_family)
+        self._rules = ServedRules.from_dict(served.denoising_rules)
         self._compile_for_canvases()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -138,7 +141,9 @@ class WholeCanvasMixin:
                 done.alone.add(req_id)
             elif not request.num_stale_output_tokens:
                 # Of a request that was preempted nothing counts as computed.
-                request.num_computed_tokens -= len(tokens)
+                known = request.num_tokens
+                kept = grid.kept_of_canvas(self._family, known=known)
+                request.num_computed_tokens -= known + len(tokens) - kept
                 if (step := self._next_in_flight(req_id)) is not None:
                     step.commits(req_id, len(tokens))
                     request.num_output_placeholders -= len(tokens)
@@ -186,8 +191,10 @@ class WholeCanvasMixin:
         """Tokens that a finished canvas gave and no forward has committed."""
         if request.is_prefill_chunk or request.num_computed_tokens < request.num_prompt_tokens:
             return 0
+        if not self._fuses(request):
+            return 0
         computed = request.num_computed_tokens - request.num_output_placeholders
-        return request.num_tokens - computed if self._fuses(request) else 0
+        return grid.text_rows(self._family, known=request.num_tokens, computed=computed)
 
     def _ends(self, request: Request) -> bool:
         """Whether the canvas in flight is about to take its last step; asynchronous scheduling."""
@@ -283,9 +290,9 @@ class WholeCanvasMixin:
                 budget -= owed + width
 
     def _canvas_rows(self: Any, request: Request, start: int) -> int:
-        """Rows the request's canvas takes in a step; fewer than its width only at max_model_len."""
-        width = diffusion_canvas_width(request, self.num_spec_tokens)
-        return min(width, self.max_model_len - start)
+        """Rows that the request's canvas takes in a step."""
+        asked = diffusion_canvas_width(request, self.num_spec_tokens)
+        return grid.canvas_width(self._family, known=start, asked=asked, end=self.max_model_len)
 
     def _width_unsettled(self: Any, request: Request) -> bool:
         """True while a step in flight leaves open where a canvas near max_model_len starts.

@@ -1,1 +1,23 @@
-"""Model families. Each folder declares its layers, weight names and multimodal processing."""
+"""One folder a family of models. This file is the only place that lists them.
+
+A folder has ``family.py`` (what the family declares, see ``family.FamilyModule``), ``model.py``,
+``weights.py``, and whatever else the model needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, cast
+
+if TYPE_CHECKING:
+    from vllm_diffusion.family import FamilyModule
+
+FAMILIES: Final = {
+    "DiffusionGemmaForBlockDiffusion": "vllm_diffusion.models.diffusion_gemma.family",
+}
+"""Architecture, as config.json names it -> the module that declares its family."""
+
+
+def family_module(architecture: str) -> FamilyModule:
+    """The module that declares the family of an architecture of ``FAMILIES``."""
+    return cast("FamilyModule", import_module(FAMILIES[architecture]))

@@ -1,23 +1,20 @@
-"""The architecture's entry in vLLM's table of config hooks becomes ours, which extends vLLM's."""
+"""The entries of vLLM's table of config hooks for our architectures become ours."""
 
 from __future__ import annotations
 
-from typing import Final
-
-ARCHITECTURE: Final = "DiffusionGemmaForBlockDiffusion"
-
 
 def install_serving_config() -> None:
-    """Point `MODELS_CONFIG_MAP` at `engine.serving`."""
+    """Point `MODELS_CONFIG_MAP` at `engine.serving` for every architecture of ours."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_diffusion.engine.serving import DiffusionGemmaServing
+    from vllm_diffusion.engine.serving import CanvasServing
+    from vllm_diffusion.models import FAMILIES
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = DiffusionGemmaServing
+    MODELS_CONFIG_MAP.update(dict.fromkeys(FAMILIES, CanvasServing))
 
 
-def architecture_is_in_table() -> bool:
-    """Whether the table still exists and knows the architecture; there is no public way in."""
+def hooks_are_in_a_table() -> bool:
+    """Whether vLLM still looks hooks up in a table, which has no public way in."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    return ARCHITECTURE in MODELS_CONFIG_MAP
+    return isinstance(MODELS_CONFIG_MAP, dict)

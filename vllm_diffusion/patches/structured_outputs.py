@@ -86,8 +86,8 @@ def completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
     """A copy that knows the ids of end tokens and bad words, as the engine's core will see it."""
     copy = sampling.clone()
     # vLLM would read the file for every request.
-    end_ids = model_config.hf_config.end_token_ids
-    copy.update_from_generation_config({"eos_token_id": end_ids}, tokenizer.eos_token_id)
+    ends = [*model_config.hf_config.diffusion_family["ends"]]
+    copy.update_from_generation_config({"eos_token_id": ends or None}, tokenizer.eos_token_id)
     copy.update_from_tokenizer(tokenizer)
     return copy
 

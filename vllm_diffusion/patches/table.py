@@ -151,7 +151,7 @@ PATCHES: Final = (
         why="scheduler and limits of an out-of-tree model have to be set before the engine starts.",
         upstream_reference="vllm/model_executor/models/config.py: MODELS_CONFIG_MAP",
         remove_when="a registered model class can bring its own config hook",
-        needed="vllm_diffusion.patches.serving_config:architecture_is_in_table",
+        needed="vllm_diffusion.patches.serving_config:hooks_are_in_a_table",
     ),
     *SERVING_PATCHES,
     # ---- in the worker of a diffusion model ----

@@ -1,0 +1,132 @@
+"""What a canvas cannot be served with: settings that are refused before an engine starts.
+
+Each function raises ``ConfigError`` with what was asked, what is accepted and the way out.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+from vllm_diffusion.config import HEAD_WEIGHTS
+from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.quant import int8
+from vllm_diffusion.quant.packed import GROUP
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.scheduler import SchedulerConfig
+
+    from vllm_diffusion.head.output_copy import HeadForm
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_FP8 = 89  # the least compute capability of torch's products of fp8
+_FP8_GROUP = 16  # ids and inputs of theirs
+
+
+def refuse_attention_of_gpus(vllm_config: VllmConfig) -> None:
+    """A backend that a CPU host does not have; vLLM itself only logs that it was asked for."""
+    asked = vllm_config.attention_config.backend
+    if (
+        current_platform.is_cpu()
+        and asked not in {None, AttentionBackendEnum.CPU_ATTN}
+        # vLLM's settings for Gemma name one themselves, when this config was made first.
+        and not hasattr(vllm_config.model_config.hf_config, "denoising_rules")
+    ):
+        raise ConfigError(
+            f"attention_backend={asked.name} is not for a CPU host, which has CPU_ATTN alone: "
+            "leave the option out."
+        )
+
+
+def refuse_inert_options(vllm_config: VllmConfig) -> None:
+    """Options that only a token-by-token sampler reads."""
+    model = vllm_config.model_config
+    options = {
+        "speculative_config": vllm_config.speculative_config,
+        "logits_processors": model.logits_processors,
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+        "return_sampling_mask": model.return_sampling_mask,
+    }
+    # vLLM loads these without being asked, and its own sampler alone would call them.
+    for plugin in entry_points(group=LOGITSPROCS_GROUP):
+        options[f"the installed logits processor {plugin.name!r} ({plugin.value})"] = True
+    if asked := [name for name, value in options.items() if value]:
+        raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
+    if model.logprobs_mode not in {"raw_logprobs", "raw_logits"}:
+        raise ConfigError(
+            f"logprobs_mode={model.logprobs_mode} is not supported for a diffusion model: a "
+            "canvas is committed by the model's own distribution at temperature 1, and what "
+            "the schedule and a request made of it changes with every step. Use raw_logprobs "
+            "or raw_logits."
+        )
+
+
+def refuse_cut_canvases(scheduler: SchedulerConfig, canvas: int) -> None:
+    """A step that cannot hold a canvas, which runs in one piece or not at all."""
+    for option in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        rows = getattr(scheduler, option)
+        if rows is not None and rows < canvas:
+            raise ConfigError(
+                f"{option} is {rows}, but a step must hold at least one canvas of {canvas} "
+                f"tokens; raise it to {canvas} or more, or serve a narrower canvas with "
+                "--diffusion-config."
+            )
+    if scheduler.long_prefill_token_threshold:
+        # It would clip canvases as if they were prompts.
+        logger.warning(
+            "long_prefill_token_threshold=%d would also cut canvases short; "
+            "it is switched off for diffusion models.",
+            scheduler.long_prefill_token_threshold,
+        )
+        scheduler.long_prefill_token_threshold = 0
+
+
+def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype) -> None:
+    """A form of the head's weights that this host has no products for.
+
+    Args:
+        form: of the copy, None where there is none.
+        inputs: H.
+        ids: V; ranks hold whole tiles of it.
+        dtype: of the model.
+    """
+    if form is None:
+        return
+    asked = f"{HEAD_WEIGHTS}={form} is not supported"
+    if not current_platform.is_cpu():
+        if form != "fp8":
+            raise ConfigError(f"{asked} on a GPU, only on CPU hosts. Use fp8 or remove it.")
+        # What torch's products of fp8 with a scale for every row take.
+        if not (current_platform.is_cuda() and current_platform.has_device_capability(_FP8)):
+            raise ConfigError(
+                f"{asked} on this GPU: its products take NVIDIA's compute capability 8.9 or "
+                "higher. Remove it."
+            )
+        if dtype != torch.bfloat16 or inputs % _FP8_GROUP or ids % _FP8_GROUP:
+            raise ConfigError(
+                f"{asked} for {ids} ids of {inputs} inputs in {dtype}: on a GPU both are "
+                f"multiples of {_FP8_GROUP} and the model is in bfloat16. Remove it."
+            )
+    if form == "int8" and not int8.is_exact():
+        raise ConfigError(f"{asked} on this processor, whose int8 sums overflow. Remove it.")
+    if form == "nvfp4" and inputs % GROUP:
+        raise ConfigError(f"{asked} for {inputs} inputs, which are no groups of {GROUP}.")
+
+
+def refuse_data_parallel_experts(vllm_config: VllmConfig) -> None:
+    """Several engines with experts on a CPU host."""
+    ranks = vllm_config.parallel_config.data_parallel_size
+    if ranks > 1 and current_platform.is_cpu():
+        raise ConfigError(
+            f"data_parallel_size is {ranks}, but vLLM's engines exchange "
+            "the rows of experts, which on a CPU host they cannot: the first step would end "
+            "them. Start as many servers instead."
+        )

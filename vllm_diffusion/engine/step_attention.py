@@ -1,0 +1,188 @@
+"""Attention metadata of a step: which of its rows are causal, and which are canvas rows.
+
+vLLM asks the model state for it before every forward. A GPU backend is told of whole sequences and
+of ranges (``attention.sequences``, ``attention.gpu``), the one for CPU hosts of segments
+(``attention.segments``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+
+from vllm_diffusion.engine.attention.gpu import BlockLocalMask
+from vllm_diffusion.engine.attention.segments import plan_segments
+from vllm_diffusion.engine.attention.sequences import Parts, parts_of, sequences_of
+from vllm_diffusion.engine.granted import canvas_and_padding, text_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.utils import AttentionGroup
+
+    from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.engine.fusion import Fusion
+
+
+class StepAttention:
+    """Makes the metadata of every step; what captured graphs read of it stays at one address.
+
+    Args:
+        vllm_config: of the engine.
+        pool: the canvases, whose phase says which rows are causal.
+        fusion: whether text may run beside a canvas.
+        slots: requests at once.
+        max_tokens: most rows of a step.
+        max_span: most positions of an image that attends to itself in both directions, 0 for none.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        pool: CanvasPool,
+        fusion: Fusion,
+        *,
+        slots: int,
+        max_tokens: int,
+        max_span: int,
+    ) -> None:
+        self._pool, self._fusion = pool, fusion
+        self._max_model_len = vllm_config.model_config.max_model_len
+        # A request may be two sequences of attention.
+        max_sequences = 2 * slots
+        self._causal = torch.zeros(max_sequences, dtype=torch.int32, device=pool.device)
+        if pool.device.type != "cpu":
+            self._block_local_mask = BlockLocalMask(
+                get_layers_from_vllm_config(vllm_config, Attention),
+                canvas_length=pool.canvas_length,
+                max_model_len=self._max_model_len,
+                max_rows=max_sequences,
+                max_tokens=max_tokens,
+                device=pool.device,
+                max_span=max_span,
+            )
+
+    def metadata(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        *,
+        spans: list[list[tuple[int, int]]],
+        padded: bool,
+        for_capture: bool,
+    ) -> dict[str, Any]:
+        """Attention metadata by layer name, see ``ModelState.prepare_attn`` of vLLM.
+
+        Args:
+            input_batch: the step's batch.
+            block_tables, slot_mappings, attn_groups, kv_cache_config: as vLLM gives them.
+            spans: half-open absolute ranges that attend bidirectionally, by request.
+            padded: the forward is one graph, of a padded batch.
+            for_capture: it is captured now.
+        """
+        num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
+        num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
+        if self._pool.device.type == "cpu":
+            causal = self._causal[:num_reqs]
+            causal.zero_()
+            causal[: input_batch.num_reqs] = self._pool.causal[input_batch.idx_mapping].int()
+            return self._by_segments(
+                input_batch, causal, block_tables, slot_mappings, attn_groups, spans
+            )
+        sequences = sequences_of(
+            input_batch,
+            self._parts(input_batch),
+            count=num_reqs,
+            phase=self._pool.causal,
+            causal=self._causal,
+            block_tables=block_tables,
+            spans=spans,
+        )
+        metadata = build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=sequences.lens.shape[0],
+            num_tokens=num_tokens,
+            query_start_loc_gpu=sequences.starts,
+            query_start_loc_cpu=sequences.starts_on_host,
+            max_query_len=sequences.longest,
+            seq_lens=sequences.lens,
+            max_seq_len=self._max_model_len,
+            block_tables=sequences.block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=sequences.lens_at_most,
+            mm_req_doc_ranges={
+                index: [(first, behind - 1) for first, behind in spans]
+                for index, spans in enumerate(sequences.spans)
+            },
+            for_cudagraph_capture=for_capture,
+            # A batch of prompts alone takes the backends' cheaper causal path; a graph has flags.
+            causal=sequences.causal
+            if for_capture or padded or input_batch.num_draft_tokens
+            else True,
+        )
+        self._block_local_mask.set_canvas_ranges(metadata)
+        return metadata
+
+    def _parts(self, input_batch: InputBatch) -> Parts | None:
+        """Text and canvas rows where a slot's phase does not say which a request's rows are.
+
+        Only fused commits run text in a slot whose canvas has begun, before it or alone.
+        """
+        drafts = input_batch.num_draft_tokens_per_req
+        if self._fusion.why_not is not None or drafts is None:
+            return None
+        rows, foreseen = input_batch.num_scheduled_tokens, self._fusion.foreseen
+        return parts_of(rows, drafts, foreseen=foreseen) if text_rows(input_batch).any() else None
+
+    def _by_segments(
+        self,
+        input_batch: InputBatch,
+        causal: Tensor,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        spans: list[list[tuple[int, int]]],
+    ) -> dict[str, Any]:
+        """Every segment a sequence of its own: how a CPU host attends."""
+        # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
+        from vllm_diffusion.engine.attention.cpu import segmented_metadata
+
+        # A slot that is not causal may still run text alone, or before its canvas.
+        drafts = input_batch.num_draft_tokens_per_req
+        canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
+        canvas, padding = np.where(causal.numpy() == 0, canvas, 0), None
+        if self._fusion.foreseen and drafts is not None:
+            canvas, padding = canvas_and_padding(input_batch, self._pool)
+        segments = plan_segments(
+            input_batch.query_start_loc_np.tolist(),
+            input_batch.seq_lens[: causal.shape[0]].tolist(),
+            canvas.tolist(),
+            spans,
+            None if padding is None else padding.tolist(),
+        )
+        return {
+            name: metadata
+            for groups, table, slots in zip(attn_groups, block_tables, slot_mappings, strict=True)
+            for group in groups
+            for metadata in (
+                segmented_metadata(
+                    segments,
+                    builder=group.get_metadata_builder(),
+                    block_table=group.map_to_kernel_block_table(table),
+                    slot_mapping=slots,
+                    num_tokens=input_batch.num_tokens,
+                ),
+            )
+            for name in group.layer_names
+        }

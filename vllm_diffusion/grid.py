@@ -1,0 +1,100 @@
+"""How wide a canvas is, and how many positions of a request count as computed after a step.
+
+Scheduler and worker each keep account of a request; text comes out wrong, without an error, as soon
+as the two disagree. So both ask here.
+
+    known    tokens of the request before its canvas: prompt and answer so far
+    upto     positions up to the last row of a step
+
+    text                  after a step of the canvas     after its commit, if that is a step
+    causal                known                          known + what was committed
+    block                 the last grid point <= known   known + what was committed
+    whole                 0                              0
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_diffusion.family import Text
+
+if TYPE_CHECKING:
+    from vllm_diffusion.family import Family
+
+
+def canvas_width(family: Family, *, known: int, asked: int, end: int) -> int:
+    """Positions of the canvas that begins behind the known tokens.
+
+    Args:
+        family: of the model.
+        known: tokens before the canvas.
+        asked: the width that the request, or the engine, names; a grid has its own.
+        end: no position may stand there or behind: the engine's limit.
+    """
+    if family.text is Text.BLOCK:
+        asked = _block(family) - known % _block(family)
+    return min(asked, end - known)
+
+
+def text_rows(family: Family, *, known: int, computed: int) -> int:
+    """Rows of known text that run in front of a canvas, in every one of its steps or beside one.
+
+    Causal text runs once, beside the first step of the canvas behind it. On a grid the text that
+    shares a block with the canvas runs with each step, without a grid and without causality all of
+    the text does.
+
+    Args:
+        family: of the model.
+        known: tokens before the canvas.
+        computed: of these, those that count as computed.
+    """
+    del family  # ``kept`` makes the difference
+    return known - computed
+
+
+def horizon_rows(family: Family, *, known: int, width: int, answer_end: int) -> int:
+    """Rows of noise behind a canvas of this width, up to the end of the answer that is asked for.
+
+    Args:
+        family: of the model.
+        known: tokens before the canvas.
+        width: of the canvas.
+        answer_end: prompt and most tokens of the answer.
+    """
+    return max(0, answer_end - known - width) if family.horizon else 0
+
+
+def kept_of_text(family: Family, *, upto: int, known: int) -> int:
+    """Positions that count as computed after a step that ran nothing but known text.
+
+    Args:
+        family: of the model.
+        upto: positions up to the last row of the step.
+        known: all of the text; a chunk of it ends earlier.
+    """
+    if family.text is Text.WHOLE:
+        return upto if upto < known else 0
+    return _grid_point(family, upto)
+
+
+def kept_of_canvas(family: Family, *, known: int) -> int:
+    """Positions that count as computed after a step of a canvas, also after its last one.
+
+    What is committed by a step of its own counts on top of that, see ``kept_of_commit``.
+    """
+    return 0 if family.text is Text.WHOLE else _grid_point(family, known)
+
+
+def kept_of_commit(family: Family, *, known: int, count: int) -> int:
+    """Positions that count as computed after a step that only committed ``count`` tokens."""
+    return 0 if family.text is Text.WHOLE else known + count
+
+
+def _grid_point(family: Family, position: int) -> int:
+    """The last point of the grid at or before a position; the position where there is no grid."""
+    return position - position % _block(family) if family.text is Text.BLOCK else position
+
+
+def _block(family: Family) -> int:
+    assert family.block is not None, f"{family.name} has a grid and no block"
+    return family.block

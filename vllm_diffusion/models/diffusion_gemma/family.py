@@ -1,0 +1,31 @@
+"""What DiffusionGemma declares: causal text, uniform noise, a canvas that conditions itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.family import Conditioning, Family
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODEL: Final = "vllm_diffusion.models.diffusion_gemma.model:DiffusionGemmaForBlockDiffusion"
+
+
+def declare(config: Any, generation: Mapping[str, Any]) -> Family:
+    """See ``family.FamilyModule``."""
+    del config
+    ends = generation.get("eos_token_id")
+    return Family(
+        name="diffusion_gemma",
+        rule="entropy_bound",
+        conditioning=Conditioning.SELF,
+        ends=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+    )
+
+
+def settle(vllm_config: Any) -> None:
+    """The attention backend for heads of two widths, and no cap on the length of an answer."""
+    from vllm.model_executor.models.config import DiffusionGemmaModelForBlockDiffusionConfig
+
+    DiffusionGemmaModelForBlockDiffusionConfig.verify_and_update_config(vllm_config)
