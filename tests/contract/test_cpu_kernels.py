@@ -5,7 +5,7 @@ interpreter, one with the stand-ins. Each call starts from random state with roo
 touch, and all of that state must come out equal, bit for bit. Log-probabilities sum in another
 order; they are held to the error of the kernel itself against fp64.
 
-Run as a program (`python test_upstream_cpu_kernels.py triton OUT`) this file computes one side.
+Run as a program (`python test_cpu_kernels.py triton OUT`) this file computes one side.
 """
 
 from __future__ import annotations
