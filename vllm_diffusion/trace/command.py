@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vllm_diffusion.denoise.constants import written
 from vllm_diffusion.errors import TraceError
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ _TITLE: Final = (
 
 
 def _header(path: str, trace: Trace) -> str:
+    from vllm_diffusion.denoise.constants import written
+
     committed = sum(canvas.width for canvas in trace.canvases if canvas.tokens is not None)
     return (
         f"{path}: request {trace.request_id!r}, seed {trace.seed}, "
