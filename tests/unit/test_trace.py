@@ -23,7 +23,7 @@ from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.errors import ConfigError, TraceError
-from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Noise
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.trace.file import Trace, load, to_bytes
 from vllm_diffusion.trace.record import VARIABLE, Recorder, file_names, trace_folder
@@ -32,6 +32,7 @@ from vllm_diffusion.trace.replay import Replay, replay
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.rules.rule import Rule
 
 SLOTS, LENGTH, VOCAB = 4, 12, 997
@@ -140,21 +141,11 @@ class Live:
                     request.commits.append((request.start, tokens, steps))
                     request.start += request.width
 
-    def _head(
-        self,
-        hidden: Tensor,
-        temperature: Tensor,
-        noise: Noise,
-        rewrite: None = None,
-        soft_top_k: Tensor | None = None,
-        *,
-        all_near: bool = False,
-    ) -> CanvasStats:
+    def _head(self, asked: Rows) -> CanvasStats:
         """Surer with every step, with ties, zeros, and an argmax that settles."""
-        assert rewrite is None
-        del temperature, soft_top_k, all_near
-        rows = len(hidden)
-        sure = 0.3 ** noise.step.numpy()
+        assert asked.rewrite is None
+        rows = len(asked)
+        sure = 0.3 ** asked.noise.step.numpy()
         entropy = self.rng.exponential(sure) * (self.rng.random(rows) < 0.9)
         entropy[self.rng.random(rows) < 0.2] = 0.03125
         moves = self.rng.random(rows) < sure / 4
