@@ -1,4 +1,4 @@
-"""`vllm-diffusion doctor`: what is installed, what is switched on, and what is in the way.
+"""`vllm-diffusion doctor`: what is installed, what is switched on, and what prevents serving.
 
 Each check is a function from what it looks at to findings, so that it can be tested with made-up
 hosts; `diagnose` runs them on this one. vLLM is imported last: everything that could explain why it
@@ -129,7 +129,7 @@ def check_packages() -> list[Finding]:
 
 
 def check_transformers(version: str | None) -> list[Finding]:
-    """Whether answers were compared with this version's model; vLLM says which it needs."""
+    """Whether our model was compared with this version's; vLLM says which version it needs."""
     if version is None or TESTED_TRANSFORMERS.contains(version, prereleases=True):
         return []
     return [
@@ -334,14 +334,16 @@ def check_host() -> list[Finding]:
         if patch.name in active or patch in later:
             when = "active" if patch.name in active else patch.stage.value
             findings.append(
-                Finding(Level.OK, f"patch {patch.name}, {when}: {patch.why}", detail=_said(patch))
+                Finding(
+                    Level.OK, f"patch {patch.name}, {when}: {patch.why}", detail=_account(patch)
+                )
             )
         else:
             findings.append(Finding(Level.NOTE, f"patch {patch.name}: nothing to do here"))
     return findings
 
 
-def _said(patch: Patch) -> str:
+def _account(patch: Patch) -> str:
     """What a patch changes, where to read why, and until when."""
     return (
         f"changes {', '.join(patch.targets)} ({patch.upstream_reference}) until {patch.remove_when}"

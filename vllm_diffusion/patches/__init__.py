@@ -1,20 +1,20 @@
-"""What changes vLLM: one installer a file, and the table of them.
+"""What changes vLLM: one subject a file, and the table of all changes.
 
     table.py              THE TABLE: every patch, why it exists, when it can go
     serving_table.py      those of its rows that a serving process needs
     host.py               companions of torch, before vLLM is imported
     runner_choice.py      Model Runner V2 for diffusion models on CPU hosts without Triton
-    worker_choice.py      and the worker there
-    cpu_worker.py         that worker
-    cpu_kernels.py        its stand-ins for Triton kernels, in cpu_step_kernels, cpu_request_kernels
+    worker_choice.py      their worker there, cpu_worker.py
+    cpu_kernels.py        its stand-ins for Triton kernels, in cpu_step_kernels.py and
+                          cpu_request_kernels.py
     serving_config.py     what an architecture asks of vLLM's configuration
     adapter_requests.py   LoRA adapters are checked where a user asks for them
-    adapter_layers.py     and served by our manager
+    adapter_layers.py     our manager of adapters and our experts in the worker
     malformed_requests, media_errors, request_validation, structured_outputs, constraint_compiling,
     canvas_text           a request is checked and completed where it enters
     gemma_tools.py        tool calls in Gemma's format
-    telemetry_*.py        what canvases took, in outputs, metrics and replies
+    telemetry_*.py        telemetry in outputs, metrics and replies
 
-What vLLM and the host are, which changes nothing, stands in ``upstream``. Importing this package or
-the table imports neither vLLM nor torch.
+Facts about vLLM and the host are in ``upstream``. Importing this package or the table imports
+neither vLLM nor torch.
 """

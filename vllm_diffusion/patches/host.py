@@ -1,4 +1,4 @@
-"""What must happen before vLLM is imported: companions of torch that cannot load are made harmless.
+"""Before vLLM is imported, companions of torch that cannot load are made harmless.
 
 The plugin's `register()` runs when vLLM loads general plugins, which is after vLLM has imported its
 configuration and with it Transformers, torchvision and torchaudio. Where importing those raises

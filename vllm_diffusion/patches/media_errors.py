@@ -1,4 +1,4 @@
-"""Media that a request names and nobody can load are the mistake of the request.
+"""Media that cannot be loaded are the request's mistake, and answered so.
 
 vLLM answers 500 or 501 to a link that leads nowhere, to a file that it may not read, and to a data
 URL of another encoding.
@@ -17,7 +17,10 @@ _SHOWN: Final = 64
 
 
 def blame_the_link(load: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Make `MediaConnector.load_from_url_async` name the link and what is wrong with it."""
+    """Make `MediaConnector.load_from_url_async` name the link and what is wrong with it.
+
+    The client is answered with status 400.
+    """
     import aiohttp
     from vllm.exceptions import VLLMError, VLLMValidationError
     from vllm.multimodal.media.connector import MODALITY_IO_MAP

@@ -1,6 +1,6 @@
 """Rows of THE TABLE that are installed in the process that serves a diffusion model.
 
-By these a request is checked and completed where it enters, and its answer says what it took.
+They check and complete a request where it enters, and add telemetry to its answer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.malformed_requests:check_bodies"
             )
         },
-        why="half a surrogate pair in a request is an internal error wherever it is first written, "
-        "and what nests deep is one, or ends the engine, wherever it is first walked.",
+        why="half a surrogate pair in a request becomes an internal error where it is first "
+        "encoded; deep nesting becomes one, or ends the engine, where it is first walked.",
         upstream_reference="vllm/entrypoints/serve/utils/api_utils.py: validate_json_request",
         remove_when="vLLM refuses both, by name",
         needed="vllm_diffusion.patches.malformed_requests:malformed_bodies_are_let_in",
@@ -32,8 +32,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.request_validation:check_before_streaming"
             )
         },
-        why="a streamed request is checked after its answer began with status 200, so a client's "
-        "mistake came as an event in the stream, or as a broken connection.",
+        why="a streamed request is checked only after its answer has begun with status 200, so a "
+        "client's mistake arrives as an event in the stream, or as a broken connection.",
         upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.generate",
         remove_when="vLLM checks a request before it starts to stream the answer",
         needed="vllm_diffusion.patches.request_validation:generate_is_checked_late",
@@ -61,8 +61,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.malformed_requests:refuse_nested_texts"
             )
         },
-        why="JSON in a text, such as the arguments of an earlier call, may nest deeper than what "
-        "reads it can follow, which is answered with status 500.",
+        why="JSON inside a text, such as the arguments of an earlier call, may nest too deep for "
+        "its reader, which is answered with status 500.",
         upstream_reference="vllm/renderers/chat_utils.py: _postprocess_messages",
         remove_when="vLLM answers 400 to a RecursionError while it renders a request",
         needed="vllm_diffusion.patches.malformed_requests:nesting_is_an_internal_error",
@@ -75,7 +75,7 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.media_errors:blame_the_link"
             )
         },
-        why="a link to an image that leads nowhere is answered with status 500.",
+        why="a link to media that cannot be loaded is answered with status 500 or 501.",
         upstream_reference="vllm/multimodal/media/connector.py: _wrap_media_fetch_error",
         remove_when="vLLM answers 400 to media that cannot be loaded",
         needed="vllm_diffusion.patches.media_errors:links_are_internal_errors",
@@ -88,8 +88,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.canvas_text:write_rows"
             )
         },
-        why="a template, suffix or draft is text in the request's options, and nothing of ours is "
-        "asked where the tokenizer could make ids of it.",
+        why="a template, suffix or draft comes as text in the request's options, and vLLM asks "
+        "nothing of ours where its tokenizer could turn that into ids.",
         upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
         remove_when="a model class can complete its own requests with the tokenizer",
         needed="vllm_diffusion.patches.canvas_text:requests_lack_a_hook",
@@ -102,8 +102,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.constraint_compiling:send_compiled"
             )
         },
-        why="whether a constrained text fits behind its prompt is known where the prompt is, and "
-        "nothing of ours is asked there, where it could also leave for the engine compiled.",
+        why="whether a constrained text fits behind its prompt is known only once the prompt is, "
+        "and vLLM asks nothing of ours there. The compiled constraint is sent from there too.",
         upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
         remove_when="a model class can check its own requests beside their prompts",
         needed="vllm_diffusion.patches.canvas_text:requests_lack_a_hook",
@@ -116,8 +116,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.request_validation:check_thinking_offline"
             )
         },
-        why="a constraint whose beginning the reasoning parser cannot find ends the engine, from "
-        "within its scheduler.",
+        why="a request whose reasoning parser cannot say where its constraint begins ends the "
+        "engine, from within the scheduler.",
         upstream_reference="vllm/v1/structured_output/__init__.py: _get_reasoner",
         remove_when="vLLM asks the reasoning parser before a request enters the engine",
         needed="vllm_diffusion.patches.request_validation:thinking_is_unchecked_offline",
@@ -133,8 +133,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.constraint_compiling:compile_beside"
             ),
         },
-        why="a constraint compiles for a moment, and a request is checked in the event loop, "
-        "where everybody waits.",
+        why="compiling a constraint takes a moment, and a request is checked in the event loop, "
+        "where all other requests wait.",
         upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.add_request",
         remove_when="vLLM checks requests outside of the event loop",
         needed="vllm_diffusion.patches.constraint_compiling:requests_are_checked_in_the_loop",
@@ -147,7 +147,7 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.canvas_text:take_suffix"
             )
         },
-        why="vLLM refuses a suffix unless the tokenizer has a format for it; a canvas holds it.",
+        why="vLLM refuses a suffix unless the tokenizer has a format for it; a canvas needs none.",
         upstream_reference="vllm/renderers/online_renderer.py: render_completion",
         remove_when="a model class can say that it takes a suffix",
         needed="vllm_diffusion.patches.canvas_text:suffix_is_refused",
@@ -159,8 +159,8 @@ SERVING_PATCHES: Final = (
             "vllm.tool_parsers.gemma4_engine_tool_parser:Gemma4EngineToolParser."
             "get_structural_tag": "vllm_diffusion.patches.gemma_tools:constrain_calls"
         },
-        why="a call that is required, named or strict is enforced for other formats; for Gemma's "
-        "it is hoped for.",
+        why="vLLM enforces required, named and strict calls in other formats; in Gemma's it leaves "
+        "them to the model.",
         upstream_reference="xgrammar/builtin_structural_tag.py: _get_gemma_4_structural_tag",
         remove_when="vLLM has a structural tag for gemma_4",
         needed="vllm_diffusion.patches.gemma_tools:calls_are_free",
@@ -173,8 +173,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.gemma_tools:type_arguments"
             )
         },
-        why="a number behind a $ref, a constant or a member that properties do not name comes back "
-        "as a text, which is not what the tool's schema says.",
+        why="an argument comes back as text, against the tool's schema, if its type is behind a "
+        "$ref, given by a constant, or of a member that properties do not name.",
         upstream_reference="vllm/tool_parsers/utils.py: extract_types_from_schema",
         remove_when="vLLM follows the whole schema for the types of arguments",
         needed="vllm_diffusion.patches.gemma_tools:arguments_are_texts",
@@ -191,8 +191,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.adapter_requests:check_loading"
             ),
         },
-        why="a LoRA adapter is read in the step that needs it first, and one that does not fit "
-        "ends the engine, or is answered with status 500 where it is loaded ahead.",
+        why="a LoRA adapter is read in the first step that needs it, where one that does not fit "
+        "ends the engine; loaded ahead over HTTP, it is answered with status 500.",
         upstream_reference="vllm/v1/engine/input_processor.py: _validate_lora; "
         "vllm/entrypoints/openai/models/serving.py: load_lora_adapter",
         remove_when="vLLM checks an adapter before a request enters the engine, and answers 400 to "
@@ -210,12 +210,12 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.telemetry_outputs:tell_in_completions"
             ),
         },
-        why="what the scheduler knows about a request's canvases leaves in a field that vLLM would "
-        "show to every client, and an answer has no field that says what its canvases took.",
+        why="the scheduler's report on a request's canvases travels in a field that vLLM would "
+        "show to every client, and an answer has no field for it.",
         upstream_reference="vllm/v1/engine/__init__.py: EngineCoreOutput has fixed fields; "
         "vllm/outputs.py: CompletionOutput",
         remove_when="an engine's output and a completion carry what a plugin has to say",
-        needed="vllm_diffusion.patches.telemetry_outputs:outputs_have_no_place_of_their_own",
+        needed="vllm_diffusion.patches.telemetry_outputs:outputs_have_no_free_field",
     ),
     Patch(
         name="telemetry-metrics",
@@ -225,8 +225,8 @@ SERVING_PATCHES: Final = (
                 "vllm_diffusion.patches.telemetry_metrics:count_canvases"
             )
         },
-        why="a logger from outside switches --disable-log-stats off, and vLLM's own unregisters "
-        "its metrics.",
+        why="a logger added by a plugin overrides --disable-log-stats, and vLLM's own logger "
+        "unregisters its metrics.",
         upstream_reference="vllm/v1/engine/async_llm.py: has_custom_loggers; "
         "vllm/v1/metrics/prometheus.py: unregister_vllm_metrics",
         remove_when="a stat logger plugin leaves --disable-log-stats alone",
@@ -253,7 +253,7 @@ SERVING_PATCHES: Final = (
             "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses."
             "responses_full_generator": "vllm_diffusion.patches.telemetry_replies:responses",
         },
-        why="a reply over HTTP is built field by field, and none says what the canvases took.",
+        why="a reply over HTTP is built field by field, and has no field for telemetry.",
         upstream_reference="vllm/entrypoints/openai/*/serving.py: the methods by these names",
         remove_when="vLLM's replies carry what a plugin has to say",
         needed="vllm_diffusion.patches.telemetry_replies:replies_are_silent",

@@ -5,8 +5,7 @@ its own here; add a row that names both; and a contract test of the target's sig
 `tests/contract/`. What the `needed` of a row names is written next to its wrapper. A row is data:
 importing the table imports no wrapper, no vLLM and no torch.
 
-The rows of a serving process, by which a request is checked and its answer told, are in
-`serving_table.py`.
+The rows of a serving process, which check requests and complete answers, are in `serving_table.py`.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ PATCHES: Final = (
                 "vllm_diffusion.patches.runner_choice:explain_refusal"
             )
         },
-        why="a diffusion model forced onto Model Runner V1 is refused without saying what did it.",
+        why="the refusal of a diffusion model on Model Runner V1 does not say why it is on V1.",
         upstream_reference="vllm/config/vllm.py: _validate_v1_model_runner",
         remove_when="vLLM's own refusal names VLLM_USE_V2_MODEL_RUNNER",
         needed="vllm_diffusion.patches.runner_choice:refusal_is_unexplained",
@@ -77,7 +76,7 @@ PATCHES: Final = (
                 "vllm_diffusion.patches.runner_choice:allow_choice"
             )
         },
-        why="on a CPU host without Triton vLLM picks Model Runner V1, which has no diffusion.",
+        why="on a CPU host without Triton vLLM picks Model Runner V1, which runs no diffusion.",
         upstream_reference="vllm/config/vllm.py: use_v2_model_runner",
         remove_when="the choice of runner no longer asks for Triton on CPU",
         applies=is_triton_free_cpu,
@@ -187,8 +186,8 @@ PATCHES: Final = (
                 "vllm_diffusion.patches.adapter_layers:bring_manager"
             )
         },
-        why="vLLM's adapters know one kind of row a request, and on a CPU give rows without an "
-        "adapter that of another request.",
+        why="vLLM's adapters know one kind of row per request, and on a CPU they apply another "
+        "request's adapter to rows that have none.",
         upstream_reference="vllm/v1/worker/lora_model_runner_mixin.py: load_lora_model; "
         "vllm/lora/ops/torch_ops/lora_ops.py: index -1",
         remove_when="a model class can bring its own manager of adapters",
@@ -202,7 +201,7 @@ PATCHES: Final = (
             "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
             "select_unquantized_moe_backend": "vllm_diffusion.patches.adapter_layers:choose_experts"
         },
-        why="with LoRA on, experts are computed by Triton on every platform, adapted or not.",
+        why="with LoRA on, vLLM computes experts by Triton on every platform, adapted or not.",
         upstream_reference="vllm/model_executor/layers/fused_moe/oracle/unquantized.py: "
         "is_lora_enabled",
         remove_when="vLLM has experts for CPUs that adapters can change, and keeps its choice for "

@@ -1,8 +1,8 @@
 """vLLM's Prometheus logger, with the histograms and counters of canvases beside its own.
 
-vLLM's door for further loggers (entry points `vllm.stat_logger_plugins`) would not do: a logger
-that comes through it switches `--disable-log-stats` off for every model of the environment, and
-vLLM's own logger, which is made after it, unregisters every metric whose name begins with `vllm:`.
+vLLM's entry points for further loggers (`vllm.stat_logger_plugins`) will not do: a logger that
+comes through them overrides `--disable-log-stats` for every model of the environment, and vLLM's
+own logger, which is made after it, unregisters every metric whose name begins with `vllm:`.
 """
 
 from __future__ import annotations

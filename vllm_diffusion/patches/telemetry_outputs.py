@@ -1,10 +1,10 @@
-"""The front end takes the reports off the engine's outputs: for the answers, and for the metrics.
+"""The front end takes reports on canvases off the engine's outputs, for answers and for metrics.
 
-vLLM hands an answer's facts from the scheduler to the client through records of fixed fields. A
-report travels in the one that is free (`engine.telemetry`) and is taken off here, before anyone
-else looks at it. An answer that asked for it then carries a `telemetry.Telemetry` as the attribute
-`diffusion` of its `CompletionOutput`, the same object from the first chunk to the last: chunks that
-a slow client lets pile up are merged field by field, and it must not matter which one survives.
+vLLM passes what the scheduler knows to the client in records of fixed fields. A report travels in
+the one free field (`engine.telemetry`) and is taken off here, before anyone else looks at it. If
+the request asked for it, its `CompletionOutput` then carries a `telemetry.Telemetry` as the
+attribute `diffusion`. That is the same object from the first chunk to the last: vLLM merges chunks
+that a slow client lets pile up field by field, and it must not matter which one survives.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class IterationReports:
-    """What the metrics learn of one batch of outputs."""
+    """What the metrics learn from one batch of outputs."""
 
     reports: list[Report] = field(default_factory=list)
     finished: list[tuple[int, int]] = field(default_factory=list)
-    """Tokens and forwards of every answer that is complete."""
+    """Tokens and forwards of every answer that became complete."""
 
 
 @dataclass(slots=True)
-class _Told:
-    """What a request's state keeps."""
+class _Collected:
+    """What a request's state keeps: its telemetry so far, and whether the client asked for it."""
 
     telemetry: Telemetry = field(default_factory=Telemetry)
     asked: bool = False
 
 
-_STATE = "_diffusion_told"
+_STATE = "_diffusion_telemetry"
 
 
 def take_reports_off(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `OutputProcessor.process_outputs` read the reports and put them where they belong."""
+    """Make `OutputProcessor.process_outputs` add reports to requests and to the statistics."""
 
     def reading(
         self: Any,
@@ -53,14 +53,14 @@ def take_reports_off(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
         seen = IterationReports()
         states = {}
         for output in engine_core_outputs:
-            if (report := _taken_off(output)) is None:
+            if (report := _take_off(output)) is None:
                 continue
             seen.reports.append(report)
             if (state := self.request_states.get(output.request_id)) is not None:
-                told = vars(state).setdefault(_STATE, _Told())
-                told.asked = report.asked
-                told.telemetry.add(report)
-                states[output.request_id] = state, told.telemetry
+                collected = vars(state).setdefault(_STATE, _Collected())
+                collected.asked = report.asked
+                collected.telemetry.add(report)
+                states[output.request_id] = state, collected.telemetry
         processed = process_outputs(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *args, **kwargs
         )
@@ -80,18 +80,18 @@ def tell_in_completions(new_completion: Callable[..., Any]) -> Callable[..., Any
 
     def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = new_completion(self, *args, **kwargs)
-        told: _Told | None = vars(self).get(_STATE)
-        if told is not None and told.asked:
-            vars(output)[KEY] = told.telemetry
+        collected: _Collected | None = vars(self).get(_STATE)
+        if collected is not None and collected.asked:
+            vars(output)[KEY] = collected.telemetry
         return output
 
     return telling
 
 
-def told_by(completion: Any) -> Telemetry | None:
+def telemetry_of(completion: Any) -> Telemetry | None:
     """The telemetry of a vLLM `CompletionOutput`, None if its request did not ask."""
-    told: Telemetry | None = vars(completion).get(KEY)
-    return told
+    telemetry: Telemetry | None = vars(completion).get(KEY)
+    return telemetry
 
 
 def reports_of(iteration_stats: Any) -> IterationReports | None:
@@ -100,8 +100,8 @@ def reports_of(iteration_stats: Any) -> IterationReports | None:
     return seen
 
 
-def outputs_have_no_place_of_their_own() -> bool:
-    """Whether both outputs, the engine's and a client's, lack a field for what a plugin tells."""
+def outputs_have_no_free_field() -> bool:
+    """Whether neither the engine's output nor the client's has a field for a plugin's data."""
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine import EngineCoreOutput
 
@@ -115,7 +115,7 @@ def _free_fields(record: type) -> set[str]:
     return {name for name, kind in kinds.items() if dict[str, Any] in (kind, *get_args(kind))}
 
 
-def _taken_off(output: Any) -> Report | None:
+def _take_off(output: Any) -> Report | None:
     params = output.kv_transfer_params
     if not params or KEY not in params:
         return None

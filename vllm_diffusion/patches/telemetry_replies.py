@@ -1,8 +1,8 @@
-"""An answer over HTTP says what its canvases took, where the request asked for it.
+"""A reply over HTTP carries telemetry where its request asked for it.
 
 vLLM's handlers build a reply from the engine's outputs field by field, each in a method of its own.
-Around these methods this looks at the outputs on their way in and adds `diffusion` on the way out:
-to every choice, in a stream in the chunk with the choice's `finish_reason`; in `/v1/responses`,
+The wrappers of these methods watch the outputs on their way in and add `diffusion` on the way out:
+to every choice, in a stream to the chunk with the choice's `finish_reason`; in `/v1/responses`,
 which has one answer, to the response. A request that does not ask goes through vLLM's method
 unchanged.
 """
@@ -15,7 +15,7 @@ from contextlib import aclosing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.patches.telemetry_outputs import told_by
+from vllm_diffusion.patches.telemetry_outputs import telemetry_of
 from vllm_diffusion.telemetry import KEY, Telemetry, is_asked
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def chat(full: Any) -> Any:
     async def blocking(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_asked(request.vllm_xargs):
             return await full(self, request, results, *args, **kwargs)
-        told: dict[int, Telemetry] = {}
-        response = await full(self, request, _watched(results, told), *args, **kwargs)
-        _tell(response, told)
+        found: dict[int, Telemetry] = {}
+        response = await full(self, request, _watched(results, found), *args, **kwargs)
+        _add(response, found)
         return response
 
     return blocking
@@ -51,8 +51,8 @@ def chat_stream(stream: Any) -> Any:
     ) -> AsyncGenerator[str, None]:
         if not is_asked(request.vllm_xargs):
             return stream(self, request, results, *args, **kwargs)
-        told: dict[int, Telemetry] = {}
-        return _telling(stream(self, request, _watched(results, told), *args, **kwargs), told)
+        found: dict[int, Telemetry] = {}
+        return _adding(stream(self, request, _watched(results, found), *args, **kwargs), found)
 
     return streamed
 
@@ -65,8 +65,8 @@ def completion(full: Any) -> Any:
         if is_asked(request.vllm_xargs):
             # vLLM numbers the choices of all prompts in this order.
             outputs = enumerate(output for result in results for output in result.outputs)
-            told = {number: told_by(output) for number, output in outputs}
-            _tell(response, {number: each for number, each in told.items() if each is not None})
+            found = {number: telemetry_of(output) for number, output in outputs}
+            _add(response, {number: each for number, each in found.items() if each is not None})
         return response
 
     return blocking
@@ -80,9 +80,9 @@ def completion_stream(stream: Any) -> Any:
     ) -> AsyncGenerator[str, None]:
         if not is_asked(request.vllm_xargs):
             return stream(self, request, inputs, results, *args, **kwargs)
-        told: dict[int, Telemetry] = {}
-        watched = _watched_prompts(results, told, answers=request.n or 1)
-        return _telling(stream(self, request, inputs, watched, *args, **kwargs), told)
+        found: dict[int, Telemetry] = {}
+        watched = _watched_prompts(results, found, answers=request.n or 1)
+        return _adding(stream(self, request, inputs, watched, *args, **kwargs), found)
 
     return streamed
 
@@ -103,7 +103,7 @@ def responses(full: Any) -> Any:
         # Contexts of models with a format of their own keep no output, and an error has no usage.
         last = vars(context).get("last_output")
         if is_asked(request.vllm_xargs) and last is not None and hasattr(response, "usage"):
-            telemetry = told_by(last.outputs[0])
+            telemetry = telemetry_of(last.outputs[0])
             if telemetry is not None:
                 response.diffusion = telemetry.as_dict()
         return response
@@ -111,61 +111,61 @@ def responses(full: Any) -> Any:
     return last_object
 
 
-async def _watched(results: Any, told: dict[int, Telemetry]) -> AsyncGenerator[Any, None]:
+async def _watched(results: Any, found: dict[int, Telemetry]) -> AsyncGenerator[Any, None]:
     """Pass the outputs of one prompt on and note their telemetry by choice."""
     async with aclosing(results):
         async for result in results:
-            _note(result, told, first=0)
+            _note(result, found, first=0)
             yield result
 
 
 async def _watched_prompts(
-    results: Any, told: dict[int, Telemetry], *, answers: int
+    results: Any, found: dict[int, Telemetry], *, answers: int
 ) -> AsyncGenerator[Any, None]:
     """The same for a request of several prompts with so many answers each."""
     async with aclosing(results):
         async for prompt, result in results:
-            _note(result, told, first=prompt * answers)
+            _note(result, found, first=prompt * answers)
             yield prompt, result
 
 
-def _note(result: Any, told: dict[int, Telemetry], *, first: int) -> None:
+def _note(result: Any, found: dict[int, Telemetry], *, first: int) -> None:
     for output in result.outputs:
-        if (telemetry := told_by(output)) is not None:
-            told[first + output.index] = telemetry
+        if (telemetry := telemetry_of(output)) is not None:
+            found[first + output.index] = telemetry
 
 
-def _tell(response: Any, told: dict[int, Telemetry]) -> None:
+def _add(response: Any, found: dict[int, Telemetry]) -> None:
     """Add the telemetry to the choices of a reply; an error has none."""
     if not hasattr(response, "choices"):
         return
     for choice in response.choices:
-        if choice.index in told:
-            choice.diffusion = told[choice.index].as_dict()
+        if choice.index in found:
+            choice.diffusion = found[choice.index].as_dict()
 
 
-async def _telling(
-    events: AsyncGenerator[str, None], told: dict[int, Telemetry]
+async def _adding(
+    events: AsyncGenerator[str, None], found: dict[int, Telemetry]
 ) -> AsyncGenerator[str, None]:
     """Pass server-sent events on, with the telemetry where a choice ends."""
     async with aclosing(events):
         async for event in events:
-            yield _with_telemetry(event, told)
+            yield _with_telemetry(event, found)
 
 
-def _with_telemetry(event: str, told: dict[int, Telemetry]) -> str:
+def _with_telemetry(event: str, found: dict[int, Telemetry]) -> str:
     if not event.startswith(_DATA + "{"):
         return event  # the end of the stream
     chunk = json.loads(event.removeprefix(_DATA))
     ended = [
         choice
         for choice in chunk.get("choices", ())
-        if choice.get("finish_reason") and choice["index"] in told
+        if choice.get("finish_reason") and choice["index"] in found
     ]
     if not ended:
         return event
     for choice in ended:
-        choice[KEY] = told[choice["index"]].as_dict()
+        choice[KEY] = found[choice["index"]].as_dict()
     return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 

