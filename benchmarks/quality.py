@@ -229,7 +229,7 @@ def plot(arms: dict[str, dict[str, float]], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'vllm-diffusion[benchmark]'")
+        sys.exit("--plot needs matplotlib: pip install '.[benchmark]' in a clone")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for arm, row in arms.items():

@@ -14,8 +14,8 @@ xgrammar and llguidance compile the same schemas for the same vocabulary, that o
     parser    of those taken, kept by a parser, since an automaton would be too large (ours alone)
     unsound   schemas with which an instance is accepted that is not valid: one of the suite's, and
               for ours also of 30 texts drawn from the automaton, judged by `jsonschema`
-    narrow    schemas with which a valid instance of the suite is not accepted; docs/constraints.md
-              says what ours closes that a schema leaves open
+    narrow    schemas with which a valid instance of the suite is not accepted; what ours closes
+              that a schema leaves open is in docs/structured_output.md
     ms        to compile, of those taken: median and worst
 """
 

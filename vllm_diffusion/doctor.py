@@ -192,7 +192,7 @@ def check_plugin(
             Finding(
                 Level.PROBLEM,
                 "vLLM cannot find the plugin: its entry point is not installed",
-                "pip install --force-reinstall --no-deps vllm-diffusion (or -e . in a checkout)",
+                "pip install --force-reinstall --no-deps . in a clone, or with the wheel's path",
             )
         ]
     if (allowed := _allowed(environ)) is not None and names[0] not in allowed:

@@ -11,6 +11,6 @@
                  typed reads what comes of them
 
 `literals` is the smallest automaton of a list of texts, `room` what a text of limited length cannot
-reach. `written` gives a grammar back as EBNF, for a parser. docs/constraints.md says what is
+reach. `written` gives a grammar back as EBNF, for a parser. docs/structured_output.md says what is
 followed and what is refused.
 """
