@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: nvcc builds the head's CUDA form, where that is asked for.
+"""What pyproject.toml cannot express: nvcc builds the head's CUDA form, if it is asked for.
 
-``VLLM_DIFFUSION_HEAD=cuda pip install .`` asks. Without nvcc the package installs all the same, and
-vllm_diffusion/head/cuda.py says what is missing when it is asked for that form.
+``VLLM_DIFFUSION_HEAD=cuda pip install .`` asks for it. Without nvcc the package installs without
+that form, and vllm_diffusion/head/cuda.py says what is missing when it is to be used.
 """
 
 import os
@@ -24,17 +24,17 @@ ROW_PASS = Extension(
 
 
 class BuildExtensions(build_ext):
-    """Every extension by its own compiler."""
+    """Build every extension with its own compiler."""
 
     def finalize_options(self) -> None:
-        """Add the CUDA form where the environment asks for it."""
+        """Add the CUDA form if the environment asks for it."""
         asked = os.environ.get("VLLM_DIFFUSION_HEAD", "").strip() == "cuda"
         if asked and ROW_PASS not in self.distribution.ext_modules:
             self.distribution.ext_modules.append(ROW_PASS)
         super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link in one go what is CUDA."""
+        """Compile and link the CUDA form in one step; leave the others to setuptools."""
         if ext is not ROW_PASS:
             super().build_extension(ext)
             return
@@ -45,7 +45,7 @@ class BuildExtensions(build_ext):
 
 
 def nvcc() -> str:
-    """CUDA's compiler: that of CUDA_HOME, or the one on the PATH."""
+    """CUDA's compiler: the one in CUDA_HOME, or the one on the PATH."""
     home = os.environ.get("CUDA_HOME")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
     if found is None:
