@@ -164,13 +164,14 @@ def make_head(head: str, embedding: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     """[R, H] states -> entropy [R] and soft embedding [R, H]."""
     import torch
 
+    from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
     from vllm_diffusion.head import native as library
     from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.reference import COPIES, ReferenceHead
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.stream import StreamingHead
     from vllm_diffusion.head.vocabulary import Vocabulary
-    from vllm_diffusion.records import Noise, Rewrite, Truncation
+    from vllm_diffusion.records import Noise
 
     def logits(states: Tensor) -> Tensor:
         return (states @ embedding.T).float().div_(SOFTCAP).tanh_().mul_(SOFTCAP)

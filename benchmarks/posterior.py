@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from vllm_diffusion.constrain.automaton import native
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.constrain.automaton.edges import Edges
 from vllm_diffusion.constrain.automaton.posterior import chain, condition
 from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.rows import constrained
-from vllm_diffusion.records import CanvasStats, ClassStats
+from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable

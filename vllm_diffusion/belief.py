@@ -62,7 +62,7 @@ def beliefs(
     if not automata:
         return _read(head, rows, read).reshape(num, length)
     obeying = {canvas for each in automata for canvas in each.places}
-    stats = CanvasStats.of_nothing(rows.hidden)
+    stats = CanvasStats.zeros(rows.hidden)
     if others := [canvas for canvas in range(num) if canvas not in obeying]:
         free = on_device(others, rows.hidden.device)
         index = rows_of(free, length)
@@ -98,7 +98,7 @@ def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
         return head(rows)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():
-        return CanvasStats.of_nothing(rows.hidden)
+        return CanvasStats.zeros(rows.hidden)
     return head(rows.take(index)).spread(index, len(rows))
 
 
@@ -106,7 +106,7 @@ def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[Constrained
     row = canvases.automaton.num_classes * _BYTES_A_CLASS
     at_once = max(1, _BYTES_AT_ONCE // (row * length))
     for first in range(0, len(canvases.places), at_once):
-        yield canvases.some(slice(first, first + at_once))
+        yield canvases.take(slice(first, first + at_once))
 
 
 def _obedient(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasStats:

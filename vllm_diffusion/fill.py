@@ -15,8 +15,8 @@ import reprlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from vllm_diffusion.constrain.constraints import Holes
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.records import Holes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion import fill
+from vllm_diffusion.constrain.constraints import Constraints, Holes
 from vllm_diffusion.denoise.constants import (
     CONSTANTS,
     LARGEST,
@@ -21,7 +22,6 @@ from vllm_diffusion.denoise.constants import (
 )
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.records import Constraints, Holes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

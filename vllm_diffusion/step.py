@@ -33,17 +33,11 @@ import torch
 from vllm_diffusion.belief import beliefs, read_rows
 from vllm_diffusion.constrain.corrections import enforce, look_ahead
 from vllm_diffusion.constrain.masked import under_mask
+from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.constrain.slack import without_slack
-from vllm_diffusion.constrain.words import of_canvas, repaired, word_ends
+from vllm_diffusion.constrain.words import repaired, word_ends
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.records import (
-    CanvasBatch,
-    CanvasStats,
-    Decision,
-    Emission,
-    Rewrite,
-    StopReason,
-)
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission, StopReason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +45,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
     from vllm_diffusion.constrain.guard import Guard
+    from vllm_diffusion.constrain.rewrite import Rewrite
     from vllm_diffusion.head import Head
     from vllm_diffusion.rules.rule import Rule
 
@@ -170,7 +165,8 @@ def without_bad_words(
             # Slack in place of a word's end would bring its neighbours together.
             candidates = candidates.masked_fill(candidates == slack.pad[canvas], -1)
             candidates = candidates[commit.rows[canvas]]
-        said[canvas] = repaired(of_canvas(words, canvas), said[[canvas]], candidates[None])[0]
+        mine = words.take(slice(canvas, canvas + 1))
+        said[canvas] = repaired(mine, said[[canvas]], candidates[None])[0]
     if commit.rows is None:
         stats = replace(stats, argmax=said)
     return stats, replace(decision, commit=replace(commit, tokens=said))

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from vllm_diffusion.constrain.automaton import native
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.constrain.automaton.edges import Edges
 from vllm_diffusion.constrain.automaton.posterior import condition
 from vllm_diffusion.constrain.automaton.record import Posterior, TokenAutomaton
-from vllm_diffusion.records import CanvasStats, ClassStats
+from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,8 @@ from torch import Tensor
 from helpers.heads import Case, assert_same_tokens
 
 if TYPE_CHECKING:
-    from vllm_diffusion.records import CanvasStats, ClassStats
+    from vllm_diffusion.constrain.automaton.class_stats import ClassStats
+    from vllm_diffusion.records import CanvasStats
 
 NUMBERS = ("log_mass", "entropy", "best_log_prob", "second_log_prob")
 TOKENS = ("best", "sample")

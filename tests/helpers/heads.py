@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vllm_diffusion.constrain.rewrite import Penalties, Rewrite, Truncation
 from vllm_diffusion.head import reading
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
-from vllm_diffusion.records import CanvasStats, Noise, Penalties, Rewrite, Truncation
+from vllm_diffusion.records import CanvasStats, Noise
 
 if TYPE_CHECKING:
     import pytest

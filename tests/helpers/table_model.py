@@ -27,6 +27,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.constrain.guard import Guard, Guards
 from vllm_diffusion.constrain.table import ConstraintTable
 from vllm_diffusion.denoise.constants import EntropyBoundConstants
@@ -36,13 +37,7 @@ from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.sample import sample_rows
 from vllm_diffusion.models.diffusion_gemma.testing.reference import CACHE
-from vllm_diffusion.records import (
-    CanvasBatch,
-    CanvasStats,
-    Constraints,
-    Emission,
-    Noise,
-)
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Emission, Noise
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.step import advance
 

@@ -12,9 +12,10 @@ from helpers.table_model import CONSTANTS, LENGTH, VOCAB, Engine, TableModel
 
 from vllm_diffusion.belief import beliefs
 from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases, DeviceAutomaton
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.records import Constraints, Noise
+from vllm_diffusion.records import Noise
 
 if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton

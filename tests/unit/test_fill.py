@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from vllm_diffusion import fill
+from vllm_diffusion.constrain.constraints import Holes
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.fill import CanvasText, Frame, Rows, contradictions, malformed, rows_of
 from vllm_diffusion.params import admitted_params, constraints, parse_params
-from vllm_diffusion.records import Holes
 
 PAD, END, TURN = 0, 1, 2
 SPECIAL = {PAD: "<pad>", END: "<end>", TURN: "<turn>"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.denoise.constants import MAX_STEPS, EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
@@ -20,7 +21,6 @@ from vllm_diffusion.params import (
     parse_params,
     requested_rule,
 )
-from vllm_diffusion.records import Constraints
 
 
 @dataclass(frozen=True)

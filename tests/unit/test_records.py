@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 import torch
 
 from vllm_diffusion import records
-from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
-from vllm_diffusion.records import CanvasStats, ClassStats, Noise
+from vllm_diffusion.constrain import constraints, rewrite
+from vllm_diffusion.constrain.automaton import class_stats
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
+from vllm_diffusion.denoise import constants
+from vllm_diffusion.records import CanvasStats, Noise
 
+HOMES = records, rewrite, constraints, class_stats, constants
 RECORDS = [
-    records.CanvasBatch,
-    records.Noise,
-    records.CanvasStats,
-    records.ClassStats,
-    records.Commit,
-    records.Decision,
-    records.Emission,
-    records.BadWords,
-    records.Constraints,
-    records.Holes,
-    records.Slack,
-    records.Penalties,
-    records.Rewrite,
-    records.TokenScores,
-    records.Truncation,
-    records.Wish,
+    thing
+    for home in HOMES
+    for thing in vars(home).values()
+    if is_dataclass(thing) and thing.__module__ == home.__name__ and fields(thing)
 ]
 
 
@@ -44,9 +36,7 @@ def numbered_stats(rows: int, first: int = 0) -> CanvasStats:
     )
 
 
-@pytest.mark.parametrize(
-    "record", [*RECORDS, EntropyBoundConstants, ServedRules], ids=lambda record: record.__name__
-)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
 def test_records_are_frozen_slotted_and_keyword_only(record: type) -> None:
     names = [field.name for field in fields(record)]
     instance = record(**dict.fromkeys(names))
@@ -57,13 +47,31 @@ def test_records_are_frozen_slotted_and_keyword_only(record: type) -> None:
         record(*names)
 
 
-def test_no_record_is_left_out_above() -> None:
-    declared = {
-        thing
-        for thing in vars(records).values()
-        if isinstance(thing, type) and thing.__module__ == records.__name__
+def test_the_records_above_are_found() -> None:
+    names = {record.__name__ for record in RECORDS}
+    assert names >= {
+        "CanvasStats",
+        "Decision",
+        "Rewrite",
+        "Constraints",
+        "ClassStats",
+        "ServedRules",
     }
-    assert declared - {records.StopReason} == set(RECORDS)
+
+
+def test_none_stays_none() -> None:
+    row = torch.zeros(1, dtype=torch.int64)
+    stats = replace(numbered_stats(3), margin=None)
+    made = [
+        stats.reshape(3, 1),
+        stats.take(row),
+        stats.replaced(row, stats.take(row)),
+        stats.spread(torch.tensor([0, 2, 1]), 4),
+        CanvasStats.concatenate([stats, stats]),
+    ]
+    for each in made:
+        assert each.margin is None
+        assert each.entropy is not None
 
 
 def test_reshape_keeps_rows_together() -> None:
@@ -90,11 +98,11 @@ def test_concatenate_joins_every_field_in_order() -> None:
         assert torch.equal(getattr(joined, field.name), getattr(whole, field.name))
 
 
-def test_noise_rows_cuts_every_part_of_the_key() -> None:
+def test_take_cuts_every_part_of_the_key() -> None:
     noise = Noise(
         seed=torch.arange(10).view(5, 2), position=torch.arange(5) * 7, step=torch.arange(5)
     )
-    part = noise.rows(slice(1, 3))
+    part = noise.take(slice(1, 3))
     assert part.seed.tolist() == [[2, 3], [4, 5]]
     assert part.position.tolist() == [7, 14]
     assert part.step.tolist() == [1, 2]
@@ -107,7 +115,7 @@ def test_statistics_by_class_are_joined_and_put_in_their_places() -> None:
         return ClassStats(**{name: line + 1000 * at for at, name in enumerate(names)})
 
     joined = ClassStats.concatenate([numbered(2, 0), numbered(1, 2)])
-    placed = joined.spread(torch.tensor([2, 0, 1]))
+    placed = joined.permuted(torch.tensor([2, 0, 1]))
     for field in fields(ClassStats):
         whole = getattr(numbered(3, 0), field.name)
         assert torch.equal(getattr(joined, field.name), whole)

@@ -25,15 +25,9 @@ from helpers.grammars import (
 from helpers.table_model import CONSTANTS, LENGTH, NOTHING, VOCAB, Engine, TableModel
 
 from vllm_diffusion import step as step_module
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.constrain.grammar import GrammarCompiler
-from vllm_diffusion.records import (
-    CanvasBatch,
-    CanvasStats,
-    Constraints,
-    Decision,
-    Emission,
-    StopReason,
-)
+from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission, StopReason
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 
 if TYPE_CHECKING:

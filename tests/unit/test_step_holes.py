@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from helpers.table_model import LENGTH, Engine, TableModel
 
-from vllm_diffusion.records import Constraints, Holes
+from vllm_diffusion.constrain.constraints import Constraints, Holes
 
 PAD, END = 0, 1
 

@@ -16,9 +16,10 @@ from helpers.table_model import (
     Trace,
 )
 
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.denoise.renoise import uniform_tokens
 from vllm_diffusion.denoise.rng import split_seed
-from vllm_diffusion.records import Constraints, Emission, StopReason
+from vllm_diffusion.records import Emission, StopReason
 
 
 def committed(

@@ -1,8 +1,8 @@
-"""A ``records.Rewrite`` as tables over the vocabulary, a row a canvas: for GPUs.
+"""A ``Rewrite`` as tables over the vocabulary, a row a canvas: for GPUs.
 
 ``window`` puts lists in order, so that a tile costs what falls into it, and must learn on the host
 how much that is. A table costs 4 bytes an id and canvas and nobody waits. What the parts do is told
-in ``rewrite``; rows of lists, which are short, stay lists.
+in ``logits``; rows of lists, which are short, stay lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_diffusion.constrain.window import speakable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import Rewrite
+    from vllm_diffusion.constrain.rewrite import Rewrite
 
 
 class DenseRewrite:

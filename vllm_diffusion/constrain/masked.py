@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_diffusion.constrain.crossing import sent
-from vllm_diffusion.records import Penalties, Rewrite
+from vllm_diffusion.constrain.rewrite import Rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,21 +47,12 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
         ids, bias = rewrite.bias
         own = replace(own, bias=(ids[canvas], bias[canvas]))
     if (cost := rewrite.penalties) is not None:
-        penalties = Penalties(
-            ids=cost.ids[canvas], scale=cost.scale[canvas], offset=cost.offset[canvas]
-        )
-        own = replace(own, penalties=penalties)
+        own = replace(own, penalties=cost.take(canvas))
     if rewrite.forbidden is not None:
         parts = [rewrite.forbidden[rows], *([] if own.forbidden is None else [own.forbidden])]
         own = replace(own, forbidden=torch.cat(parts, dim=1))
     if (asked := rewrite.truncation) is not None:
-        truncation = replace(
-            asked,
-            min_p=asked.min_p[canvas],
-            top_k=asked.top_k[canvas],
-            top_p=asked.top_p[canvas],
-        )
-        own = replace(own, truncation=truncation)
+        own = replace(own, truncation=asked.take(canvas))
     return own
 
 

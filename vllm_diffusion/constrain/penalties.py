@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_diffusion.records import Penalties
+from vllm_diffusion.constrain.rewrite import Penalties
 
 
 def text_penalties(

@@ -1,110 +1,122 @@
-"""A ``records.Rewrite`` on dense logits, in the order that defines it.
+"""What the requests of a batch change in the logits of their canvas rows, as lists of ids.
 
-    softcapped logits
-      -> only allowed ids        others -inf
-      -> + logit_bias
-      -> penalties               of the text before the canvas
-      -> - forbidden ids         min_tokens, bad words: -inf, unless nothing would be left
-      -> pins                    one id, all others -inf: a pin wins over every other wish
-      -> / temperature
-      -> min_p, top_k, top_p
-
-Masks commute with bias and penalties, so forbidding comes last among them, where it can be seen
-whether anything is left. Rows whose canvas asks for nothing keep their logits bit for bit.
+B canvases, R rows. The order in which the parts apply, and what each does: ``constrain.logits``.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from vllm_diffusion.constrain.penalties import penalise
-from vllm_diffusion.constrain.pins import pin
-from vllm_diffusion.constrain.tokens import add_bias, allow_only, forbid
-from vllm_diffusion.constrain.truncate import truncate
+from vllm_diffusion.records import TensorRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_diffusion.records import Rewrite
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """How much of every canvas's distribution survives, by canvas of the batch."""
+
+    min_p: Tensor  # [B] fp32, share of the largest probability; 0 keeps all
+    top_k: Tensor  # [B] int64, ids kept, 1..vocab; vocab keeps all
+    top_p: Tensor  # [B] fp32, probability mass kept; 1 keeps all
+    sorts: bool  # some top_k or top_p cuts: min_p alone needs no order
+
+    def take(self, index: Tensor) -> Truncation:
+        """The cuts of the canvases ``index`` [N] int64, one for each entry."""
+        return Truncation(
+            min_p=self.min_p[index],
+            top_k=self.top_k[index],
+            top_p=self.top_p[index],
+            sorts=self.sorts,
+        )
 
 
-LENIENCE: Final = 4096.0
-"""Nats that a forbidden id costs where a constraint may still have to choose it: more than any text
-of the constraint that does without it, less than would lose the logits under it in fp32."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalties(TensorRecord):
+    """Ids that a canvas's text holds and what they cost there.
 
-
-def changes_logits(rewrite: Rewrite) -> bool:
-    """Whether anybody asks for more than a temperature or greedy tokens."""
-    parts = (
-        rewrite.allowed,
-        rewrite.bias,
-        rewrite.penalties,
-        rewrite.forbidden,
-        rewrite.pinned,
-        rewrite.truncation,
-    )
-    return any(part is not None for part in parts)
-
-
-def rewrite_logits(logits: Tensor, rewrite: Rewrite) -> Tensor:
-    """Everything before the temperature.
-
-    Args:
-        logits: [R, V] fp32.
-        rewrite: of these R rows.
+    An id may be listed more than once, always with the same numbers.
     """
-    canvas = rewrite.canvas
-    if rewrite.allowed is not None:
-        logits = allow_only(logits, rewrite.allowed[canvas])
-    if rewrite.bias is not None:
-        ids, bias = rewrite.bias
-        logits = add_bias(logits, ids[canvas], bias[canvas])
-    if (cost := rewrite.penalties) is not None:
-        logits = penalise(logits, cost.ids[canvas], cost.scale[canvas], cost.offset[canvas])
-    if rewrite.forbidden is not None:
-        logits = forbid(logits, rewrite.forbidden)
-    if rewrite.pinned is not None:
-        logits = pin(logits, rewrite.pinned)
-    return logits
+
+    ids: Tensor  # [B, N] int64
+    scale: Tensor  # [B, N] fp32, positive logits are divided by it, negative multiplied
+    offset: Tensor  # [B, N] fp32, subtracted after that
 
 
-def truncate_logits(scaled: Tensor, rewrite: Rewrite) -> Tensor:
-    """Everything behind the temperature.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadWords(TensorRecord):
+    """The bad words of a batch, W a canvas, and the output before each canvas."""
 
-    Args:
-        scaled: [R, V] fp32, rewritten logits / temperature.
-        rewrite: of these R rows.
+    rest: Tensor  # [B, W, P] int64, tokens before the last one, right-aligned; -1 pads
+    last: Tensor  # [B, W] int64, the token that ends the word; -1 pads
+    before: Tensor  # [B, P] int64, output tokens before the canvas; below -1 where there are none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slack(TensorRecord):
+    """Which rows of a batch's finished canvases its output takes, see ``constrain.slack``."""
+
+    shown: Tensor  # [B, L] bool, the output may take it; others are context
+    hole: Tensor  # [B, L] bool, shown and free: its token may be slack
+    pad: Tensor  # [B] int64, the id that is slack in a hole; -1 where none is
+    end: Tensor  # [B] int64, stands behind an output with slack in it; -1 for nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the host knows of one canvas in a ``Rewrite``, from the request alone."""
+
+    moves: bool  # some logits may move or be forbidden
+    cuts: bool  # the distribution is cut
+    allowed: Tensor | None  # [N] int64 on the device, ascending, each once; None allows every id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """What the requests of a batch change in the logits of R canvas rows.
+
+    Sparse on purpose: lists of ids, by canvas of the batch or by row, never [R, vocab], so that a
+    head that sees a tile of the vocabulary at a time can apply the part that falls into the tile.
+    None where nobody asks. What the parts do, and in which order: ``constrain.logits``.
     """
-    if rewrite.truncation is None:
-        return scaled
-    return truncate(scaled, rewrite.truncation, rewrite.canvas)
 
+    canvas: Tensor  # [R] int64, which canvas of the batch a row belongs to
+    temperature: Tensor | None = None  # [B] fp32, factor of the schedule
+    greedy: Tensor | None = None  # [B] bool, the kept token is the argmax
+    allowed: Tensor | None = None  # [B, N] int64, -1 pads; a list of -1 alone allows every id
+    bias: tuple[Tensor, Tensor] | None = None  # [B, N] int64 ids, [B, N] fp32 added; pads add 0
+    penalties: Penalties | None = None
+    forbidden: Tensor | None = None  # [R, N] int64, ids that must not stand there; -1 pads
+    pinned: Tensor | None = None  # [R] int64, the only id that may stand there; -1 where free
+    truncation: Truncation | None = None
+    words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
+    slack: Slack | None = None  # for the end of a canvas
+    wishes: tuple[Wish, ...] | None = None  # of every canvas, where these are all of its rows
 
-def lenient_logits(logits: Tensor, rewrite: Rewrite, temperature: Tensor) -> Tensor:
-    """The rewrite for rows under a constraint, which wins over every other wish.
+    def take(self, index: slice | Tensor) -> Rewrite:
+        """The rewrite of some of the rows; what is told by canvas stays whole."""
+        return replace(
+            self,
+            wishes=None,
+            canvas=self.canvas[index],
+            forbidden=None if self.forbidden is None else self.forbidden[index],
+            pinned=None if self.pinned is None else self.pinned[index],
+        )
 
-    What is not allowed, forbidden or cut off costs ``LENIENCE`` nats, once, instead of everything:
-    the constraint never finds nothing left. Pins stay, they were checked against it.
+    def changes_logits(self) -> bool:
+        """Whether anybody asks for more than a temperature or greedy tokens."""
+        parts = (
+            self.allowed,
+            self.bias,
+            self.penalties,
+            self.forbidden,
+            self.pinned,
+            self.truncation,
+        )
+        return any(part is not None for part in parts)
 
-    Args:
-        logits: [R, V] fp32, softcapped.
-        rewrite: of these R rows.
-        temperature: [R] fp32.
-
-    Returns:
-        [R, V] fp32, tempered.
-    """
-    temperature = temperature[:, None]
-    strict = rewrite_logits(logits, replace(rewrite, pinned=None)) / temperature
-    strict = truncate_logits(strict, rewrite)
-    dear = rewrite_logits(logits, without_masks(rewrite)) - LENIENCE * temperature
-    scaled = torch.where(strict == -torch.inf, dear / temperature, strict)
-    return scaled if rewrite.pinned is None else pin(scaled, rewrite.pinned)
-
-
-def without_masks(rewrite: Rewrite) -> Rewrite:
-    """Bias and penalties alone."""
-    return replace(rewrite, allowed=None, forbidden=None, pinned=None, truncation=None)
+    def without_masks(self) -> Rewrite:
+        """Bias and penalties alone."""
+        return replace(self, allowed=None, forbidden=None, pinned=None, truncation=None)

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.records import Commit, Slack
+from vllm_diffusion.records import Commit
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vllm_diffusion.constrain.rewrite import Slack
 
 
 def without_slack(slack: Slack, argmax: Tensor, valid: Tensor) -> Commit:

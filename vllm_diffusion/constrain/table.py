@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.constraints import Constraints, Holes
 from vllm_diffusion.constrain.crossing import on_device, sent
 from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
+from vllm_diffusion.constrain.rewrite import BadWords, Rewrite, Slack, Truncation, Wish
 from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before, word_table
-from vllm_diffusion.records import BadWords, Constraints, Holes, Rewrite, Slack, Truncation, Wish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

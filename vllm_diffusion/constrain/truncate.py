@@ -7,12 +7,13 @@ same one, see ``head.cut``.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from vllm_diffusion.records import Truncation
+if TYPE_CHECKING:
+    from vllm_diffusion.constrain.rewrite import Truncation
 
 # An order takes many times the memory of its logits: few rows of a large vocabulary at once.
 _SORTED_AT_ONCE: Final = 1 << 20
@@ -33,18 +34,8 @@ def truncate(scaled: Tensor, truncation: Truncation, canvas: Tensor) -> Tensor:
     """
     rows = max(1, _SORTED_AT_ONCE // scaled.shape[1]) if truncation.sorts else max(1, len(scaled))
     parts = [slice(start, start + rows) for start in range(0, len(scaled), rows)]
-    limits = [_limit(scaled[part], of_rows(truncation, canvas[part])) for part in parts]
+    limits = [_limit(scaled[part], truncation.take(canvas[part])) for part in parts]
     return scaled.masked_fill(scaled < torch.cat(limits), -torch.inf)
-
-
-def of_rows(truncation: Truncation, canvas: Tensor) -> Truncation:
-    """The same by row: canvas [R] int64."""
-    return Truncation(
-        min_p=truncation.min_p[canvas],
-        top_k=truncation.top_k[canvas],
-        top_p=truncation.top_p[canvas],
-        sorts=truncation.sorts,
-    )
 
 
 def nucleus(ordered: Tensor, weight: Tensor, total: Tensor, top_p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The part of a ``records.Rewrite`` that concerns some ids: a tile of the vocabulary, or a list.
+"""The part of a ``Rewrite`` that concerns some ids: a tile of the vocabulary, or a list.
 
 What a rewrite means stays in one place: a part is a ``Rewrite`` again, over ids 0 .. n - 1 that
 stand for the chosen ones, and goes through ``rewrite_logits`` like any other. One more column, n,
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.constrain.rewrite import rewrite_logits
-from vllm_diffusion.records import Penalties, Rewrite
+from vllm_diffusion.constrain.logits import rewrite_logits
+from vllm_diffusion.constrain.rewrite import Penalties, Rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

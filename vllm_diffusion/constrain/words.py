@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.crossing import sent
-from vllm_diffusion.records import BadWords
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from vllm_diffusion.constrain.rewrite import BadWords
 
 UNKNOWN: Final = -2
 """Stands for a token that nobody knows; no word holds it."""
@@ -78,12 +79,6 @@ def repaired(words: BadWords, tokens: Tensor, candidates: Tensor) -> Tensor:
         broken = (forbidden == token[:, None]).any(dim=-1) & usable.any(dim=-1)
         text[:, reach + column] = torch.where(broken, choice, token)
     return text[:, reach:]
-
-
-def of_canvas(words: BadWords, canvas: int) -> BadWords:
-    """The words of one canvas of the batch."""
-    one = slice(canvas, canvas + 1)
-    return BadWords(rest=words.rest[one], last=words.last[one], before=words.before[one])
 
 
 def _ending_behind(words: BadWords, windows: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,27 +11,21 @@ from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_diffusion.denoise.constants import RuleConstants
-    from vllm_diffusion.records import Constraints
-
 
 def begun_from_draft(
-    asked: Constraints, *, level: float, seed: int, start: int, rule: RuleConstants
-) -> Constraints:
-    """The wishes of a request whose seed canvas is a draft; pinned positions stay as they are.
+    draft: Sequence[int], *, pinned: Sequence[int], level: float, seed: int, start: int, steps: int
+) -> tuple[tuple[int, ...], int]:
+    """The seed canvas that a draft becomes, and its first step.
 
     Args:
-        asked: with the draft as its seed canvas.
-        level: share of noise, above 0 and at most 1.
-        seed: 64-bit key of the request's noise.
-        start: absolute position of the draft's first token.
-        rule: of the request.
+        draft, level, seed, start: see ``noised_draft``.
+        pinned: places of the draft that keep their token.
+        steps: of the whole schedule.
     """
-    noised = noised_draft(asked.seed_canvas, seed=seed, start=start, level=level)
-    for at in asked.pinned:
-        noised[at] = asked.seed_canvas[at]
-    step = first_step(level, rule.max_steps)
-    return replace(asked, seed_canvas=tuple(noised), first_step=step)
+    noised = noised_draft(draft, seed=seed, start=start, level=level)
+    for at in pinned:
+        noised[at] = draft[at]
+    return tuple(noised), first_step(level, steps)
 
 
 def noised_draft(draft: Sequence[int], *, seed: int, start: int, level: float) -> list[int]:

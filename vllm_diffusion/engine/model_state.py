@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from vllm.config.compilation import CUDAGraphMode
@@ -192,9 +193,15 @@ class CanvasModelState(ModelState):
         self._account.admit(req_index, params.canvas_length)
         asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
         if params.noise_level is not None:
-            asked = begun_from_draft(
-                asked, level=params.noise_level, seed=seed, start=prompt_length, rule=rule
+            seed_canvas, first_step = begun_from_draft(
+                asked.seed_canvas,
+                pinned=asked.pinned,
+                level=params.noise_level,
+                seed=seed,
+                start=prompt_length,
+                steps=rule.max_steps,
             )
+            asked = replace(asked, seed_canvas=seed_canvas, first_step=first_step)
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)
         self._admit_constraint(req_index, new_req_data)
         self.logprobs.admit(req_index, sampling, params)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vllm_diffusion.constrain.automaton.class_stats import ClassStats
     from vllm_diffusion.head.rows import Rows
-    from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores
+    from vllm_diffusion.records import CanvasStats, TokenScores
 
 
 class Head(Protocol):
@@ -29,7 +30,7 @@ class Head(Protocol):
 
         One pass over the vocabulary serves both, except for rows whose rewrite forbids ids. Of
         these the statistics by class are those of another distribution, in which such an id costs
-        ``constrain.rewrite.LENIENCE`` nats; pins stay hard. A greedy canvas's sample in a class is
+        ``constrain.logits.LENIENCE`` nats; pins stay hard. A greedy canvas's sample in a class is
         the best token of the class.
 
         Args:

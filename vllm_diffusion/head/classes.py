@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.head import native, native_classes
 from vllm_diffusion.head.running_classes import MASKED, NO_ID, RunningClasses
 from vllm_diffusion.head.sample import class_keys, race
-from vllm_diffusion.records import ClassStats
 
 if TYPE_CHECKING:
     from torch import Tensor

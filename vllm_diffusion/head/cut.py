@@ -19,14 +19,15 @@ import torch
 
 from vllm_diffusion.constrain.truncate import nucleus
 from vllm_diffusion.head.best import Best
+from vllm_diffusion.records import TensorRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from vllm_diffusion.constrain.rewrite import Truncation
     from vllm_diffusion.head.vocabulary import Vocabulary
-    from vllm_diffusion.records import Truncation
 
 LISTED: Final = 512
 """Ids of a row that are kept while it is read."""
@@ -39,23 +40,13 @@ TABLE_BYTES: Final = 28 * _TABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survivors:
+class Survivors(TensorRecord):
     """What the best ids of R rows say about the limit."""
 
     values: Tensor  # [R, N] fp32 logits, best first
     ids: Tensor  # [R, N] int64
     limit: Tensor  # [R] fp32, least tempered logit that stays, where complete
     complete: Tensor  # [R] bool, every id that stays is among these
-
-    @staticmethod
-    def concatenate(parts: Sequence[Survivors]) -> Survivors:
-        """Those of all rows."""
-        return Survivors(
-            values=torch.cat([each.values for each in parts]),
-            ids=torch.cat([each.ids for each in parts]),
-            limit=torch.cat([each.limit for each in parts]),
-            complete=torch.cat([each.complete for each in parts]),
-        )
 
 
 def survivors(

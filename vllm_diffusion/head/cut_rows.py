@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.crossing import on_device
-from vllm_diffusion.constrain.truncate import of_rows
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.reading import tile_bytes
 from vllm_diffusion.head.reference import row_statistics
@@ -37,7 +36,7 @@ def among(vocabulary: Vocabulary, rows: Rows, ids: Tensor, logits: Tensor) -> Ca
         draw=lambda weight: sample_listed(weight, ids, vocabulary.size, rows.noise),
         soft_embedding=lambda weight: vocabulary.mean_of(weight, ids),
     )
-    return stats.renamed(ids)
+    return stats.look_up(ids)
 
 
 class CutRows:
@@ -117,7 +116,7 @@ class CutRows:
     def _survivors(self, rows: Rows) -> cut.Survivors:
         assert rows.rewrite is not None
         assert rows.rewrite.truncation is not None
-        asked = of_rows(rows.rewrite.truncation, rows.rewrite.canvas)
+        asked = rows.rewrite.truncation.take(rows.rewrite.canvas)
         tiles = reading.tiles(self._vocabulary, rows.hidden, rows.rewrite)
         return cut.survivors(tiles, rows.temperature, asked, self._vocabulary)
 
@@ -143,7 +142,7 @@ class CutRows:
             partial(reading.tiles, self._vocabulary, rows.hidden, rows.rewrite),
             best,
             rows.temperature,
-            of_rows(rows.rewrite.truncation, rows.rewrite.canvas),
+            rows.rewrite.truncation.take(rows.rewrite.canvas),
             self._vocabulary,
             borders=borders,
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.records import Rewrite, Truncation, Wish
+    from vllm_diffusion.constrain.rewrite import Rewrite, Truncation, Wish
 
 LISTED_AT_MOST: Final = 4096
 """A list longer than this is a mask: its columns of the embedding would have to be copied."""

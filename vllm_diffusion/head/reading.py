@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.dense import DenseRewrite
-from vllm_diffusion.constrain.rewrite import LENIENCE, without_masks
+from vllm_diffusion.constrain.logits import LENIENCE
 from vllm_diffusion.constrain.window import TiledRewrite
 from vllm_diffusion.head import native, sample, tile
 from vllm_diffusion.head.rescoring import Rescoring
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vllm_diffusion.constrain.rewrite import Rewrite
     from vllm_diffusion.head.classes import ClassPass
     from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
-    from vllm_diffusion.records import CanvasStats, Rewrite
+    from vllm_diffusion.records import CanvasStats
 
 
 TILE_COPIES: Final = 6
@@ -125,7 +126,7 @@ def tiles_of(
 def lenient_tiles(
     vocabulary: Vocabulary, rows: Rows, limit: Tensor
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """The same where masks do not forbid but cost, see ``constrain.rewrite.lenient_logits``.
+    """The same where masks do not forbid but cost, see ``constrain.logits.lenient_logits``.
 
     Args:
         vocabulary: of this rank.
@@ -135,7 +136,7 @@ def lenient_tiles(
     assert rows.rewrite is not None
     temperature = rows.temperature[:, None]
     strict = _tiled(vocabulary, replace(rows.rewrite, pinned=None))
-    free = _tiled(vocabulary, without_masks(rows.rewrite))
+    free = _tiled(vocabulary, rows.rewrite.without_masks())
     # The best ids are those of the strict distribution, whose limit this is.
     theirs = tiles(vocabulary, rows.hidden, None, ranked_by=strict)
     for place, (number, first, logits) in enumerate(theirs):

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.constrain.rewrite import lenient_logits, rewrite_logits, truncate_logits
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
+from vllm_diffusion.constrain.logits import lenient_logits, rewrite_logits, truncate_logits
 from vllm_diffusion.head.sample import class_keys, race, sample_rows
 from vllm_diffusion.head.soft import most_likely
-from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores
+from vllm_diffusion.records import CanvasStats, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from vllm_diffusion.constrain.rewrite import Rewrite
     from vllm_diffusion.head.rows import Rows
-    from vllm_diffusion.records import Rewrite
 
 # fp32 tensors of [rows, vocab] that exist at once at the highest, a cut of the rows included.
 # Measured by tests/unit/head/test_memory.py.

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.records import Noise, Rewrite
+    from vllm_diffusion.constrain.rewrite import Rewrite
+    from vllm_diffusion.records import Noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Rows:
     noise: Noise
     """The key of every row's sample."""
     rewrite: Rewrite | None = None
-    """What requests change in the logits, see ``constrain.rewrite``. All statistics describe the
+    """What requests change in the logits, see ``constrain.logits``. All statistics describe the
     changed distribution. None: nothing."""
     soft_top_k: Tensor | None = None
     """[R] int64, how many of the most likely ids the soft embedding averages, with renormalised
@@ -43,8 +44,8 @@ class Rows:
         return Rows(
             hidden=self.hidden[index],
             temperature=self.temperature[index],
-            noise=self.noise.rows(index),
-            rewrite=None if self.rewrite is None else self.rewrite.rows(index),
+            noise=self.noise.take(index),
+            rewrite=None if self.rewrite is None else self.rewrite.take(index),
             soft_top_k=None if self.soft_top_k is None else self.soft_top_k[index],
             all_near=self.all_near,
         )

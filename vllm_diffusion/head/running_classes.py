@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.records import ClassStats
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.constrain.crossing import on_device
-from vllm_diffusion.constrain.rewrite import changes_logits
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.best import Best
@@ -36,13 +36,14 @@ from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
 from vllm_diffusion.head.reference import kept_token
 from vllm_diffusion.head.running_classes import TokenClasses
 from vllm_diffusion.head.scores import scores
-from vllm_diffusion.records import CanvasStats, ClassStats, TokenScores, Wish
+from vllm_diffusion.records import CanvasStats, TokenScores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from vllm_diffusion.constrain.rewrite import Wish
     from vllm_diffusion.head.reference import ReferenceHead
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
@@ -62,7 +63,7 @@ class StreamingHead:
         rewrite = rows.rewrite
         if rewrite is None:
             return self._streamed(rows)
-        if not changes_logits(rewrite):
+        if not rewrite.changes_logits():
             return self._plain(rows)
         if rewrite.wishes is not None:
             return self._by_wishes(rows, rewrite.wishes)
@@ -104,7 +105,7 @@ class StreamingHead:
         """See ``Head``."""
         rewrite = rows.rewrite
         classes = TokenClasses(of=class_of, count=num_classes)
-        if rewrite is None or (rewrite.greedy is None and not changes_logits(rewrite)):
+        if rewrite is None or (rewrite.greedy is None and not rewrite.changes_logits()):
             return self._plain_by_class(rows, classes)
         kind_of = kinds.of_classes(rewrite, self.vocabulary.size)
         ways = {
@@ -121,7 +122,7 @@ class StreamingHead:
             found.append(other)
         order = torch.cat(places)
         together = CanvasStats.concatenate(stats).spread(order, len(rows))
-        return together, ClassStats.concatenate(found).spread(order)
+        return together, ClassStats.concatenate(found).permuted(order)
 
     def candidates(self, rows: Rows, count: int) -> Tensor:
         """See ``Head``."""

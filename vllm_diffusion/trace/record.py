@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from vllm_diffusion import __version__
+from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.records import Constraints
 from vllm_diffusion.trace.file import Step, Trace, checksum, to_bytes
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from helpers.heads import make_case
 
+from vllm_diffusion.constrain.logits import rewrite_logits
 from vllm_diffusion.constrain.masked import under_mask
-from vllm_diffusion.constrain.rewrite import rewrite_logits
-from vllm_diffusion.records import Rewrite
+from vllm_diffusion.constrain.rewrite import Rewrite
 
 
 def test_rows_asked_again_keep_what_their_requests_want() -> None:

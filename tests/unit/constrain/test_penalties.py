@@ -12,7 +12,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from vllm_diffusion.constrain.penalties import penalise, text_penalties
 
 if TYPE_CHECKING:
-    from vllm_diffusion.records import Penalties
+    from vllm_diffusion.constrain.rewrite import Penalties
 
 VOCAB = 13
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_diffusion.constrain.rewrite import Slack
 from vllm_diffusion.constrain.slack import without_slack
-from vllm_diffusion.records import Commit, Slack
+
+if TYPE_CHECKING:
+    from vllm_diffusion.records import Commit
 
 PAD, END = 0, 1
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_diffusion.constrain.constraints import Constraints, Holes
+from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.constrain.table import ConstraintTable
-from vllm_diffusion.records import CanvasBatch, Constraints, Holes, Rewrite
+from vllm_diffusion.records import CanvasBatch
 
 SLOTS, LENGTH, VOCAB = 4, 5, 50
 TEXT = torch.arange(SLOTS)[:, None] * 10 + torch.arange(30) % 4  # slot 2 holds 20 21 22 23 20 ...

@@ -11,8 +11,8 @@ from transformers.generation.logits_process import (
 )
 
 from vllm_diffusion.constrain import truncate as module
+from vllm_diffusion.constrain.rewrite import Truncation
 from vllm_diffusion.constrain.truncate import nucleus, truncate
-from vllm_diffusion.records import Truncation
 
 ROWS, VOCAB = 40, 60
 

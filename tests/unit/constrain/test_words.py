@@ -7,16 +7,15 @@ import random
 import torch
 from helpers.cases import each
 
+from vllm_diffusion.constrain.rewrite import BadWords
 from vllm_diffusion.constrain.words import (
     UNKNOWN,
     forbidden_ids,
-    of_canvas,
     output_before,
     repaired,
     word_ends,
     word_table,
 )
-from vllm_diffusion.records import BadWords
 
 VOCAB, LENGTH, BATCH = 5, 12, 4
 
@@ -104,7 +103,9 @@ def test_a_repaired_canvas_holds_no_word(seed: int) -> None:
         first = ends[0] if ends else LENGTH
         assert result[row, :first].tolist() == canvases[row][:first]
     # One canvas alone is repaired as in the batch.
-    alone = repaired(of_canvas(batch, 2), tokens[[2]], ranked[[2], :, : batch.last.shape[1] + 1])
+    alone = repaired(
+        batch.take(slice(2, 3)), tokens[[2]], ranked[[2], :, : batch.last.shape[1] + 1]
+    )
     assert torch.equal(alone[0], result[2])
 
 

@@ -5,20 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.draft import begun_from_draft, first_step, noised_draft
 from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
-from vllm_diffusion.records import Constraints
 
 DRAFT = list(range(100, 2100))
-RULE = EntropyBoundConstants(
-    max_steps=48,
-    t_min=0.4,
-    t_max=0.8,
-    entropy_bound=0.1,
-    confidence_threshold=0.005,
-    stability_threshold=1,
-)
 
 
 @pytest.mark.parametrize("level", [0.01, 0.3, 0.5, 0.9])
@@ -69,11 +59,10 @@ def test_the_schedule_sets_in_where_it_has_as_much_noise(
 
 
 def test_pinned_positions_are_no_noise() -> None:
-    asked = Constraints(seed_canvas=tuple(DRAFT), pinned=(3, 4, 900), top_k=5)
-    begun = begun_from_draft(asked, level=0.9, seed=3, start=7, rule=RULE)
-    assert [begun.seed_canvas[at] for at in asked.pinned] == [DRAFT[at] for at in asked.pinned]
-    free = [at for at in range(len(DRAFT)) if at not in asked.pinned]
+    pinned = (3, 4, 900)
+    begun, first = begun_from_draft(DRAFT, pinned=pinned, level=0.9, seed=3, start=7, steps=48)
+    assert [begun[at] for at in pinned] == [DRAFT[at] for at in pinned]
+    free = [at for at in range(len(DRAFT)) if at not in pinned]
     noised = noised_draft(DRAFT, seed=3, start=7, level=0.9)
-    assert [begun.seed_canvas[at] for at in free] == [noised[at] for at in free]
-    assert begun.first_step == first_step(0.9, 48)
-    assert begun.top_k == 5
+    assert [begun[at] for at in free] == [noised[at] for at in free]
+    assert first == first_step(0.9, 48)

@@ -11,9 +11,10 @@ from helpers.classes import COUNT, NUMBERS, assert_numbers, assert_tokens, both,
 from helpers.frequencies import assert_frequencies
 from helpers.heads import assert_same_tokens, counted_readings, make_case, over_ranks
 
-from vllm_diffusion.constrain.rewrite import LENIENCE, rewrite_logits
+from vllm_diffusion.constrain.automaton.class_stats import ClassStats
+from vllm_diffusion.constrain.logits import LENIENCE, rewrite_logits
+from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.head import kinds, native, reading, sample, stream
-from vllm_diffusion.records import ClassStats, Rewrite
 
 
 @pytest.fixture(params=[16, 128, sample.TILE])
@@ -271,7 +272,7 @@ def test_the_other_rows_of_a_batch_do_not_matter() -> None:
             case,
             hidden=case.hidden[index],
             temperature=case.temperature[index],
-            noise=case.noise.rows(index),
+            noise=case.noise.take(index),
         )
         _, one = both(alone, alone.streaming(), class_of)
         assert torch.equal(one.sample[0], together.sample[row])

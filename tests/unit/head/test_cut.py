@@ -16,12 +16,12 @@ from helpers.heads import (
     over_ranks,
 )
 
-from vllm_diffusion.constrain.truncate import of_rows, truncate
+from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
+from vllm_diffusion.constrain.truncate import truncate
 from vllm_diffusion.head import cut, reading, sample
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
-from vllm_diffusion.records import Rewrite, Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -253,4 +253,4 @@ def test_rows_that_keep_few_ids_are_read_once(monkeypatch: pytest.MonkeyPatch) -
     ours = case.streaming()(replace(case, rewrite=rewrite).rows())
     assert read == [40]
     assert_same_tokens(ours, replace(case, rewrite=rewrite).truth())
-    assert of_rows(few, torch.tensor([3])).top_k.tolist() == [20]
+    assert few.take(torch.tensor([3])).top_k.tolist() == [20]

@@ -19,7 +19,8 @@ from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
-from vllm_diffusion.records import Noise, Rewrite, Truncation
+from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
+from vllm_diffusion.records import Noise
 
 def held(field):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)

@@ -10,12 +10,12 @@ import torch
 from helpers.classes import classes_of
 from helpers.heads import Case, assert_same_tokens, make_case, over_ranks
 
+from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.head import native, native_rescoring, reading
 from vllm_diffusion.head.native_rescoring import MOST
 from vllm_diffusion.head.output_copy import HEAD_FORMS, QuantisedOutput
 from vllm_diffusion.head.rescoring import Rescoring
 from vllm_diffusion.head.sample import TILE
-from vllm_diffusion.records import Rewrite
 
 if TYPE_CHECKING:
     from vllm_diffusion.head.stream import StreamingHead

@@ -126,7 +126,7 @@ def test_a_row_draws_the_same_alone_in_any_batch_and_in_any_order(vocab: int) ->
     together = sample_rows(weight, key)
     for row in range(20):
         one = slice(row, row + 1)
-        assert int(sample_rows(weight[one], key.rows(one))) == int(together[row])
+        assert int(sample_rows(weight[one], key.take(one))) == int(together[row])
     order = torch.randperm(20, generator=torch.Generator().manual_seed(4))
     shuffled = Noise(seed=key.seed[order], position=key.position[order], step=key.step[order])
     assert torch.equal(sample_rows(weight[order], shuffled), together[order])

@@ -17,9 +17,9 @@ from helpers.heads import (
     over_ranks,
 )
 
+from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.head import kinds, reading, sample
 from vllm_diffusion.head.reference import ReferenceHead
-from vllm_diffusion.records import Rewrite
 
 TILES = [16, 128, sample.TILE]
 
@@ -128,7 +128,7 @@ def test_what_neighbours_ask_changes_no_bit_of_a_row() -> None:
         case,
         hidden=case.hidden[here],
         temperature=case.temperature[here],
-        noise=case.noise.rows(here),
+        noise=case.noise.take(here),
         rewrite=None,
     )
     assert 0 < len(here) < rows

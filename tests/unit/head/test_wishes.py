@@ -9,11 +9,11 @@ import torch
 from helpers.heads import Case, assert_no_worse, assert_same_tokens, make_case
 
 from vllm_diffusion.constrain.dense import DenseRewrite
+from vllm_diffusion.constrain.rewrite import Rewrite, Wish
 from vllm_diffusion.constrain.window import TiledRewrite
 from vllm_diffusion.head import kinds, sample
 from vllm_diffusion.head.cut_rows import CutRows
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.records import Rewrite, Wish
 
 
 def wishes_of(case: Case) -> tuple[Wish, ...]:

@@ -18,8 +18,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vllm_diffusion.constrain.automaton.class_stats import ClassStats
     from vllm_diffusion.constrain.automaton.record import Posterior
-    from vllm_diffusion.records import CanvasStats, ClassStats
+    from vllm_diffusion.records import CanvasStats
 
 
 def constrained(

@@ -72,15 +72,15 @@ class ConstrainedCanvases:
     rows: Tensor  # [K] int64, rows that obey, 0..width: those behind are past the request's end
     left: Tensor  # [K] int64, tokens the request may write behind this canvas
 
-    def some(self, which: slice) -> ConstrainedCanvases:
+    def take(self, index: slice) -> ConstrainedCanvases:
         """Some of the canvases."""
         return ConstrainedCanvases(
             automaton=self.automaton,
-            places=self.places[which],
-            canvas=self.canvas[which],
-            start=self.start[which],
-            rows=self.rows[which],
-            left=self.left[which],
+            places=self.places[index],
+            canvas=self.canvas[index],
+            start=self.start[index],
+            rows=self.rows[index],
+            left=self.left[index],
         )
 
 

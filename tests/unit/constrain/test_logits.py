@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from vllm_diffusion.constrain.rewrite import rewrite_logits, truncate_logits
+from vllm_diffusion.constrain.logits import rewrite_logits, truncate_logits
+from vllm_diffusion.constrain.rewrite import Penalties, Rewrite, Truncation
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.records import CanvasStats, Noise, Penalties, Rewrite, Truncation
+from vllm_diffusion.records import CanvasStats, Noise
 
 LENGTH, VOCAB = 6, 24
 CANVASES = 3
@@ -167,12 +168,12 @@ def test_a_rewrite_of_nothing_is_nothing() -> None:
     assert truncate_logits(logits, empty) is logits
 
 
-def test_rows_cuts_what_is_told_by_row_and_keeps_what_is_told_by_canvas() -> None:
+def test_take_cuts_what_is_told_by_row_and_keeps_what_is_told_by_canvas() -> None:
     rewrite = full_rewrite()
-    part = rewrite.rows(slice(13, 17))
+    part = rewrite.take(slice(13, 17))
     logits = random_rows(6)
     assert torch.equal(rewrite_logits(logits[13:17], part), rewrite_logits(logits, rewrite)[13:17])
-    assert part.rows(slice(0, 0)).canvas.tolist() == []
-    without = replace(rewrite, forbidden=None, pinned=None).rows(slice(0, 2))
+    assert part.take(slice(0, 0)).canvas.tolist() == []
+    without = replace(rewrite, forbidden=None, pinned=None).take(slice(0, 2))
     assert without.forbidden is None
     assert without.pinned is None
