@@ -62,7 +62,7 @@ def beliefs(
     if not automata:
         return _read(head, rows, read).reshape(num, length)
     obeying = {canvas for each in automata for canvas in each.places}
-    stats = CanvasStats.zeros(rows.hidden)
+    stats = CanvasStats.zeros(rows.hidden, self_conditioning=rows.self_conditioning)
     if others := [canvas for canvas in range(num) if canvas not in obeying]:
         free = on_device(others, rows.hidden.device)
         index = rows_of(free, length)
@@ -98,7 +98,7 @@ def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
         return head(rows)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():
-        return CanvasStats.zeros(rows.hidden)
+        return CanvasStats.zeros(rows.hidden, self_conditioning=rows.self_conditioning)
     return head(rows.take(index)).spread(index, len(rows))
 
 

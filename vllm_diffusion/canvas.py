@@ -219,6 +219,7 @@ class CanvasPool:
         # get into the KV cache: whoever is given its pages next would read it there.
         goes_on = ~(committing | finished)
         belief = stats.soft_embedding
+        assert belief is not None
         self.soft_embedding[slots] = torch.where(
             goes_on[:, None, None] & belief.isfinite(), belief, 0
         ).to(self.soft_embedding.dtype)

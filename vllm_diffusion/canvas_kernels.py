@@ -90,6 +90,7 @@ def _apply(
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
     )
+    assert stats.soft_embedding is not None
     canvas = pool.soft_embedding[0].numel()
     _take_beliefs[(num, triton.cdiv(canvas, _COPIED))](
         batch.slots,

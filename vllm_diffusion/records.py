@@ -93,10 +93,12 @@ class CanvasStats(TensorRecord):
     entropy: Tensor  # [B, L] fp32, nats
     top_prob: Tensor  # [B, L] fp32
     margin: Tensor  # [B, L] fp32, top probability minus the second
-    soft_embedding: Tensor  # [B, L, H] model dtype, softmax @ embedding, scaled like an embedding
+    soft_embedding: Tensor | None
+    """[B, L, H] model dtype, softmax @ embedding, scaled like an embedding; None for a model that
+    is not conditioned on it."""
 
     @staticmethod
-    def zeros(hidden: Tensor) -> CanvasStats:
+    def zeros(hidden: Tensor, *, self_conditioning: bool = True) -> CanvasStats:
         """Zeros for the rows of ``hidden`` [R, H], where nobody reads them."""
         zeros = torch.zeros(len(hidden), device=hidden.device)
         ids = zeros.long()
@@ -106,7 +108,7 @@ class CanvasStats(TensorRecord):
             entropy=zeros,
             top_prob=zeros,
             margin=zeros,
-            soft_embedding=torch.zeros_like(hidden),
+            soft_embedding=torch.zeros_like(hidden) if self_conditioning else None,
         )
 
     def reshape(self, *leading: int) -> CanvasStats:

@@ -157,7 +157,11 @@ def in_the_interpreter_near() -> None:
         stats = ours(case.rows(soft_top_k=near))
         alone = ours(case.rows(soft_top_k=near, all_near=True))
         assert torch.equal(stats.soft_embedding, alone.soft_embedding)
+        without = ours(case.rows(soft_top_k=near, self_conditioning=False))
+        assert without.soft_embedding is None
         assert torch.equal(stats.entropy, alone.entropy)
+        assert torch.equal(stats.entropy, without.entropy)
+        assert_same_tokens(without, stats)
 
 
 if __name__ == "__main__":

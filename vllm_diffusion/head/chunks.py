@@ -60,7 +60,7 @@ class _Sums:
 
     values: Tensor  # [5, R] fp32: top, second, mass, moment, score of ``tile.RunningStats``
     tokens: Tensor  # [2, R] int64: argmax and sample
-    soft: Tensor  # [R, H] fp32, sum of weight times embedding
+    soft: Tensor  # [R, H] fp32, sum of weight times embedding; [R, 0] where that is not wanted
 
 
 def width(vocabulary: Vocabulary, rows: int, budget: int) -> int:
@@ -91,13 +91,14 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
     """
     count, ids = len(rows), min(width(vocabulary, len(rows), budget), len(vocabulary))
     rows = replace(rows, temperature=rows.temperature.contiguous())
+    top_k = rows.soft_top_k if rows.self_conditioning else None
+    listed = None if top_k is None else _Listed.of_nothing(vocabulary, rows.hidden, ids)
+    exact = rows.self_conditioning and (listed is None or not rows.all_near)
     sums = _Sums(
         values=rows.temperature.new_empty(5, count),
         tokens=rows.noise.position.new_empty(2, count),
-        soft=rows.temperature.new_empty(count, vocabulary.embedding.shape[1]),
+        soft=rows.temperature.new_empty(count, vocabulary.embedding.shape[1] if exact else 0),
     )
-    listed = None if rows.soft_top_k is None else _Listed.of_nothing(vocabulary, rows.hidden, ids)
-    exact = listed is None or not rows.all_near
     product = _product(vocabulary, rows.hidden, ids)
     for start in range(0, len(vocabulary), ids):
         logits = product(slice(start, start + ids))
@@ -108,20 +109,19 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
         del logits  # before the next are there
     finished = _over_ranks if len(vocabulary) < vocabulary.size else _finished
     stats = finished(vocabulary, rows.temperature, sums, exact=exact)
-    if listed is None:
+    if listed is None or top_k is None:
         return stats
-    assert rows.soft_top_k is not None
     values, tokens = listed.best(vocabulary).over_ranks(vocabulary)
     near = mean_of_best(
         vocabulary,
         vocabulary.capped(values.float()),
         tokens,
-        rows.soft_top_k,
+        top_k,
         argmax=stats.argmax,
         temperature=rows.temperature,
     )
-    if exact:
-        near = chosen(rows.soft_top_k, stats.soft_embedding, near)
+    if stats.soft_embedding is not None:
+        near = chosen(top_k, stats.soft_embedding, near)
     return replace(stats, soft_embedding=near)
 
 
@@ -314,14 +314,14 @@ def _finished(
         rows,
         temperature,
         sums.soft,
-        hidden if exact else 0,
+        hidden,
         scale,
         entropy,
         top_prob,
         margin,
         embedding,
         SCALE_IN_MEMORY=isinstance(scale, torch.Tensor),
-        BLOCK=min(1024, triton.next_power_of_2(hidden)),
+        BLOCK=min(1024, triton.next_power_of_2(vocabulary.embedding.shape[1])),
         num_warps=4,
     )
     return CanvasStats(
@@ -330,7 +330,7 @@ def _finished(
         entropy=entropy,
         top_prob=top_prob,
         margin=margin,
-        soft_embedding=embedding,
+        soft_embedding=embedding if exact else None,
     )
 
 
@@ -349,7 +349,8 @@ def _over_ranks(
         sample=sums.tokens[1],
     )
     together, shrink = running.over_ranks(temperature, vocabulary)
-    soft = sums.soft
+    soft = None
     if exact:
-        soft = vocabulary.add(soft.mul_((shrink / together.mass)[:, None])) * vocabulary.scale
-    return together.statistics(temperature, soft.to(vocabulary.embedding.dtype))
+        soft = vocabulary.add(sums.soft.mul_((shrink / together.mass)[:, None])) * vocabulary.scale
+        soft = soft.to(vocabulary.embedding.dtype)
+    return together.statistics(temperature, soft)

@@ -165,11 +165,14 @@ def read(
     softcap = vocabulary.softcap if rewrite is None else None
     gumbel, inside = tile_uniforms(rows.noise, -(-vocabulary.size // sample.TILE))
     running = RunningStats.of_nothing(len(rows), temperature.device)
-    soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
+    soft = None
+    if rows.self_conditioning:
+        soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
     for number, first, logits in theirs:
         if rewrite is not None:
             tile.without_infinities(logits)
-        soft.see(logits, first)
+        if soft is not None:
+            soft.see(logits, first)
         if by_class is not None:
             by_class.see(logits, first, softcap)
         weight, shrink = absorb_of(logits)(
@@ -180,9 +183,12 @@ def read(
             temperature=temperature,
             uniforms=(gumbel[:, number], inside[:, number]),
         )
-        soft.add(weight, shrink, first)
+        if soft is not None:
+            soft.add(weight, shrink, first)
     together, shrink = running.over_ranks(temperature, vocabulary)
-    whole = soft.over_ranks(together, shrink, temperature, capped=rewrite is not None)
+    whole = None
+    if soft is not None:
+        whole = soft.over_ranks(together, shrink, temperature, capped=rewrite is not None)
     stats = together.statistics(temperature, whole)
     if rewrite is not None and rewrite.greedy is not None:
         kept = torch.where(rewrite.greedy[rewrite.canvas], stats.argmax, stats.sample)

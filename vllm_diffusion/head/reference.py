@@ -134,13 +134,16 @@ def row_statistics(
     top = prob.topk(min(2, prob.shape[-1]), dim=-1).values
     second = top[:, 1] if top.shape[1] > 1 else torch.zeros_like(top[:, 0])
     argmax, sample = scaled.argmax(dim=-1), draw(prob)
+    soft = None
+    if rows.self_conditioning:
+        soft = soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k))
     return CanvasStats(
         argmax=argmax,
         sample=sample if rewrite is None else kept_token(argmax, sample, rewrite),
         entropy=entropy,
         top_prob=top[:, 0],
         margin=top[:, 0] - second,
-        soft_embedding=soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k)),
+        soft_embedding=soft,
     )
 
 

@@ -34,6 +34,9 @@ class Rows:
     all_near: bool = False
     """The host knows that ``soft_top_k`` has no 0. A GPU, where nobody looks at these numbers, then
     skips the second product."""
+    self_conditioning: bool = True
+    """The model is conditioned on soft embeddings. If not, none is computed: the statistics have
+    None in their place, and the second product is skipped on every device."""
 
     def __len__(self) -> int:
         """R."""
@@ -48,6 +51,7 @@ class Rows:
             rewrite=None if self.rewrite is None else self.rewrite.take(index),
             soft_top_k=None if self.soft_top_k is None else self.soft_top_k[index],
             all_near=self.all_near,
+            self_conditioning=self.self_conditioning,
         )
 
     def chunks(self, at_once: int) -> Iterator[Rows]:

@@ -183,14 +183,17 @@ class StreamingHead:
         assert rows.rewrite is not None
         assert rows.rewrite.pinned is not None
         only, certain = rows.rewrite.pinned.clamp(min=0), torch.ones_like(rows.temperature)
-        read = certain if rows.soft_top_k is None else (rows.soft_top_k >= 0).float()
+        soft = None
+        if rows.self_conditioning:
+            read = certain if rows.soft_top_k is None else (rows.soft_top_k >= 0).float()
+            soft = self.vocabulary.mean_of(read[:, None], only[:, None])
         return CanvasStats(
             argmax=only,
             sample=only,
             entropy=torch.zeros_like(certain),
             top_prob=certain,
             margin=certain,
-            soft_embedding=self.vocabulary.mean_of(read[:, None], only[:, None]),
+            soft_embedding=soft,
         )
 
     def _listed(self, canvas: int, rows: Rows, ids: Tensor | None) -> CanvasStats:
@@ -233,12 +236,12 @@ class StreamingHead:
         """Rows with masks: another pass, over another distribution."""
         stats = self(rows)
         assert rows.rewrite is not None
-        found, unread = [], torch.full_like(rows.noise.step, -1)
+        found = []
         bytes_a_row = tile_bytes() + CLASS_BYTES * classes.count
         if rows.rewrite.truncation is not None:
             # See ``CutRows``.
             bytes_a_row += tile_bytes() + cut.TABLE_BYTES
-        for part in replace(rows, soft_top_k=unread).chunks(self._at_once(bytes_a_row)):
+        for part in replace(rows, self_conditioning=False).chunks(self._at_once(bytes_a_row)):
             by_class = ClassPass(classes, self.vocabulary, part)
             tiles = reading.lenient_tiles(self.vocabulary, part, self._cuts.limits_of(part))
             _, together = reading.read(self.vocabulary, part, tiles, by_class)

@@ -92,12 +92,12 @@ class RunningStats:
         )
         return together, ((self.top - best) / temperature).exp()
 
-    def statistics(self, temperature: Tensor, soft_embedding: Tensor) -> CanvasStats:
+    def statistics(self, temperature: Tensor, soft_embedding: Tensor | None) -> CanvasStats:
         """What is known after the last tile, of all ranks.
 
         Args:
             temperature: [R] fp32.
-            soft_embedding: [R, H].
+            soft_embedding: [R, H], or None.
         """
         beside = ((self.second - self.top) / temperature).exp()
         return CanvasStats(

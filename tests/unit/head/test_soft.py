@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers.classes import COUNT, classes_of
 from helpers.heads import (
     SCALE,
     Case,
@@ -143,3 +144,24 @@ def test_the_best_over_tiles_are_the_best(width: int, count: int) -> None:
     ours, ids = best.over_ranks(make_case().vocabulary())
     assert torch.equal(ours, values.topk(count, dim=1).values)
     assert torch.equal(values.gather(1, ids), ours)
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_model_that_is_not_conditioned_on_it_pays_for_none(*, rewrite: bool) -> None:
+    case = make_case(9, rewrite=rewrite)
+    rows, classes = case.rows(self_conditioning=False), classes_of(700)
+    # Whoever asked for the embedding would find none.
+    vocabulary = replace(case.vocabulary(), embedding=None)
+    without = [
+        replace(case.streaming(), vocabulary=vocabulary),
+        replace(case.reference(), soft_embedding=None),
+    ]
+    for head, plain in zip(without, (case.streaming(), case.reference()), strict=True):
+        ours, by_class = head.by_class(rows, class_of=classes, num_classes=COUNT)
+        theirs, same = plain.by_class(case.rows(), class_of=classes, num_classes=COUNT)
+        for stats, beside in ((head(rows), plain(case.rows())), (ours, theirs)):
+            assert stats.soft_embedding is None
+            for name in ("argmax", "sample", "entropy", "top_prob", "margin"):
+                assert torch.equal(getattr(stats, name), getattr(beside, name)), name
+        assert torch.equal(by_class.sample, same.sample)
+        assert torch.equal(by_class.entropy, same.entropy)
