@@ -1,15 +1,15 @@
 """What the model believes about the canvases of a step: the head, and what constrains it.
 
       hidden rows [B * L, H]
-            |  head            where somebody reads what it says: not on commit rows, nor beyond a
-            |                  canvas
-            |  automata        a canvas that must obey one is conditioned on being accepted, all of
-            |                  its rows at once (``constrain.automaton``)
+            |  head            where its statistics are read: not on commit rows, not beyond the
+            |                  width of a canvas
+            |  automata        a constrained canvas is conditioned on being accepted, all of its
+            |                  rows at once (``constrain.automaton``)
             v
       CanvasStats [B, L]
 
-The self-conditioning of a constrained canvas stays the model's own, unconstrained belief: that is
-what it was trained with, and the head has it after one pass over the vocabulary.
+The self-conditioning of a constrained canvas stays unconstrained: the model was trained that way,
+and the head has it after one pass over the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from vllm_diffusion.constrain.automaton.posterior import condition
 from vllm_diffusion.constrain.automaton.rows import constrained
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.denoise.rng import Purpose, philox, uniform
 from vllm_diffusion.records import CanvasStats
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.records import CanvasBatch
 
-# What the statistics of constrained rows by class may take at once; a class of a row takes 24
-# numbers at its highest. Canvases of one automaton that need more are taken in turn.
+# Memory for statistics by class. A class of a row takes at most 24 numbers. Canvases of one
+# automaton that need more than the limit together are computed in turn.
 _BYTES_AT_ONCE: Final = 2**28
 _BYTES_A_CLASS: Final = 96
 
@@ -55,15 +55,15 @@ def beliefs(
         head: turns rows into statistics.
         rows: all of them, canvas by canvas.
         num: B.
-        read: [B, L] bool, where somebody looks, see ``read_rows``.
-        automata: which canvases obey one, each canvas at most once.
+        read: [B, L] bool, rows whose statistics are read, see ``read_rows``; None for all.
+        automata: which canvases an automaton constrains, each canvas at most once.
     """
     length = len(rows) // num
     if not automata:
         return _read(head, rows, read).reshape(num, length)
-    obeying = {canvas for each in automata for canvas in each.places}
+    constrained_canvases = {canvas for each in automata for canvas in each.places}
     stats = CanvasStats.zeros(rows.hidden, self_conditioning=rows.self_conditioning)
-    if others := [canvas for canvas in range(num) if canvas not in obeying]:
+    if others := [canvas for canvas in range(num) if canvas not in constrained_canvases]:
         free = on_device(others, rows.hidden.device)
         index = rows_of(free, length)
         free_read = None if read is None else read[free]
@@ -71,7 +71,7 @@ def beliefs(
     for each in automata:
         for part in _in_turn(each, length):
             index = rows_of(part.canvas, length)
-            stats = stats.replaced(index, _obedient(head, rows.take(index), part))
+            stats = stats.replaced(index, _constrained(head, rows.take(index), part))
     return stats.reshape(num, length)
 
 
@@ -82,10 +82,10 @@ def rows_of(canvases: Tensor, length: int) -> Tensor:
 
 
 def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
-    """[B, L] bool, where somebody reads what the head says; None where looking is not free.
+    """[B, L] bool, rows whose statistics are read; None on a device where asking would wait.
 
-    Which rows those are is data of the device. Only where it is the host's memory is it free to
-    look, so elsewhere all rows are computed.
+    Which rows these are is known on the device alone. A CPU can look; elsewhere all rows are
+    computed.
     """
     if pool.device.type != "cpu":
         return None
@@ -93,7 +93,7 @@ def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
 
 
 def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
-    """Run the head where somebody reads what it says; zeros elsewhere, or anything."""
+    """Run the head on the rows that are read; the others get zeros, or anything."""
     if read is None or read.all():
         return head(rows)
     index = read.flatten().nonzero()[:, 0]
@@ -109,7 +109,7 @@ def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[Constrained
         yield canvases.take(slice(first, first + at_once))
 
 
-def _obedient(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasStats:
+def _constrained(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasStats:
     """Statistics of the rows of K canvases given that their automaton accepts them."""
     automaton, num = canvases.automaton, len(canvases.places)
     own, classes = head.by_class(

@@ -113,7 +113,7 @@ def advance(
             batch,
             stats,
             decision,
-            rests=same.all(dim=1) & (pool.step[slots] > pool.first_step[slots]),
+            unchanged=same.all(dim=1) & (pool.step[slots] > pool.first_step[slots]),
             out_of_steps=pool.out_of_steps(slots),
         )
     if observe is not None:

@@ -197,7 +197,7 @@ def one_tile(
     """What is running, a buffer [rows, width + spare], and both forms on its last columns."""
     generator = torch.Generator().manual_seed(width)
     buffer = (torch.randn(rows, width + spare, generator=generator) * 4).to(dtype).to(device)
-    running = RunningStats.of_nothing(rows, torch.device(device))
+    running = RunningStats.initial(rows, torch.device(device))
     if known:  # some rows have had a better tile, some a worse one
         running.top = torch.linspace(-20, 20, rows, device=device)
         running.second = running.top - 1
@@ -355,7 +355,7 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(AssertionError, match="error -1"):
         absorb(running, buffer[:, :0])
     assert torch.equal(buffer, before)
-    empty = RunningStats.of_nothing(0, torch.device(library.device))
+    empty = RunningStats.initial(0, torch.device(library.device))
     nothing = buffer[:0, :TILE]
     none = {"temperature": nothing[:, 0], "uniforms": (nothing[:, 0], nothing[:, 1])}
     assert partial(absorb, **none)(empty, nothing)[1].shape == (0,)

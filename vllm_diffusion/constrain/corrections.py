@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.constrain.crossing import on_device, sent
+from vllm_diffusion.constrain.transfer import on_device, upload
 from vllm_diffusion.records import StopReason
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def look_ahead(
     rows = on_device([canvas * length + row for canvas, row in corrected.items()], device)
     again = ask(rows, masks)
     # Logits that are no numbers have no best token, and end no canvas: any legal one does.
-    legal = sent(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
+    legal = upload(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
     any_legal = on_device([int(mask.int().argmax()) for mask in masks], device)
     again = replace(again, argmax=torch.where(legal, again.argmax, any_legal))
     return denoising, stats.replaced(rows, again), corrected
@@ -92,7 +92,7 @@ def enforce(
     stats: CanvasStats,
     decision: Decision,
     *,
-    rests: Tensor,
+    unchanged: Tensor,
     out_of_steps: Tensor,
 ) -> Decision:
     """Hold the corrections of guarded canvases, and let nothing illegal settle or be committed.
@@ -102,13 +102,13 @@ def enforce(
         corrected: the rows that ``look_ahead`` has corrected.
         stats: of the step, corrections in.
         decision: of the rule.
-        rests: [B] bool, the argmax is that of the step before, corrections in.
+        unchanged: [B] bool, the argmax is that of the step before, corrections in.
         out_of_steps: [B] bool, canvases that must end.
     """
     held = torch.zeros_like(batch.valid)
     for canvas, row in corrected.items():
         held[canvas, row] = True
-    may_end = ~held.any(dim=1) | rests
+    may_end = ~held.any(dim=1) | unchanged
     finished = decision.finished & (may_end | out_of_steps)
     decision = replace(
         decision,
@@ -123,21 +123,21 @@ def enforce(
     tokens, count = commit.tokens.clone(), whole.clone()
     changed = False
     for canvas, guard in guards.items():
-        *said, asked, finishes = read[canvas]
+        *text, asked, finishes = read[canvas]
         if not finishes:
             continue
         guard.rewind()
         end = min(asked, corrected.get(canvas, asked) + 1)
-        legal = guard.walk(said[:end])
+        legal = guard.walk(text[:end])
         if not legal:
             # A bad word was taken out of the first row, and the grammar leaves nothing else there.
             best = int(guard.legal().int().argmax())
-            said[0] = tokens[canvas, 0] = best
+            text[0] = tokens[canvas, 0] = best
             legal = 1
             changed = True
         changed |= legal < asked
         count[canvas] = legal
-        guard.write(said[:legal])
+        guard.write(text[:legal])
     if changed:
         decision = replace(decision, commit=replace(commit, tokens=tokens, count=count))
     return decision

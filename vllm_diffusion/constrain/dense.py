@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_diffusion.constrain.pins import pin
-from vllm_diffusion.constrain.window import speakable
+from vllm_diffusion.constrain.window import feasible_forbidden
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class DenseRewrite:
 
     def __init__(self, rewrite: Rewrite, vocab: int) -> None:
         self._canvas, self._pinned = rewrite.canvas, rewrite.pinned
-        self._forbidden = None if rewrite.forbidden is None else speakable(rewrite, vocab)
+        self._forbidden = None if rewrite.forbidden is None else feasible_forbidden(rewrite, vocab)
         self._banned = self._bias = self._scale = self._offset = None
         if (ids := rewrite.allowed) is not None:
             everything = (ids < 0).all(dim=1, keepdim=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.constrain.crossing import sent
 from vllm_diffusion.constrain.rewrite import Rewrite
+from vllm_diffusion.constrain.transfer import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,4 +80,4 @@ def _padded(lists: Sequence[Tensor], device: torch.device) -> Tensor | None:
     if not any(len(each) for each in lists):
         return None
     padded = torch.nn.utils.rnn.pad_sequence([*lists], batch_first=True, padding_value=-1)
-    return sent(padded, device)
+    return upload(padded, device)

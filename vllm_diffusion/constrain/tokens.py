@@ -55,5 +55,5 @@ def forbid(logits: Tensor, ids: Tensor) -> Tensor:
     listed = ids >= 0
     penalty = torch.zeros_like(ids, dtype=logits.dtype).masked_fill(listed, -torch.inf)
     masked = logits.scatter_add(1, ids.clamp(min=0), penalty)
-    speechless = masked.amax(dim=1, keepdim=True) == -torch.inf
-    return torch.where(speechless, logits, masked)
+    nothing_left = masked.amax(dim=1, keepdim=True) == -torch.inf
+    return torch.where(nothing_left, logits, masked)

@@ -37,7 +37,7 @@ class TiledRewrite:
         self._rewrite = rewrite
         self._forbidden = self._allowed = self._bias = self._penalties = None
         if rewrite.forbidden is not None:
-            self._forbidden = _InTiles(speakable(rewrite, vocab), edges)
+            self._forbidden = _InTiles(feasible_forbidden(rewrite, vocab), edges)
         if rewrite.allowed is not None:
             self._allowed = _InTiles(rewrite.allowed, edges)
             self._lists_any = (rewrite.allowed >= 0).any(dim=1, keepdim=True)
@@ -124,19 +124,19 @@ class _InTiles:
         return place.clamp(max=self._ids.shape[1] - 1), inside
 
 
-def speakable(rewrite: Rewrite, vocab: int) -> Tensor:
+def feasible_forbidden(rewrite: Rewrite, vocab: int) -> Tensor:
     """``rewrite.forbidden`` without the rows that it would leave nothing to say, see ``forbid``."""
     assert rewrite.forbidden is not None
     forbidden = rewrite.forbidden.sort(dim=1).values
     new = torch.ones_like(forbidden, dtype=torch.bool)
     new[:, 1:] = forbidden[:, 1:] != forbidden[:, :-1]
-    speechless = (new & (forbidden >= 0)).sum(dim=1) >= vocab
+    nothing_left = (new & (forbidden >= 0)).sum(dim=1) >= vocab
     if rewrite.allowed is not None:
         allowed = rewrite.allowed[rewrite.canvas]
         place = torch.searchsorted(forbidden, allowed).clamp(max=forbidden.shape[1] - 1)
         kept = (allowed >= 0) & (forbidden.gather(1, place) != allowed)
-        speechless |= (allowed >= 0).any(dim=1) & ~kept.any(dim=1)
-    return rewrite.forbidden.masked_fill(speechless[:, None], -1)
+        nothing_left |= (allowed >= 0).any(dim=1) & ~kept.any(dim=1)
+    return rewrite.forbidden.masked_fill(nothing_left[:, None], -1)
 
 
 def rewrite_listed(logits: Tensor, rewrite: Rewrite, ids: Tensor) -> Tensor:

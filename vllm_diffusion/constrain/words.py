@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.constrain.crossing import sent
+from vllm_diffusion.constrain.transfer import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +106,7 @@ def word_table(
             last[canvas, index] = word[-1]
             if len(word) > 1:
                 rest[canvas, index, reach - len(word) + 1 :] = torch.tensor(word[:-1])
-    return sent(rest, device), sent(last, device)
+    return upload(rest, device), upload(last, device)
 
 
 def output_before(text: Tensor, length: Tensor, prompt_length: Tensor, reach: int) -> Tensor:

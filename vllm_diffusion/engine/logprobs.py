@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.records import TokenScores
 
 if TYPE_CHECKING:

@@ -28,15 +28,15 @@ class Head(Protocol):
     ) -> tuple[CanvasStats, ClassStats]:
         """What ``__call__`` gives, and the same distribution by class of tokens.
 
-        One pass over the vocabulary serves both, except for rows whose rewrite forbids ids. Of
-        these the statistics by class are those of another distribution, in which such an id costs
-        ``constrain.logits.LENIENCE`` nats; pins stay hard. A greedy canvas's sample in a class is
-        the best token of the class.
+        One pass over the vocabulary serves both, except for rows whose rewrite forbids ids. Their
+        statistics by class come from another distribution, in which a forbidden id costs
+        ``constrain.logits.LENIENCE`` nats instead; pins stay hard. Where a canvas is greedy, the
+        sample in a class is the best token of the class.
 
         Args:
             rows: as for ``__call__``.
-            class_of: [V] int32, in [0, num_classes); 0 for tokens that nobody asks about. Give the
-                same tensor, unchanged, in every step: what is prepared for it is kept with it.
+            class_of: [V] int32, in [0, num_classes); 0 for tokens that nobody asks about. Pass the
+                same tensor, unchanged, in every step: what is prepared for it is cached by it.
             num_classes: C, class 0 counted. [R, C] numbers exist, whatever the memory budget.
         """
         ...
@@ -63,14 +63,14 @@ class Head(Protocol):
         among: bool = False,
         raw_logits: bool = False,
     ) -> TokenScores:
-        """What softmax(softcap(hidden @ E^T)) says of chosen tokens: temperature 1, no rewrite.
+        """Scores of chosen tokens under softmax(softcap(hidden @ E^T)): temperature 1, no rewrite.
 
         Args:
             hidden: [R, H] model dtype.
             tokens: [R] int64, the chosen ones.
-            count: the most likely ids that come beside each, -1 for the whole vocabulary.
-            ids: these ids instead, the same for every row.
-            among: of the distribution over ``ids`` alone; a rank counts them alone.
+            count: how many of the most likely ids to score as well, -1 for the whole vocabulary.
+            ids: score these ids instead, the same for every row.
+            among: normalise over ``ids`` alone, and count only them in a rank.
             raw_logits: logits instead of log-probabilities.
         """
         ...

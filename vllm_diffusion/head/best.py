@@ -23,7 +23,7 @@ class Best:
         self._ids: Tensor | None = None
 
     @classmethod
-    def found(cls, values: Tensor, ids: Tensor) -> Best:
+    def of(cls, values: Tensor, ids: Tensor) -> Best:
         """Of this rank, [R, count] each, best first, found in another way."""
         best = cls(values.shape[1])
         best._values, best._ids = values, ids

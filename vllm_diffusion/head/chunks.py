@@ -27,7 +27,7 @@ from vllm_diffusion.head import sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.chunk_kernels import absorb_chunk, finish_row
 from vllm_diffusion.head.fp8_kernels import rescore_row, round_row
-from vllm_diffusion.head.soft import MOST, chosen, mean_of_best
+from vllm_diffusion.head.soft import MOST, mean_of_best, select
 from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats
 
@@ -92,7 +92,7 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
     count, ids = len(rows), min(width(vocabulary, len(rows), budget), len(vocabulary))
     rows = replace(rows, temperature=rows.temperature.contiguous())
     top_k = rows.soft_top_k if rows.self_conditioning else None
-    listed = None if top_k is None else _Listed.of_nothing(vocabulary, rows.hidden, ids)
+    listed = None if top_k is None else _Listed.empty(vocabulary, rows.hidden, ids)
     exact = rows.self_conditioning and (listed is None or not rows.all_near)
     sums = _Sums(
         values=rows.temperature.new_empty(5, count),
@@ -121,7 +121,7 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
         temperature=rows.temperature,
     )
     if stats.soft_embedding is not None:
-        near = chosen(top_k, stats.soft_embedding, near)
+        near = select(top_k, stats.soft_embedding, near)
     return replace(stats, soft_embedding=near)
 
 
@@ -138,7 +138,7 @@ class _Listed:
     tiles: int  # of a chunk
 
     @staticmethod
-    def of_nothing(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> _Listed:
+    def empty(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> _Listed:
         """Before the first chunk, of ``ids`` ids."""
         count, chunks = min(MOST + 1, _block(vocabulary)), -(-len(vocabulary) // ids)
         return _Listed(
@@ -155,7 +155,7 @@ class _Listed:
         tile = place // lanes
         at = tile // self.tiles * lanes + place % lanes
         lane = self.lanes.flatten(1).gather(1, at)
-        return Best.found(values, lane + (tile * sample.TILE + vocabulary.first))
+        return Best.of(values, lane + (tile * sample.TILE + vocabulary.first))
 
 
 def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slice], Tensor]:

@@ -43,7 +43,7 @@ class ClassPass:
         key = class_keys(rows.noise)
         self._key = key[0].contiguous(), key[1].contiguous()
         self._temperature = rows.temperature.contiguous()
-        self._running = RunningClasses.of_nothing(len(rows), classes, vocabulary)
+        self._running = RunningClasses.initial(len(rows), classes, vocabulary)
 
     def see(self, logits: Tensor, first: int, softcap: float | None) -> None:
         """Take in the logits [R, n] of the ids from ``first`` on, which stay as they are."""
@@ -143,7 +143,7 @@ def absorb(
     running.sample = torch.where(running.score > standing, leads, running.sample)
 
 
-def of_pins(tokens: Tensor, classes: TokenClasses) -> ClassStats:
+def pinned_class_stats(tokens: Tensor, classes: TokenClasses) -> ClassStats:
     """Of rows that have one id left, ``tokens`` [R] int64."""
     number = classes.of[tokens].long()[:, None]
     shape = len(tokens), classes.count

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.reading import tile_bytes
 from vllm_diffusion.head.reference import row_statistics
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _LIST_BYTES: Final = 128 * cut.LISTED
 
 
-def among(vocabulary: Vocabulary, rows: Rows, ids: Tensor, logits: Tensor) -> CanvasStats:
+def listed_statistics(
+    vocabulary: Vocabulary, rows: Rows, ids: Tensor, logits: Tensor
+) -> CanvasStats:
     """Of rows whose every id that is left is among ``ids`` [N] or [R, N], ascending."""
     stats = row_statistics(
         logits,
@@ -56,7 +58,7 @@ class CutRows:
     def statistics(self, rows: Rows) -> CanvasStats:
         """Rows that keep the ids above a limit."""
         if rows.hidden.device.type != "cpu":
-            return self._cut_at_once(rows)
+            return self._statistics_on_device(rows)
         wide, places, parts = [], [], []
         start = 0
         for part in rows.chunks(self._at_once(tile_bytes() + _LIST_BYTES)):
@@ -67,7 +69,7 @@ class CutRows:
             rest = (~found.complete).nonzero()[:, 0]
             if len(done):
                 places.append(index[done])
-                parts.append(self._survived(part.take(done), found, done))
+                parts.append(self._from_list(part.take(done), found, done))
             if len(rest):
                 wide.append((index[rest], found.values[rest, 0]))
         if wide:
@@ -78,7 +80,7 @@ class CutRows:
             )
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
 
-    def _cut_at_once(self, rows: Rows) -> CanvasStats:
+    def _statistics_on_device(self, rows: Rows) -> CanvasStats:
         """The same with one wait for the device, for all that must be known on the host."""
         assert rows.rewrite is not None
         asked = rows.rewrite.truncation
@@ -92,7 +94,7 @@ class CutRows:
         places, parts = [], []
         if len(done):
             places.append(done)
-            parts.append(self._survived(rows.take(done), found, done))
+            parts.append(self._from_list(rows.take(done), found, done))
         if len(rest):
             places.append(rest)
             borders = of_top_k, of_top_p
@@ -120,7 +122,7 @@ class CutRows:
         tiles = reading.tiles(self._vocabulary, rows.hidden, rows.rewrite)
         return cut.survivors(tiles, rows.temperature, asked, self._vocabulary)
 
-    def _survived(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
+    def _from_list(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
         """Rows whose every id that stays has been found."""
         assert rows.rewrite is not None
         values = found.values[index]
@@ -132,7 +134,7 @@ class CutRows:
         ids, order = found.ids[index, :most].sort(dim=1)
         logits = values.masked_fill(out, -torch.inf)[:, :most].gather(1, order)
         rest = replace(rows, rewrite=replace(rows.rewrite, truncation=None))
-        return among(self._vocabulary, rest, ids, logits)
+        return listed_statistics(self._vocabulary, rest, ids, logits)
 
     def _limits(self, rows: Rows, best: Tensor, borders: tuple[bool, bool] | None = None) -> Tensor:
         """[R] fp32 where rows are cut that keep more ids than are listed, see ``_above_limits``."""

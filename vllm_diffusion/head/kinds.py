@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ MASKED: Final = -5
 """Of statistics by class alone, which take all masks alike. From 0 on: the canvas of a list."""
 
 
-def places(kind_of: Tensor) -> list[tuple[int, Tensor]]:
+def groups(kind_of: Tensor) -> list[tuple[int, Tensor]]:
     """Every kind there is, and the rows [N] int64 that are of it; waits for the device once.
 
     Args:
@@ -46,10 +46,10 @@ def places(kind_of: Tensor) -> list[tuple[int, Tensor]]:
     return [(kind, on_device(some, kind_of.device)) for kind, some in sorted(rows.items())]
 
 
-def known(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
+def by_request(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
     """Every kind that a canvas is of by its request, and its rows; nobody waits.
 
-    Where ``of_rows`` looks at what rows hold, this takes what they may hold: a row that is not
+    Where ``by_row`` looks at what rows hold, this takes what they may hold: a row that is not
     forbidden what its canvas is elsewhere counts as rewritten. Pins are not looked at.
 
     Args:
@@ -66,7 +66,7 @@ def known(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
     return sorted(found.items())
 
 
-def of_rows(rewrite: Rewrite, vocab: int) -> Tensor:
+def by_row(rewrite: Rewrite, vocab: int) -> Tensor:
     """[R] int64 the kind of every row."""
     found = torch.where(_rewritten(rewrite), REWRITTEN, PLAIN)
     if rewrite.truncation is not None:
@@ -81,7 +81,7 @@ def of_rows(rewrite: Rewrite, vocab: int) -> Tensor:
     return found
 
 
-def of_classes(rewrite: Rewrite, vocab: int) -> Tensor:
+def by_row_for_classes(rewrite: Rewrite, vocab: int) -> Tensor:
     """[R] int64 the kind of every row where statistics by class are asked for."""
     changed, masked = _rewritten(rewrite), torch.zeros_like(rewrite.canvas, dtype=torch.bool)
     if rewrite.greedy is not None:

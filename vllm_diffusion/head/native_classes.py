@@ -141,7 +141,7 @@ def absorb(
 
     Args:
         first, softcap: as there.
-        running: as ``RunningClasses.of_nothing`` lays it out.
+        running: as ``RunningClasses.initial`` lays it out.
         logits: [R, n] fp32 or bf16, see ``native.fits``.
         temperature: [R] fp32, contiguous.
         key: two of [R] int64, contiguous.

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 TILE_COPIES: Final = 6
-"""fp32 tiles that a row needs at its highest: its logits, its weights and what is between them in
-the torch form; the others need fewer. Measured by tests/unit/head/test_memory.py."""
+"""fp32 tiles that a row needs at most: its logits, its weights and what is between them in the
+torch form; the other forms need fewer. Measured by tests/unit/head/test_memory.py."""
 
 
 def tile_bytes() -> int:
-    """What the tiles of a row take at their highest."""
+    """Bytes that the tiles of a row take at most."""
     return TILE_COPIES * 4 * sample.TILE
 
 
@@ -53,9 +53,9 @@ def tiles(
     cap: bool = True,
     ranked_by: TiledRewrite | DenseRewrite | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Number, first id and logits [R, n] of this rank's tiles, good until the next one.
+    """Number, first id and logits [R, n] of this rank's tiles, each valid until the next one.
 
-    Capped and rewritten, in fp32; or, not capped, just what the product gives.
+    Capped and rewritten, in fp32; or, not capped, as the product gives them.
 
     Args:
         vocabulary: of this rank.
@@ -86,7 +86,7 @@ def tiles(
 
 
 def _product(vocabulary: Vocabulary, hidden: Tensor) -> Callable[[slice], Tensor]:
-    """What gives the logits [R, n] of some of this rank's ids, good until the next ones."""
+    """Gives the logits [R, n] of some of this rank's ids, valid until it is called again."""
     if (copy := _copy(vocabulary, hidden)) is not None:
         return copy.product(hidden)
     width = min(sample.TILE, len(vocabulary))
@@ -101,7 +101,7 @@ def _product(vocabulary: Vocabulary, hidden: Tensor) -> Callable[[slice], Tensor
 
 
 def _copy(vocabulary: Vocabulary, hidden: Tensor) -> QuantisedOutput | None:
-    """What tiles are read from instead of the matrix: of a GPU's copy, ``chunks`` are alone."""
+    """The copy that tiles are read from, if any; on a GPU only ``chunks`` reads it."""
     return vocabulary.copy if hidden.device.type == "cpu" else None
 
 
@@ -149,7 +149,7 @@ def lenient_tiles(
 def read(
     vocabulary: Vocabulary,
     rows: Rows,
-    theirs: Iterator[tuple[int, int, Tensor]],
+    tiles_read: Iterator[tuple[int, int, Tensor]],
     by_class: ClassPass | None = None,
 ) -> tuple[CanvasStats, RunningStats]:
     """Statistics of the rows, and the sums they come from.
@@ -157,18 +157,18 @@ def read(
     Args:
         vocabulary: of this rank.
         rows: what is read.
-        theirs: number, first id and logits [R, n] of their tiles, used up; capped where the rows
-            are rewritten.
-        by_class: sees them too.
+        tiles_read: number, first id and logits [R, n] of their tiles, overwritten; capped where the
+            rows are rewritten.
+        by_class: sees them as well.
     """
     rewrite, temperature = rows.rewrite, rows.temperature
     softcap = vocabulary.softcap if rewrite is None else None
     gumbel, inside = tile_uniforms(rows.noise, -(-vocabulary.size // sample.TILE))
-    running = RunningStats.of_nothing(len(rows), temperature.device)
+    running = RunningStats.initial(len(rows), temperature.device)
     soft = None
     if rows.self_conditioning:
         soft = SoftEmbedding(vocabulary, rows.soft_top_k, running.top)
-    for number, first, logits in theirs:
+    for number, first, logits in tiles_read:
         if rewrite is not None:
             tile.without_infinities(logits)
         if soft is not None:
@@ -197,9 +197,9 @@ def read(
 
 
 def in_chunks(vocabulary: Vocabulary, rows: Rows) -> ModuleType | None:
-    """``chunks`` where it reads these rows, many tiles at a time; None where they go one by one.
+    """``chunks`` if these rows are read many tiles at a time; None if they are read one by one.
 
-    Rows without numbers go as on a GPU: benchmarks count what is launched.
+    Meta tensors are read as on a GPU: benchmarks count the launches.
     """
     if rows.rewrite is not None or not (rows.hidden.is_cuda or rows.hidden.is_meta):
         return None

@@ -60,7 +60,7 @@ class RunningClasses:
     sample: Tensor  # [R, C] int32, who leads the race; before one does, any of the class
 
     @staticmethod
-    def of_nothing(rows: int, classes: TokenClasses, vocabulary: Vocabulary) -> RunningClasses:
+    def initial(rows: int, classes: TokenClasses, vocabulary: Vocabulary) -> RunningClasses:
         """Before the first tile."""
         lowest = classes.lowest(vocabulary)
         # Side by side, as the C++ form reads them.

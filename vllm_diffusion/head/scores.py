@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.records import TokenScores
 

@@ -104,12 +104,12 @@ class SoftEmbedding:
                 temperature=temperature[near],
             )
             if isinstance(near, slice):
-                return chosen(self._top_k, soft, mean)
+                return select(self._top_k, soft, mean)
             every[near] = mean
         return every
 
 
-def chosen(top_k: Tensor, exact: Tensor, near: Tensor) -> Tensor:
+def select(top_k: Tensor, exact: Tensor, near: Tensor) -> Tensor:
     """[R, H]: what every row asks for, [R] int64, of what it would be either way."""
     count = top_k[:, None]
     return torch.where(count > 0, near, torch.where(count == 0, exact, 0.0))

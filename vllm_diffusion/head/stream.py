@@ -1,18 +1,18 @@
-"""The head that sees the vocabulary a tile at a time: no [R, vocab] tensor, the same results.
+"""The head that reads the vocabulary a tile at a time: no [R, vocab] tensor, the same results.
 
-    rows that are pinned             one id is left: nothing to compute
-    rows with a short list of ids    only those columns of the embedding
-    rows whose distribution is cut   the best ids of the row where they are all that is left of it,
-                                     else tiles without what is cut off, see ``cut``
-    rows of changed logits           tiles: product, softcap, rewrite, ``absorb``, product
+    pinned rows                      one id is left: nothing to compute
+    rows with a short list of ids    only these columns of the embedding
+    rows whose distribution is cut   the best ids of the row, if no others survive the cut;
+                                     else tiles without the ids that are cut off, see ``cut``
+    rows of rewritten logits         tiles: product, softcap, rewrite, ``absorb``, product
     all others                       tiles: product, ``absorb``, which caps, product
 
-Statistics by class come from the same tiles. Rows whose rewrite forbids ids have theirs from a
-distribution of its own, in which these only cost: their tiles are read once more.
+Statistics by class come from the same tiles. Rows whose rewrite forbids ids are read once more for
+them, from a distribution in which forbidden ids are only unlikely.
 
-How tiles are read: ``reading``. Which row is which: ``kinds``. That must be known on the host. On a
-GPU it follows from the requests, and only rows whose distribution is cut wait for the device, once;
-where an automaton or a parser constrains canvases of the step, others wait once for their kinds.
+How tiles are read: ``reading``. Which rows go which way: ``kinds``. The host must know that. On a
+GPU it follows from the requests, and only rows whose distribution is cut wait for the device, once.
+Where an automaton or a parser constrains canvases of the step, others wait once for their kinds.
 Under tensor parallelism every rank keeps its rows of the embedding and exchanges statistics, [R] or
 [R, C] each, and the [R, H] soft embedding.
 """
@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_diffusion.constrain.automaton.class_stats import ClassStats
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.constrain.window import rewrite_listed
 from vllm_diffusion.head import cut, kinds, reading
 from vllm_diffusion.head.best import Best
-from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, of_pins
-from vllm_diffusion.head.cut_rows import CutRows, among
+from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, pinned_class_stats
+from vllm_diffusion.head.cut_rows import CutRows, listed_statistics
 from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
 from vllm_diffusion.head.reference import kept_token
 from vllm_diffusion.head.running_classes import TokenClasses
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingHead:
-    """Same results as ``whole``, which only says what of its nature is [R, vocab]."""
+    """Same results as ``whole``, which answers only where the answer itself is [R, vocab]."""
 
     vocabulary: Vocabulary
     whole: ReferenceHead
     budget: int
-    """Bytes that the tiles of a step may take, beside what is O(R * H)."""
+    """Bytes that the tiles of a step may take, on top of what is O(R * H)."""
 
     def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
@@ -68,7 +68,7 @@ class StreamingHead:
         if rewrite.wishes is not None:
             return self._by_wishes(rows, rewrite.wishes)
         places, parts = [], []
-        for kind, index in kinds.places(kinds.of_rows(rewrite, self.vocabulary.size)):
+        for kind, index in kinds.groups(kinds.by_row(rewrite, self.vocabulary.size)):
             places.append(index)
             parts.append(self._of_kind(kind, rows.take(index)))
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
@@ -83,12 +83,12 @@ class StreamingHead:
         return ways.get(kind, partial(self._listed, kind, ids=ids))(rows)
 
     def _by_wishes(self, rows: Rows, wishes: Sequence[Wish]) -> CanvasStats:
-        """All rows of a step, on a device that is not asked which is which."""
+        """All rows of a step, on a device that the host does not ask for their kinds."""
         assert rows.rewrite is not None
-        # Which rows are pinned the device alone knows: they are read and put right behind it.
+        # Only the device knows which rows are pinned: they are read, and corrected afterwards.
         free = replace(rows, rewrite=replace(rows.rewrite, pinned=None))
         places, parts = [], []
-        for kind, some in kinds.known(wishes, len(rows)):
+        for kind, some in kinds.by_request(wishes, len(rows)):
             index = on_device(some, rows.hidden.device)
             part = free if len(some) == len(rows) else free.take(index)
             places.append(index)
@@ -107,7 +107,7 @@ class StreamingHead:
         classes = TokenClasses(of=class_of, count=num_classes)
         if rewrite is None or (rewrite.greedy is None and not rewrite.changes_logits()):
             return self._plain_by_class(rows, classes)
-        kind_of = kinds.of_classes(rewrite, self.vocabulary.size)
+        kind_of = kinds.by_row_for_classes(rewrite, self.vocabulary.size)
         ways = {
             kinds.PLAIN: self._plain_by_class,
             kinds.REWRITTEN: self._by_class,
@@ -115,7 +115,7 @@ class StreamingHead:
             kinds.PINNED: self._pinned_by_class,
         }
         places, stats, found = [], [], []
-        for kind, index in kinds.places(kind_of):
+        for kind, index in kinds.groups(kind_of):
             one, other = ways[kind](rows.take(index), classes)
             places.append(index)
             stats.append(one)
@@ -149,7 +149,7 @@ class StreamingHead:
         """See ``Head``."""
         if count < 0 and ids is None:  # The answer itself is [R, vocab].
             return self.whole.scores(hidden, tokens, count=count, raw_logits=raw_logits)
-        # Asked for once a canvas, and told to users: of the matrix itself.
+        # Asked for once a canvas, and shown to users: from the matrix itself.
         exact = replace(self.vocabulary, copy=None)
         at_once = self._at_once(tile_bytes())
         parts = [
@@ -169,10 +169,10 @@ class StreamingHead:
         ]
         return TokenScores.concatenate(parts)
 
-    # ---- rows of which little is left, or nothing is changed ----
+    # ---- rows that are not rewritten, or have few ids left ----
 
     def _plain(self, rows: Rows) -> CanvasStats:
-        """Rows whose logits are what they are."""
+        """Rows whose logits are not rewritten."""
         stats = self._streamed(replace(rows, rewrite=None))
         if rows.rewrite is None:
             return stats
@@ -197,7 +197,7 @@ class StreamingHead:
         )
 
     def _listed(self, canvas: int, rows: Rows, ids: Tensor | None) -> CanvasStats:
-        """Rows of one canvas that may say nothing but a few ids, sought where they are None."""
+        """Rows of one canvas with a short list of allowed ids; None: look them up."""
         assert rows.rewrite is not None
         assert rows.rewrite.allowed is not None
         if ids is None:
@@ -207,7 +207,9 @@ class StreamingHead:
         def chosen(part: Rows) -> CanvasStats:
             assert part.rewrite is not None
             logits = self.vocabulary.logits_of(part.hidden, ids)
-            return among(self.vocabulary, part, ids, rewrite_listed(logits, part.rewrite, ids))
+            return listed_statistics(
+                self.vocabulary, part, ids, rewrite_listed(logits, part.rewrite, ids)
+            )
 
         at_once = self._at_once(TILE_COPIES * 4 * 2 * len(ids))
         return CanvasStats.concatenate([chosen(part) for part in rows.chunks(at_once)])
@@ -219,10 +221,10 @@ class StreamingHead:
 
     def _pinned_by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
         stats = self._pinned(rows)
-        return stats, of_pins(stats.argmax, classes)
+        return stats, pinned_class_stats(stats.argmax, classes)
 
     def _by_class(self, rows: Rows, classes: TokenClasses) -> tuple[CanvasStats, ClassStats]:
-        """Rows that may say anything: one pass for both."""
+        """Rows without masks: one pass for both."""
         stats, found = [], []
         for part in rows.chunks(self._at_once(tile_bytes() + CLASS_BYTES * classes.count)):
             by_class = ClassPass(classes, self.vocabulary, part)
@@ -255,7 +257,7 @@ class StreamingHead:
         return CutRows(self.vocabulary, self.budget)
 
     def _at_once(self, bytes_a_row: int) -> int:
-        """Rows whose tiles fit the budget; a wider step reads the embedding more than once."""
+        """Rows whose tiles fit the budget; a step of more rows reads the embedding again."""
         return max(1, self.budget // bytes_a_row)
 
     def _streamed(self, rows: Rows) -> CanvasStats:

@@ -42,7 +42,7 @@ class RunningStats:
     sample: Tensor  # [R] int64, the draw inside that tile
 
     @staticmethod
-    def of_nothing(rows: int, device: torch.device) -> RunningStats:
+    def initial(rows: int, device: torch.device) -> RunningStats:
         """Before the first tile."""
 
         def numbers(value: float) -> Tensor:

@@ -83,7 +83,7 @@ def test_rows_that_are_cut_are_looked_at_once(seed: int, monkeypatch: pytest.Mon
     rewrite = Rewrite(canvas=case.rewrite.canvas, truncation=case.rewrite.truncation)
     rows = Rows(hidden=case.hidden, temperature=case.temperature, noise=case.noise, rewrite=rewrite)
     cuts = CutRows(case.vocabulary(), 1 << 28)
-    one, other = cuts._cut_at_once(rows), cuts.statistics(rows)
+    one, other = cuts._statistics_on_device(rows), cuts.statistics(rows)
     assert_same_tokens(one, other)
     torch.testing.assert_close(one.entropy, other.entropy)
     torch.testing.assert_close(one.soft_embedding, other.soft_embedding)

@@ -21,7 +21,7 @@ import torch
 
 from vllm_diffusion.constrain.automaton import native
 from vllm_diffusion.constrain.automaton.record import Posterior
-from vllm_diffusion.constrain.crossing import together
+from vllm_diffusion.constrain.transfer import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,10 +72,10 @@ def condition(
         return chain(edges=edges, **asked)
     # On a GPU the chain is tens of small launches a row: the host is done sooner, and waits for the
     # device once.
-    host = together(asked, torch.device("cpu"))
+    host = to_device(asked, torch.device("cpu"))
     posterior = native.condition(merged=edges.merged, **host)
     values = {each.name: getattr(posterior, each.name) for each in fields(Posterior)}
-    return Posterior(**together(values, log_mass.device))
+    return Posterior(**to_device(values, log_mass.device))
 
 
 def chain(

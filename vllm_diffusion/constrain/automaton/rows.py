@@ -42,7 +42,7 @@ def constrained(
     ended = posterior.ended.flatten()
     mass = classes.log_mass.exp()
     share = marginal + ended[:, None] * mass  # of every class but 0
-    argmax = _said(posterior.map_class, classes.best, stats.argmax)
+    argmax = _tokens_of(posterior.map_class, classes.best, stats.argmax)
     best, second = (
         share * (log_prob - classes.log_mass).exp().nan_to_num(0.0)
         for log_prob in (classes.best_log_prob, classes.second_log_prob)
@@ -59,14 +59,14 @@ def constrained(
     return replace(
         stats,
         argmax=argmax,
-        sample=_said(posterior.sample_class, classes.sample, stats.sample),
+        sample=_tokens_of(posterior.sample_class, classes.sample, stats.sample),
         entropy=torch.where(free, stats.entropy, _entropy(stats, classes, mass, share, ended)),
         top_prob=torch.where(free, stats.top_prob, top),
         margin=torch.where(free, stats.margin, top - torch.maximum(others, unread)),
     )
 
 
-def _said(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
+def _tokens_of(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
     """[R] the tokens [R, C] of the chosen classes, the row's own where none is."""
     index = chosen.reshape(-1, 1)
     return torch.where(index < 0, own[:, None], tokens.gather(1, index.clamp(min=0)))[:, 0]

@@ -17,7 +17,7 @@ import torch
 
 from vllm_diffusion.constrain.automaton.edges import Edges, next_state
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
-from vllm_diffusion.constrain.crossing import on_device
+from vllm_diffusion.constrain.transfer import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ from decimal import ROUND_CEILING, Decimal, localcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from vllm_diffusion.constrain.language.regular import Multiples, together
+from vllm_diffusion.constrain.language.regular import Multiples, intersect
 from vllm_diffusion.constrain.language.syntax import (
     EMPTY,
     NOTHING,
@@ -99,7 +99,7 @@ def number_of(
     digits = between(low, high, whole=True) if bounded else any_integer
     if numerator == 1:
         return digits, {}
-    rules = together([digits, Multiples(numerator)], prefix=prefix)
+    rules = intersect([digits, Multiples(numerator)], prefix=prefix)
     return Call(next(iter(rules))), rules
 
 

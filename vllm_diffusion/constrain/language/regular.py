@@ -48,7 +48,7 @@ class Machine(Protocol):
         """Whether the text may end."""
 
 
-def together(
+def intersect(
     wanted: Iterable[Node | Machine],
     unwanted: Iterable[Node] = (),
     *,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.constrain.language.formats import FORMATS, UNSUPPORTED
 from vllm_diffusion.constrain.language.regex import regex
-from vllm_diffusion.constrain.language.regular import together
+from vllm_diffusion.constrain.language.regular import intersect
 from vllm_diffusion.constrain.language.syntax import (
     Call,
     Choice,
@@ -54,7 +54,7 @@ def text_of(schema: Mapping[str, Any], prefix: str, layout: Layout) -> tuple[Nod
         unwanted.append(Choice(tuple(map(text, sorted(names)))))
     wanted += layout.wanted if wanted else layout.free
     try:
-        rules = together(
+        rules = intersect(
             wanted,
             [*unwanted, *layout.unwanted],
             least=least,

@@ -10,13 +10,13 @@ import pytest
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.json_text import INTEGER
 from vllm_diffusion.constrain.language.regex import regex
-from vllm_diffusion.constrain.language.regular import Multiples, together
+from vllm_diffusion.constrain.language.regular import Multiples, intersect
 from vllm_diffusion.constrain.language.syntax import Grammar
 from vllm_diffusion.errors import ConstraintError
 
 
 def automaton(wanted, unwanted=(), **counts):
-    rules = together(wanted, unwanted, prefix="x", **counts)
+    rules = intersect(wanted, unwanted, prefix="x", **counts)
     return Networks(Grammar(rules, next(iter(rules))), max_states=2000).automaton(0)
 
 

@@ -1,10 +1,10 @@
-"""What crosses between host and device in one copy is what it was."""
+"""Tensors arrive unchanged when several are copied at once."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_diffusion.constrain.crossing import on_device, packed, together, unpacked
+from vllm_diffusion.constrain.transfer import on_device, packed, to_device, unpacked
 
 CPU = torch.device("cpu")
 
@@ -29,5 +29,5 @@ def test_tensors_of_any_kind_come_back_from_one_row_of_bytes() -> None:
 
 def test_nothing_is_copied_where_all_is_there() -> None:
     values = on_device([1, 2], CPU)
-    assert together({"values": values}, CPU)["values"] is values
+    assert to_device({"values": values}, CPU)["values"] is values
     assert on_device([0.5], CPU, torch.float32).dtype == torch.float32
