@@ -363,30 +363,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
-def test_stand_in_writes_what_the_kernel_writes(results, scenario, seed):
-    expected, found = (results[kind][scenario, seed] for kind in ("triton", "stand-ins"))
-    assert len(expected) == len(found) > 0
-    pairs = list(zip(expected, found, strict=True))
-    if scenario == "logprobs":
-        pairs = [pair for i, pair in enumerate(pairs) if i % 4 < 2]  # ids and ranks
-    for i, (kernel, ours) in enumerate(pairs):
-        assert kernel.dtype == ours.dtype
-        assert torch.equal(kernel, ours), f"tensor {i}: {kernel} became {ours}"
+def test_stand_in_writes_what_the_kernel_writes(results, scenario, subtests):
+    for seed in SEEDS:
+        with subtests.test(seed=seed):
+            expected, found = (results[kind][scenario, seed] for kind in ("triton", "stand-ins"))
+            assert len(expected) == len(found) > 0
+            pairs = list(zip(expected, found, strict=True))
+            if scenario == "logprobs":
+                pairs = [pair for i, pair in enumerate(pairs) if i % 4 < 2]  # ids and ranks
+            for i, (kernel, ours) in enumerate(pairs):
+                assert kernel.dtype == ours.dtype
+                assert torch.equal(kernel, ours), f"tensor {i}: {kernel} became {ours}"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_log_probabilities_are_as_exact_as_the_kernels(results, seed):
-    kernels, ours = (results[kind]["logprobs", seed] for kind in ("triton", "stand-ins"))
-    for i in range(2, len(ours), 4):
-        finite = ours[i].isfinite()
-        assert torch.equal(finite, kernels[i].isfinite())
-        truth = ours[i + 1]
-        error = (ours[i] - truth).abs()[finite].max()
-        kernel_error = (kernels[i] - truth).abs()[finite].max()
-        ulp = torch.finfo(torch.float32).eps * truth[finite].abs().max()
-        assert error <= kernel_error + 2 * ulp
+def test_log_probabilities_are_as_exact_as_the_kernels(results, subtests):
+    for seed in SEEDS:
+        with subtests.test(seed=seed):
+            kernels, ours = (results[kind]["logprobs", seed] for kind in ("triton", "stand-ins"))
+            for i in range(2, len(ours), 4):
+                finite = ours[i].isfinite()
+                assert torch.equal(finite, kernels[i].isfinite())
+                truth = ours[i + 1]
+                error = (ours[i] - truth).abs()[finite].max()
+                kernel_error = (kernels[i] - truth).abs()[finite].max()
+                ulp = torch.finfo(torch.float32).eps * truth[finite].abs().max()
+                assert error <= kernel_error + 2 * ulp
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import textwrap
 from typing import Any
 
 import pytest
+from helpers.cases import for_each
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 pytestmark = pytest.mark.vllm
@@ -254,7 +255,7 @@ def test_a_function_we_call_takes_what_we_pass(function: str) -> None:
     assert CALLS[function] - set(parameters(pkgutil.resolve_name(function))) == set()
 
 
-@pytest.mark.parametrize("record", FIELDS)
+@for_each(record=FIELDS)
 def test_a_record_has_the_fields_we_use(record: str) -> None:
     fields = {field.name for field in dataclasses.fields(resolve_obj_by_qualname(record))}
     assert FIELDS[record] - fields == set()

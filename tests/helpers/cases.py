@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-def each(**cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def for_each(**cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test for every combination of cases; one that fails is named and stops no other.
 
     For cases that differ by a seed, a size or a row of a table alone; ``parametrize`` is for those

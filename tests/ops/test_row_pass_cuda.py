@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.heads import Case, assert_no_worse, assert_same_shape, assert_same_tokens, make_case
 
 from vllm_diffusion.head import cuda, kinds, native, tile
@@ -131,15 +132,14 @@ def check(case: Case, truth: object = None) -> None:
     assert_no_worse(ours, plain, truth)
 
 
-@pytest.mark.parametrize("softcap", [30.0, 2.0, None])
-@pytest.mark.parametrize("vocab", [1, 63, 700, 2 * TILE + 17])
+@for_each(vocab=[1, 63, 700, 2 * TILE + 17], softcap=[30.0, 2.0, None])
 @pytest.mark.usefixtures("streams")
 def test_it_is_the_definition(vocab: int, softcap: float | None) -> None:
     case = make_case(1, vocab=vocab, hidden=16, softcap=softcap)
     check(replace(case, hidden=case.hidden * min(1.0, (softcap or 30.0) / 30.0)))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 @pytest.mark.usefixtures("streams")
 def test_masked_logits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "LISTED_AT_MOST", 0)
@@ -148,15 +148,14 @@ def test_masked_logits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(replace(case, rewrite=replace(case.rewrite, truncation=None, pinned=None)))
 
 
-@pytest.mark.parametrize("temperature", [4e-3, 0.4, 1e3])
+@for_each(temperature=[4e-3, 0.4, 1e3])
 @pytest.mark.usefixtures("streams")
 def test_any_temperature_is_safe(temperature: float) -> None:
     case = make_case(3)
     check(replace(case, temperature=torch.full_like(case.temperature, temperature)))
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@for_each(dtype=LOW_PRECISION, seed=[2, 3])
 @pytest.mark.usefixtures("streams")
 def test_logits_and_weights_of_low_precision(dtype: torch.dtype, seed: int) -> None:
     case = make_case(seed, vocab=TILE + 77, dtype=dtype)
@@ -171,7 +170,7 @@ def test_logits_and_weights_of_low_precision(dtype: torch.dtype, seed: int) -> N
     check(case, truth)
 
 
-@pytest.mark.parametrize("softcap", [30.0, None])
+@for_each(softcap=[30.0, None])
 @pytest.mark.usefixtures("streams")
 def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
     case = make_case(0, vocab=100, softcap=softcap)
@@ -228,9 +227,9 @@ def assert_same_statistics(ours: RunningStats, theirs: RunningStats) -> None:
         torch.testing.assert_close(value, right, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize("spare", [0, 1, 8])
-@pytest.mark.parametrize("width", [1, 7, 256, 2049, TILE - 1, TILE])
+@for_each(
+    width=[1, 7, 256, 2049, TILE - 1, TILE], spare=[0, 1, 8], dtype=[torch.float32, *LOW_PRECISION]
+)
 def test_a_tile_of_any_width_at_any_place(
     library: Library,
     install: Callable[[Library], None],
@@ -250,8 +249,7 @@ def test_a_tile_of_any_width_at_any_place(
     assert torch.equal(buffer[:, :spare], before[:, :spare]), "columns beside the tile changed"
 
 
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("width", [40, TILE])
+@for_each(width=[40, TILE], known=[False, True])
 def test_tiles_that_may_say_nothing_or_one_id(
     library: Library, install: Callable[[Library], None], width: int, known: bool
 ) -> None:
@@ -270,7 +268,7 @@ def test_tiles_that_may_say_nothing_or_one_id(
         assert (running.sample - 40960).tolist()[3:] == [30, 0, width - 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@for_each(dtype=[torch.float32, *LOW_PRECISION])
 def test_of_equal_logits_the_first(
     library: Library, install: Callable[[Library], None], dtype: torch.dtype
 ) -> None:
@@ -292,7 +290,7 @@ def test_of_equal_logits_the_first(
     assert (running.second == 29.0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@for_each(dtype=[torch.float32, torch.bfloat16])
 def test_an_id_is_drawn_for_its_share_of_the_uniform_numbers(
     library: Library, install: Callable[[Library], None], dtype: torch.dtype
 ) -> None:
@@ -309,7 +307,7 @@ def test_an_id_is_drawn_for_its_share_of_the_uniform_numbers(
     assert (running.sample - 40960).tolist() == [place for place in ids for _ in range(4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@for_each(dtype=[torch.float32, torch.bfloat16])
 def test_an_id_without_weight_is_never_drawn(
     library: Library, install: Callable[[Library], None], dtype: torch.dtype
 ) -> None:

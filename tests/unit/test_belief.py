@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.chains import FAR, enumerate_canvas, random_automaton, random_canvas, read
 from helpers.table_model import CONSTANTS, LENGTH, VOCAB, Engine, TableModel
 
@@ -39,7 +40,7 @@ def possible(seed: int) -> bool:
     return enumerate_canvas(automaton, random_canvas(seed, automaton, 4, spread=1.5)).z > 0
 
 
-@pytest.mark.parametrize("seed", list(islice(filter(possible, count()), 10)))
+@for_each(seed=list(islice(filter(possible, count()), 10)))
 def test_statistics_of_a_constrained_canvas_are_those_of_its_marginals(seed: int) -> None:
     automaton = random_automaton(seed)
     length = 4
@@ -84,7 +85,7 @@ def automata() -> list[TokenAutomaton]:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("width", [1, 5, LENGTH])
+@for_each(width=[1, 5, LENGTH])
 def test_what_canvases_commit_is_accepted_and_complete(width: int, *, fused: bool) -> None:
     budget = 2 * width + 6
     engine = Engine(TableModel(sharpness=0.5))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cases import for_each
 from torch import Tensor
 
 from vllm_diffusion.canvas import CanvasPool
@@ -295,7 +296,7 @@ def test_denoising_finishing_and_committing_slots_share_a_batch() -> None:
             assert all(torch.equal(alone[name], mixed[name]) for name in STATE)
 
 
-@pytest.mark.parametrize("width", [1, 3, LENGTH - 1])
+@for_each(width=[1, 3, LENGTH - 1])
 def test_a_narrow_commit_emits_its_width_and_goes_on_behind_it(width: int) -> None:
     pool = begun_pool(0)
     batch = make_batch([0], [0], [width])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.config import (
     describe,
@@ -152,7 +153,7 @@ def test_a_constant_of_wrong_type_or_range_is_named_with_its_value(
     assert problem in message_of(changed(**{constant: value}))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@for_each(value=[float("nan"), float("inf")])
 @pytest.mark.parametrize("constant", ["t_min", "t_max", "confidence_threshold"])
 def test_a_constant_that_is_no_finite_number_is_refused(constant: str, value: float):
     assert f"{constant} must be" in message_of(changed(**{constant: value}))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.denoise.constants import MAX_STEPS, EntropyBoundConstants, ServedRules
@@ -163,7 +164,7 @@ def test_one_message_names_every_problem_and_the_way_out():
     assert f"accepted: {OPTIONS}" in message
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 8.0, "8", True, None, [8], {"steps": 8}])
+@for_each(value=[0, -1, 1.5, 8.0, "8", True, None, [8], {"steps": 8}])
 @pytest.mark.parametrize("option", ["diffusion_max_steps", "diffusion_canvas_length"])
 def test_only_positive_integers_are_counts(option: str, value: object):
     message = message_of(Sampling(extra_args={option: value}))
@@ -176,7 +177,7 @@ def test_a_canvas_as_wide_as_the_served_one_passes_and_one_wider_does_not():
     assert "served canvas of 31, got 32" in message_of(wide, canvas_length=31)
 
 
-@pytest.mark.parametrize("value", [MAX_STEPS + 1, 2**63, 2**64 - 1])
+@for_each(value=[MAX_STEPS + 1, 2**63, 2**64 - 1])
 def test_steps_without_bound_are_refused(value: int):
     # 2**63 fits vLLM's message and no tensor: it would end the engine.
     message = message_of(Sampling(extra_args={"diffusion_max_steps": value}))
@@ -211,7 +212,7 @@ def test_the_worker_reads_admitted_options_and_never_raises():
     assert admitted_params(None) == admitted_params({}) == DiffusionParams()
 
 
-@pytest.mark.parametrize("value", [-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]])
+@for_each(value=[-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]])
 @pytest.mark.parametrize(
     "option",
     [
@@ -227,7 +228,7 @@ def test_only_finite_numbers_are_thresholds(option: str, value: object):
     assert f"{option} must be a finite number" in message_of(Sampling(extra_args={option: value}))
 
 
-@pytest.mark.parametrize("value", [1e7, 10**30, 10**400, 3.5e38, float("inf")])
+@for_each(value=[1e7, 10**30, 10**400, 3.5e38, float("inf")])
 def test_numbers_that_fp32_cannot_hold_are_no_thresholds(value: float):
     # They would end the engine: a tensor cannot be filled with them.
     message = message_of(Sampling(extra_args={"diffusion_entropy_bound": value}))
@@ -235,7 +236,7 @@ def test_numbers_that_fp32_cannot_hold_are_no_thresholds(value: float):
     parse_params(Sampling(extra_args={"diffusion_entropy_bound": 1e6}))
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-300, 9e-7])
+@for_each(value=[0.0, 1e-300, 9e-7])
 def test_nothing_is_divided_by_next_to_nothing(value: float):
     # What fp32 makes of the quotients is no number, and from a canvas it would get into the cache.
     message = message_of(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.table_model import CONSTANTS, LENGTH, SLOTS, Engine, TableModel, Trace, published
 
 from vllm_diffusion.denoise.accept import DRIFT
@@ -26,7 +27,7 @@ def assert_same_canvas(ours: Trace, emission: Emission, theirs: Trace, width: in
     assert emission.steps[0] == theirs.steps
 
 
-@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+@for_each(stability=[0, 1, 2, 3])
 @pytest.mark.parametrize(("sharpness", "seeds"), [(0.0, 1), (1.0, 4), (3.0, 4)])
 def test_three_canvases_equal_the_published_loop(
     stability: int, sharpness: float, seeds: int
@@ -48,7 +49,7 @@ def test_three_canvases_equal_the_published_loop(
         assert len(lengths) > 1, "every canvas stopped at the same step: the stop was not tested"
 
 
-@pytest.mark.parametrize("stability", [0, 1, 3])
+@for_each(stability=[0, 1, 3])
 def test_an_engine_that_remembers_more_steps_than_a_rule_reads_follows_it(stability: int) -> None:
     rule = replace(CONSTANTS, stability_threshold=stability)
     lengths = set()
@@ -63,7 +64,7 @@ def test_an_engine_that_remembers_more_steps_than_a_rule_reads_follows_it(stabil
     assert min(lengths) < rule.max_steps, "every canvas ran out of steps: the stop was not tested"
 
 
-@pytest.mark.parametrize("bound", [1e-4, 0.5, 20.0])
+@for_each(bound=[1e-4, 0.5, 20.0])
 def test_other_entropy_bounds_equal_the_published_loop(bound: float) -> None:
     rule = replace(CONSTANTS, entropy_bound=bound)
     for seed in range(5):
@@ -89,7 +90,7 @@ def test_a_canvas_that_is_sure_at_once_ends_on_the_published_trajectory(doubt: f
     assert saved > 0, "no canvas was sure at once"
 
 
-@pytest.mark.parametrize("hold", [0.5, 0.9])
+@for_each(hold=[0.5, 0.9])
 def test_what_held_is_the_next_input_beside_what_the_bound_accepts(hold: float) -> None:
     added = 0
     rule = replace(CONSTANTS, entropy_bound=0.0)
@@ -128,7 +129,7 @@ def test_a_new_canvas_remembers_no_belief_of_the_last_one() -> None:
     assert second == alone
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, LENGTH - 1])
+@for_each(width=[1, 2, 7, LENGTH - 1])
 def test_a_narrow_canvas_equals_the_published_loop_at_that_length(width: int) -> None:
     for seed in range(5):
         model = TableModel(seed=seed, sharpness=0.8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.grammars import (
     ARITHMETIC,
     BRACKETS,
@@ -88,7 +89,7 @@ def run(
 # ---- what is written ----
 
 
-@pytest.mark.parametrize("max_steps", [1, 3])
+@for_each(max_steps=[1, 3])
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=NAMES)
 def test_random_logits_write_valid_text(grammar: tuple[str, str], max_steps: int) -> None:
     # Towards the end of a text, or it would seldom come to one.
@@ -237,7 +238,7 @@ def everything() -> GrammarCompiler:
     )
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.7, 3.0])
+@for_each(sharpness=[0.0, 0.7, 3.0])
 def test_a_canvas_that_is_legal_is_not_touched(sharpness: float) -> None:
     compiler = everything()
     grammar = compiler.compile("regex", "[ -~]*")

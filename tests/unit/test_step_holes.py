@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
+from helpers.cases import for_each
 from helpers.table_model import LENGTH, Engine, TableModel
 
 from vllm_diffusion.constrain.constraints import Constraints, Holes
@@ -46,7 +46,7 @@ def test_a_template_keeps_its_text_and_loses_its_slack() -> None:
     assert max(lengths) <= len(template) + 1
 
 
-@pytest.mark.parametrize("steps", [1, 12])
+@for_each(steps=[1, 12])
 def test_no_bad_word_closes_over_dropped_slack(steps: int) -> None:
     template = [20, -1, -1, -1, -1, -1, 21]
     word = (5, 6)

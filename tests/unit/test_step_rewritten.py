@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.table_model import (
     CONSTANTS,
     LENGTH,
@@ -37,7 +38,7 @@ def pairs(tokens: list[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(tokens))
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.7])
+@for_each(sharpness=[0.0, 0.7])
 def test_no_bad_word_is_committed(sharpness: float) -> None:
     for seed in range(6):
         plain = committed(NOTHING, seed, sharpness=sharpness)

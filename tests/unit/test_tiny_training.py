@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import build_model
 from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import PAD, TURN_END, token_id
@@ -68,7 +69,7 @@ def views(rows):
                     yield row, rows.tokens[row][before], rows.tokens[row][mask], mask
 
 
-@pytest.mark.parametrize("seed", [5, 7])
+@for_each(seed=[5, 7])
 def test_the_packed_pass_gives_the_logits_of_transformers(trainer, tokenizer, model, seed):
     rows = batch(trainer, tokenizer, seed, rows=4)
     forward = trainer.PackedPass(copy.deepcopy(model))

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.logits import rewrite_logits, truncate_logits
 from vllm_diffusion.constrain.rewrite import Penalties, Rewrite, Truncation
@@ -140,7 +141,7 @@ def test_a_canvas_that_asks_for_nothing_keeps_every_bit_beside_others() -> None:
         assert torch.equal(getattr(mixed, field.name)[:6], getattr(alone, field.name)[:6])
 
 
-@pytest.mark.parametrize("max_rows", [1, 4, 7])
+@for_each(max_rows=[1, 4, 7])
 def test_chunks_equal_the_whole(max_rows: int) -> None:
     rows = rows_of(random_rows(3), 0.7, full_rewrite())
     whole, parts = make_head()(rows), make_head(max_rows)(rows)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from vllm_diffusion.constrain.penalties import penalise, text_penalties
@@ -34,7 +35,7 @@ def costs(
     )
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each(seed=range(5))
 def test_frequency_and_presence_count_the_output_alone(seed: int) -> None:
     text, length, prompt = random_text(seed), [20, 11, 1], [6, 11, 1]
     frequency, presence = [0.5, 1.0, 2.0], [0.25, -1.0, 0.5]
@@ -48,7 +49,7 @@ def test_frequency_and_presence_count_the_output_alone(seed: int) -> None:
             assert float(result[row, token]) == pytest.approx(float(logits[row, token]) - taken)
 
 
-@pytest.mark.parametrize("penalty", [1.3, 0.7])
+@for_each(penalty=[1.3, 0.7])
 def test_repetition_counts_prompt_and_output_as_transformers_does(penalty: float) -> None:
     text, length = random_text(7), [20, 9, 1]
     cost = costs(text, length, [4, 9, 1], repetition=[penalty] * 3)

@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.cases import for_each
 from helpers.grammars import END, JSON, OTHER_END, SILENT, VOCABULARY, compiled, compiler
 
 from vllm_diffusion.constrain.automaton.thinking import Thinking
@@ -80,7 +81,7 @@ def test_what_is_not_legal_cannot_be_written() -> None:
         guard_of().write([BEGIN, END])
 
 
-@pytest.mark.parametrize("most", [0, 2, 3, 9])
+@for_each(most=[0, 2, 3, 9])
 def test_it_takes_no_more_than_it_may(most: int) -> None:
     thought = Thought(THINKING, end_tokens=[END], most=most)
     count = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TopKLogitsWarper,
@@ -33,7 +34,7 @@ def random_logits(seed: int = 0) -> torch.Tensor:
 FIRST = torch.zeros(ROWS, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 7, VOCAB - 1, VOCAB])
+@for_each(top_k=[1, 2, 7, VOCAB - 1, VOCAB])
 def test_top_k(top_k: int) -> None:
     logits = random_logits()
     assert torch.equal(
@@ -41,7 +42,7 @@ def test_top_k(top_k: int) -> None:
     )
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@for_each(top_p=[1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p(top_p: float) -> None:
     logits = random_logits(1)
     assert torch.equal(
@@ -49,7 +50,7 @@ def test_top_p(top_p: float) -> None:
     )
 
 
-@pytest.mark.parametrize("min_p", [1e-4, 0.05, 0.5, 1.0])
+@for_each(min_p=[1e-4, 0.05, 0.5, 1.0])
 def test_min_p(min_p: float) -> None:
     logits = random_logits(2)
     assert torch.equal(
@@ -116,7 +117,7 @@ def test_the_best_id_always_stays(truncation: Truncation) -> None:
     assert result.isfinite().sum(1).tolist() == [1] * ROWS
 
 
-@pytest.mark.parametrize("rows", [1, 3, ROWS])
+@for_each(rows=[1, 3, ROWS])
 def test_rows_sorted_a_few_at_a_time_are_cut_alike(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

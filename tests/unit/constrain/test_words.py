@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
-from helpers.cases import each
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.rewrite import BadWords
 from vllm_diffusion.constrain.words import (
@@ -50,7 +50,7 @@ def ending(word: list[int], output: list[int], at: int) -> bool:
     return at + 1 >= len(word) and output[at + 1 - len(word) : at + 1] == word
 
 
-@each(seed=range(40))
+@for_each(seed=range(40))
 def test_words_are_found_where_a_search_by_hand_finds_them(seed: int) -> None:
     words, texts, prompts, canvases = random_case(seed)
     found = word_ends(stacked(words, texts, prompts), torch.tensor(canvases))
@@ -62,7 +62,7 @@ def test_words_are_found_where_a_search_by_hand_finds_them(seed: int) -> None:
             assert bool(found[row, at]) == expected
 
 
-@each(seed=range(40))
+@for_each(seed=range(40))
 def test_forbidden_are_the_last_tokens_of_words_whose_rest_stands_there(seed: int) -> None:
     words, texts, prompts, canvases = random_case(seed)
     forbidden = forbidden_ids(stacked(words, texts, prompts), torch.tensor(canvases))
@@ -89,7 +89,7 @@ def test_the_prompt_begins_no_word() -> None:
     assert not bool(word_ends(words, torch.tensor([[2, 2]])).any())
 
 
-@each(seed=range(40))
+@for_each(seed=range(40))
 def test_a_repaired_canvas_holds_no_word(seed: int) -> None:
     words, texts, prompts, canvases = random_case(seed)
     batch, tokens = stacked(words, texts, prompts), torch.tensor(canvases)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from helpers.cases import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,7 +42,7 @@ def sharpened_logits(batch: int, seed: int) -> Tensor:
     return torch.randn(batch, LENGTH, VOCAB, generator=generator) * scale[:, None]
 
 
-@pytest.mark.parametrize("bound", [1e-6, 0.01, 0.1, 1.0, 5.0, 1e3])
+@for_each(bound=[1e-6, 0.01, 0.1, 1.0, 5.0, 1e3])
 def test_equals_the_published_sampler(bound: float) -> None:
     logits = sharpened_logits(64, seed=1)
     assert torch.equal(
@@ -55,7 +55,7 @@ def tied_logits() -> Tensor:
     return sharpened_logits(32, seed=2)[:, :4][:, torch.arange(LENGTH) % 4]
 
 
-@pytest.mark.parametrize("bound", [0.1, 2.0, 9.0])
+@for_each(bound=[0.1, 2.0, 9.0])
 def test_equals_the_published_sampler_up_to_the_choice_among_ties(bound: float) -> None:
     # The published sort is not stable, so which of equal entropies it takes depends on the machine;
     # how many, and of what entropy, does not.
@@ -117,8 +117,7 @@ def test_each_canvas_has_its_own_bound() -> None:
     assert int(together[0].sum()) < int(together[1].sum()) < LENGTH
 
 
-@pytest.mark.parametrize("width", [1, 2, 13, LENGTH - 1])
-@pytest.mark.parametrize("rest", [0.0, 7.0, float("inf"), float("nan")])
+@for_each(width=[1, 2, 13, LENGTH - 1], rest=[0.0, 7.0, float("inf"), float("nan")])
 def test_padding_neither_accepts_nor_spends(width: int, rest: float) -> None:
     entropy = Categorical(logits=sharpened_logits(16, seed=4)).entropy()
     padded = entropy.clone()
@@ -184,7 +183,7 @@ def test_a_lower_threshold_holds_a_superset(
     assert all(more or not less for more, less in zip(many, few, strict=True))
 
 
-@pytest.mark.parametrize("rest", [1.0, float("nan")])
+@for_each(rest=[1.0, float("nan")])
 def test_rows_beyond_the_canvas_are_not_held(rest: float) -> None:
     assert hold([1.0, rest], [1.0, rest], 0.9, width=1) == [True, False]
 

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.frequencies import assert_frequencies
 from torch import Tensor
 
@@ -106,8 +107,7 @@ def test_tiles_given_as_numbers_and_as_a_tensor_agree() -> None:
         assert [int(w) for w in one] == [int(w[tile]) for w in many]
 
 
-@pytest.mark.parametrize("coordinate", ["position", "step", "seed"])
-@pytest.mark.parametrize("vocab_size", [2, 37, 512])
+@for_each(coordinate=["position", "step", "seed"], vocab_size=[2, 37, 512])
 def test_tokens_are_uniform_along_every_coordinate(coordinate: str, vocab_size: int) -> None:
     count = 40_000
     line, zero = torch.arange(count), torch.zeros(count, dtype=torch.int64)
@@ -137,7 +137,7 @@ def test_uniform_is_uniform() -> None:
     assert_frequencies((uniform(word) * 64).long(), torch.ones(64))
 
 
-@pytest.mark.parametrize("word", [0, 1, 255, 256, 1 << 31, ONES - 256, ONES - 255, ONES])
+@for_each(word=[0, 1, 255, 256, 1 << 31, ONES - 256, ONES - 255, ONES])
 def test_uniform_is_inside_the_open_interval(word: int) -> None:
     # 0 or 1 would make a Gumbel infinite: an infinite one beside a tile of no mass is NaN.
     value = uniform(torch.tensor(word))
@@ -162,7 +162,7 @@ def test_a_client_seed_is_the_key_and_a_missing_one_comes_from_the_request_id() 
     assert request_seed(None, "request-1") == 7239539881221587450
 
 
-@pytest.mark.parametrize("seed", [0, 1, 0xDEADBEEF, 1 << 32, (1 << 64) - 1])
+@for_each(seed=[0, 1, 0xDEADBEEF, 1 << 32, (1 << 64) - 1])
 def test_split_seed_keeps_all_64_bits(seed: int) -> None:
     low, high = split_seed(seed)
     assert 0 <= low < 1 << 32

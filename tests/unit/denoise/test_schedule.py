@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     LinearTemperatureScheduleLogitsProcessor,
 )
@@ -16,7 +17,7 @@ RANGES = [(0.4, 0.8), (0.3, 0.7), (0.1, 1.0), (0.0, 1.3), (0.35, 0.8), (0.123456
 
 
 @pytest.mark.parametrize(("t_min", "t_max"), RANGES)
-@pytest.mark.parametrize("max_steps", [1, 2, 7, 8, 48, 50])
+@for_each(max_steps=[1, 2, 7, 8, 48, 50])
 def test_equals_the_published_processor_bit_for_bit(
     t_min: float, t_max: float, max_steps: int
 ) -> None:

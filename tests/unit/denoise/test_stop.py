@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,7 +51,7 @@ def run_ours(
     return outcome
 
 
-@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+@for_each(stability=[0, 1, 2, 3])
 def test_equals_the_published_criteria_at_every_step(stability: int) -> None:
     seen = set()
     for seed in range(40):
@@ -62,7 +63,7 @@ def test_equals_the_published_criteria_at_every_step(stability: int) -> None:
     assert seen == {True, False}, "the sequences exercised only one outcome"
 
 
-@pytest.mark.parametrize("stability", [1, 2, 3])
+@for_each(stability=[1, 2, 3])
 def test_needs_that_many_unchanged_steps(stability: int) -> None:
     still = [torch.eye(VOCAB)[:LENGTH][None] * 100.0] * 6
     assert run_ours(still, stability) == [step >= stability for step in range(6)]
@@ -95,8 +96,7 @@ def test_the_threshold_is_strict_and_per_canvas() -> None:
     assert verdict.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("width", [1, 5, LENGTH - 1])
-@pytest.mark.parametrize("rest", [0.0, 1e3, float("nan")])
+@for_each(width=[1, 5, LENGTH - 1], rest=[0.0, 1e3, float("nan")])
 def test_padding_has_no_say(width: int, rest: float) -> None:
     # Padding rows carry whatever the forward left there: other ids every step, any entropy.
     valid = (torch.arange(LENGTH) < width)[None]
@@ -115,7 +115,7 @@ def test_padding_has_no_say(width: int, rest: float) -> None:
         assert outcome == narrow
 
 
-@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+@for_each(stability=[0, 1, 2, 3])
 def test_a_request_may_ask_for_fewer_steps_of_stability_than_are_remembered(stability: int) -> None:
     # The argmax of three steps ago differs, then it held; a step that was never taken is -1.
     argmax = torch.tensor([[5, 6]])
@@ -197,7 +197,7 @@ def test_a_canvas_that_takes_back_what_it_believed_goes_on(before: float, finish
     assert sure([1.0, 0.99, 1.0], 0.1, last_top_prob=last), "an argmax that held was taken back"
 
 
-@pytest.mark.parametrize("rest", [0.0, 0.5, float("nan")])
+@for_each(rest=[0.0, 0.5, float("nan")])
 def test_rows_beyond_the_canvas_are_neither_doubted_nor_taken_back(rest: float) -> None:
     padded = [0.99, 0.99, rest, rest]
     assert sure(padded, 0.03, last_top_prob=[1.0] * 4, overturned=3, width=2)

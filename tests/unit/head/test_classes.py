@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.classes import COUNT, NUMBERS, assert_numbers, assert_tokens, both, check, classes_of
 from helpers.frequencies import assert_frequencies
 from helpers.heads import assert_same_tokens, counted_readings, make_case, over_ranks
@@ -88,19 +89,18 @@ def test_a_forbidden_id_costs_so_many_nats() -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("softcap", [30.0, None])
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3), softcap=[30.0, None])
 def test_the_stream_is_the_definition(seed: int, softcap: float | None) -> None:
     check(make_case(seed, softcap=softcap), classes_of(700, seed))
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("vocab", [1, 2, 63, 65, 128])
+@for_each(vocab=[1, 2, 63, 65, 128])
 def test_vocabularies_that_fill_no_tile(vocab: int) -> None:
     check(make_case(4, vocab=vocab), classes_of(vocab, 4))
 
 
-@pytest.mark.parametrize("count", [2, 40, 3000])
+@for_each(count=[2, 40, 3000])
 def test_the_real_tile_over_several_tiles(count: int) -> None:
     vocab = 2 * sample.TILE + 17
     case = make_case(5, vocab=vocab, hidden=16, canvases=3, length=4)
@@ -120,8 +120,7 @@ def test_one_class_of_everything_is_the_row() -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("size", [1e2, 1e4])
-@pytest.mark.parametrize("temperature", [0.4, 0.8])
+@for_each(size=[1e2, 1e4], temperature=[0.4, 0.8])
 def test_a_class_far_below_the_best_is_measured_as_exactly(size: float, temperature: float) -> None:
     case = make_case(7, softcap=None)
     case = replace(
@@ -146,7 +145,7 @@ def test_a_class_far_below_the_best_is_measured_as_exactly(size: float, temperat
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("seed", range(4))
+@for_each(seed=range(4))
 def test_every_rewrite_at_once(seed: int) -> None:
     check(make_case(seed, rewrite=True), classes_of(700, seed))
 
@@ -178,8 +177,7 @@ def test_rows_that_may_say_anything_are_read_once(monkeypatch: pytest.MonkeyPatc
     assert sorted(read) == [1, 1, 21]  # once more the row with a mask, pinned rows never
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
-@pytest.mark.parametrize("at_once", [1, 3])
+@for_each(at_once=[1, 3], rewrite=[False, True])
 def test_row_chunks_equal_the_whole(at_once: int, rewrite: bool) -> None:
     case, class_of = make_case(2, rewrite=rewrite), classes_of(700)
     budget = at_once * (reading.tile_bytes() + stream.CLASS_BYTES * COUNT)
@@ -196,7 +194,7 @@ def test_row_chunks_equal_the_whole(at_once: int, rewrite: bool) -> None:
 # ---- ranks ----
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@for_each(rewrite=[False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_with_a_part_of_the_vocabulary_agree_with_one(
     ranks: int, rewrite: bool, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.heads import (
     Case,
     assert_no_worse,
@@ -88,7 +89,7 @@ def test_the_limit_of_a_row_keeps_what_truncation_keeps(seed: int, kind: str) ->
     assert torch.equal((scaled >= limit[:, None]) & (scaled > -torch.inf), kept)
 
 
-@pytest.mark.parametrize("listed", [1, 5, 60, VOCAB])
+@for_each(listed=[1, 5, 60, VOCAB])
 @pytest.mark.parametrize(("seed", "kind"), CASES)
 def test_a_list_that_says_it_is_complete_is(
     seed: int, kind: str, listed: int, monkeypatch: pytest.MonkeyPatch
@@ -160,9 +161,7 @@ def cut_case(seed: int, *, ties: bool = False, rewrite: bool = True, vocab: int 
     return replace(case, rewrite=replace(asked, truncation=truncation))
 
 
-@pytest.mark.parametrize("listed", [4, 64, 512])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@for_each(seed=range(4), ties=[False, True], listed=[4, 64, 512])
 def test_rows_are_cut_as_the_reference_cuts_them(
     seed: int, ties: bool, listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +174,7 @@ def test_rows_are_cut_as_the_reference_cuts_them(
     assert_no_worse(ours, plain, truth)
 
 
-@pytest.mark.parametrize("listed", [4, 512])
-@pytest.mark.parametrize("rows_at_once", [1, 7])
+@for_each(rows_at_once=[1, 7], listed=[4, 512])
 def test_a_small_budget_changes_nothing(
     rows_at_once: int, listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +206,7 @@ def test_the_id_on_the_limit_stays_where_products_round_by_their_rows(
     assert bool((ours.entropy > 0).all()), "one of two ids was lost"
 
 
-@pytest.mark.parametrize("listed", [4, 512])
+@for_each(listed=[4, 512])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_cut_at_one_limit(ranks: int, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "TILE", 64)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.heads import Case, assert_no_worse, assert_same_shape, assert_same_tokens, make_case
 
 from vllm_diffusion.head import native
@@ -49,8 +50,7 @@ def check(case: Case, truth_of: Case | None = None) -> None:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("softcap", [30.0, 2.0, None])
-@pytest.mark.parametrize("vocab", [1, 63, 64, 700, 2 * TILE + 17])
+@for_each(vocab=[1, 63, 64, 700, 2 * TILE + 17], softcap=[30.0, 2.0, None])
 def test_it_is_the_definition(vocab: int, softcap: float | None) -> None:
     case = make_case(1, vocab=vocab, hidden=16, softcap=softcap)
     check(replace(case, hidden=case.hidden * min(1.0, (softcap or 30.0) / 30.0)))
@@ -58,14 +58,14 @@ def test_it_is_the_definition(vocab: int, softcap: float | None) -> None:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 def test_every_rewrite_at_once(seed: int) -> None:
     check(make_case(seed, rewrite=True))
 
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("temperature", [4e-3, 0.4, 1e3])
+@for_each(temperature=[4e-3, 0.4, 1e3])
 def test_any_temperature_is_safe(temperature: float) -> None:
     case = make_case(3)
     check(replace(case, temperature=torch.full_like(case.temperature, temperature)))
@@ -92,7 +92,7 @@ def test_bf16_logits_and_weights() -> None:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("softcap", [30.0, None])
+@for_each(softcap=[30.0, None])
 def test_rows_of_nan_end_nothing(softcap: float | None) -> None:
     case = make_case(0, vocab=100, softcap=softcap)
     hidden = case.hidden.clone()

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.classes import COUNT, assert_numbers, assert_tokens, both, check, classes_of
 from helpers.heads import make_case
 
@@ -30,15 +31,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("softcap", [30.0, None])
-@pytest.mark.parametrize("vocab", [1, 5, 63, 700, 2 * TILE + 17])
+@for_each(vocab=[1, 5, 63, 700, 2 * TILE + 17], softcap=[30.0, None])
 def test_it_is_the_definition(vocab: int, softcap: float | None) -> None:
     check(make_case(1, vocab=vocab, hidden=16, softcap=softcap), classes_of(vocab, 1))
 
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("count", [2, 17, 80, 1500])
+@for_each(count=[2, 17, 80, 1500])
 def test_classes_of_one_size(count: int) -> None:
     vocab = TILE + 99
     generator = torch.Generator().manual_seed(count)
@@ -54,7 +54,7 @@ def test_every_rewrite_at_once() -> None:
 
 @needs_it
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("temperature", [4e-3, 1e3])
+@for_each(temperature=[4e-3, 1e3])
 def test_any_temperature_is_safe(temperature: float) -> None:
     case, class_of = make_case(3), classes_of(700, 3)
     case = replace(case, temperature=torch.full_like(case.temperature, temperature))
@@ -114,8 +114,7 @@ def test_threads_share_the_rows() -> None:
     torch.testing.assert_close(together.entropy, alone.entropy, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 30, 400, 6000])
-@pytest.mark.parametrize("first", [0, TILE])
+@for_each(count=[2, 30, 400, 6000], first=[0, TILE])
 def test_every_id_is_in_a_lane_of_its_class_once(count: int, first: int) -> None:
     vocab = 3 * TILE + 100
     generator = torch.Generator().manual_seed(count)

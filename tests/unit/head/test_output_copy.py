@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.classes import classes_of
 from helpers.heads import Case, assert_same_tokens, make_case, over_ranks
 
@@ -56,9 +57,7 @@ def logits_of(head: StreamingHead, case: Case, rewrite: Rewrite | None = None) -
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("hidden", [16, 33, 128])
-@pytest.mark.parametrize("count", [1, 5, MOST])
+@for_each(count=[1, 5, MOST], hidden=[16, 33, 128], dtype=[torch.float32, torch.bfloat16])
 def test_the_best_ids_are_exact_and_the_others_as_they_were(count, hidden, dtype):
     case = make_case(1, vocab=VOCAB, hidden=hidden, dtype=dtype, canvases=2, length=4)
     vocabulary = case.vocabulary()
@@ -126,7 +125,7 @@ def test_what_is_forbidden_takes_no_place_among_the_best():
 
 
 @pytest.mark.parametrize("form", HEAD_FORMS)
-@pytest.mark.parametrize("rewritten", [False, True])
+@for_each(rewritten=[False, True])
 def test_a_head_that_scores_every_id_exactly_is_the_exact_one(form, rewritten):
     case = make_case(3, vocab=MOST, hidden=32, rewrite=rewritten)
     own, exact = (head(case.rows()) for head in (quantised(case, form, MOST), case.streaming()))

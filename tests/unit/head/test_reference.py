@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from helpers.cases import for_each
 from torch import Tensor
 
 from vllm_diffusion.head.reference import ReferenceHead
@@ -52,7 +53,7 @@ def make_head(embedding: Tensor, max_rows: int = 1000) -> ReferenceHead:
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 def test_statistics_equal_fp64(seed: int) -> None:
     embedding, rows = make_inputs(seed)
     stats = make_head(embedding)(rows)
@@ -91,7 +92,7 @@ def test_the_arithmetic_between_the_callables_adds_no_error_of_its_own() -> None
     assert float((stats.entropy.double() - entropy).abs().max()) <= 2 * float(plain_entropy) + 1e-7
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 7, 20, ROWS, 10_000])
+@for_each(max_rows=[1, 2, 7, 20, ROWS, 10_000])
 def test_chunks_equal_the_whole(max_rows: int) -> None:
     embedding, rows = make_inputs()
     whole = make_head(embedding)(rows)
@@ -142,7 +143,7 @@ def test_a_certain_row_has_zero_entropy_and_full_margin() -> None:
     assert float(stats.top_prob) == float(stats.margin) == 1.0
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.4, 0.8, 3.0])
+@for_each(temperature=[0.1, 0.4, 0.8, 3.0])
 def test_entropy_is_as_exact_as_the_published_one(temperature: float) -> None:
     # The published rule takes the entropy from torch.distributions.Categorical. Both round, in
     # other places; ours may not be the worse one.

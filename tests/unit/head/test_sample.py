@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.frequencies import assert_frequencies
 from torch import Tensor
 
@@ -35,20 +36,20 @@ def draw(weight: Tensor, rows: int, *, seed: int = 5) -> Tensor:
 
 
 # Smaller than a tile, a whole tile, one id over, a ragged last tile, and many tiles.
-@pytest.mark.parametrize("vocab", [2, 37, 512, TILE, TILE + 1, 3 * TILE + 17, 16 * TILE])
+@for_each(vocab=[2, 37, 512, TILE, TILE + 1, 3 * TILE + 17, 16 * TILE])
 def test_frequencies_are_the_softmax(vocab: int) -> None:
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 4
     assert_frequencies(draw(logits.softmax(-1), 3 * ROWS), logits.double().softmax(-1))
 
 
-@pytest.mark.parametrize("vocab", [37, 3 * TILE + 17])
+@for_each(vocab=[37, 3 * TILE + 17])
 def test_weights_need_not_be_normalised(vocab: int) -> None:
     weight = torch.rand(vocab, generator=torch.Generator().manual_seed(1))
     for scale in (1e-6, 1e6):
         assert torch.equal(draw(weight * scale, 500), draw(weight, 500))
 
 
-@pytest.mark.parametrize("tile", [8, 64])
+@for_each(tile=[8, 64])
 def test_a_narrow_tile_gives_the_same_distribution(
     tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +60,7 @@ def test_a_narrow_tile_gives_the_same_distribution(
     assert_frequencies(draw(logits.softmax(-1), 60_000), logits.double().softmax(-1))
 
 
-@pytest.mark.parametrize("vocab", [64, TILE + 5, 4 * TILE])
+@for_each(vocab=[64, TILE + 5, 4 * TILE])
 def test_ids_of_zero_weight_are_never_drawn(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     weight = torch.rand(ROWS, vocab, generator=generator)
@@ -77,7 +78,7 @@ def test_a_certain_row_draws_its_only_id(only: int) -> None:
     assert bool((draw(weight, 300) == only).all())
 
 
-@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+@for_each(word=[0, 0xFFFFFFFF])
 def test_the_extreme_uniforms_stay_inside_the_support(
     word: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +116,7 @@ def test_padding_of_the_last_tile_is_never_drawn() -> None:
     assert int(draw(torch.ones(vocab), ROWS).max()) < vocab
 
 
-@pytest.mark.parametrize("vocab", [100, 2 * TILE + 1])
+@for_each(vocab=[100, 2 * TILE + 1])
 def test_a_row_draws_the_same_alone_in_any_batch_and_in_any_order(vocab: int) -> None:
     weight = torch.randn(20, vocab, generator=torch.Generator().manual_seed(2)).softmax(-1)
     key = Noise(

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from helpers.classes import COUNT, classes_of
+from helpers.cases import for_each
 from helpers.heads import (
     SCALE,
     Case,
@@ -29,9 +30,7 @@ def counts(case: Case) -> torch.Tensor:
     return torch.tensor(COUNTS)[torch.arange(len(case.hidden)) % len(COUNTS)]
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
-@pytest.mark.parametrize("tile", [16, 128, 4096])
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3), tile=[16, 128, 4096], rewrite=[False, True])
 def test_it_is_that_of_the_reference(
     seed: int, tile: int, rewrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +58,7 @@ def test_it_is_the_mean_of_the_most_likely_embeddings() -> None:
     assert float((ours - case.streaming()(case.rows()).soft_embedding).abs().max()) > 1.0
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@for_each(rewrite=[False, True])
 def test_every_other_statistic_keeps_every_bit(rewrite: bool) -> None:
     case = make_case(4, rewrite=rewrite)
     exact = case.streaming()(case.rows())
@@ -134,8 +133,7 @@ def test_most_likely_takes_no_part_of_a_tie() -> None:
     assert chosen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("count", [1, 16, 300])
-@pytest.mark.parametrize("width", [64, 100, 256])
+@for_each(width=[64, 100, 256], count=[1, 16, 300])
 def test_the_best_over_tiles_are_the_best(width: int, count: int) -> None:
     values = torch.randn(20, 2048, generator=torch.Generator().manual_seed(count))
     best = Best(count)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.heads import (
     Case,
     assert_no_worse,
@@ -40,14 +41,13 @@ def check(case: Case, factor: float = 2.0) -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("softcap", [30.0, None])
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3), softcap=[30.0, None])
 def test_it_is_the_definition(seed: int, softcap: float | None) -> None:
     check(make_case(seed, softcap=softcap))
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("vocab", [1, 2, 63, 65, 128])
+@for_each(vocab=[1, 2, 63, 65, 128])
 def test_vocabularies_that_fill_no_tile(vocab: int) -> None:
     check(make_case(4, vocab=vocab))
 
@@ -57,7 +57,7 @@ def test_the_real_tile_over_several_tiles() -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("seed", range(6))
+@for_each(seed=range(6))
 def test_every_rewrite_at_once(seed: int) -> None:
     check(make_case(seed, rewrite=True))
 
@@ -66,7 +66,7 @@ def test_every_rewrite_at_once(seed: int) -> None:
 @pytest.mark.parametrize(
     "part", ["greedy", "allowed", "bias", "penalties", "forbidden", "pinned", "truncation"]
 )
-@pytest.mark.parametrize("limit", [0, 4096])
+@for_each(limit=[0, 4096])
 def test_every_rewrite_alone(part: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With no list short enough, the rows with lists are streamed under a mask.
     monkeypatch.setattr(kinds, "LISTED_AT_MOST", limit)
@@ -143,7 +143,7 @@ def test_what_neighbours_ask_changes_no_bit_of_a_row() -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 def test_masks_in_the_stream(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "LISTED_AT_MOST", 0)
     case = make_case(seed, rewrite=True)
@@ -164,7 +164,7 @@ def test_a_row_whose_every_id_is_forbidden_may_say_them() -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 def test_bf16_products(seed: int) -> None:
     case = make_case(seed, dtype=torch.bfloat16)
     # The products round to bf16 alike, so the truth to compare with is of those logits.
@@ -181,7 +181,7 @@ def test_bf16_products(seed: int) -> None:
     assert_no_worse(ours, plain, truth)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 16])
+@for_each(at_once=[1, 3, 16])
 def test_row_chunks_equal_the_whole(at_once: int) -> None:
     case = make_case(2, rewrite=True)
     budget = at_once * reading.TILE_COPIES * 4 * sample.TILE
@@ -192,8 +192,7 @@ def test_row_chunks_equal_the_whole(at_once: int) -> None:
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("temperature", [4e-3, 0.4, 1e3])
-@pytest.mark.parametrize("softcap", [1.0, 30.0, None])
+@for_each(temperature=[4e-3, 0.4, 1e3], softcap=[1.0, 30.0, None])
 def test_any_temperature_and_softcap_are_safe(
     temperature: float,
     softcap: float | None,
@@ -255,7 +254,7 @@ def test_rows_with_short_lists_and_pins_are_not_streamed(
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("count", [1, 4, 1000])
+@for_each(count=[1, 4, 1000])
 def test_candidates_are_those_of_the_reference(count: int) -> None:
     case = make_case(6, rewrite=True)
     assert case.rewrite is not None
@@ -280,7 +279,7 @@ HOW = [
 
 @pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("budget", [1, 1 << 28])
+@for_each(budget=[1, 1 << 28])
 def test_scores_are_those_of_the_reference(how: dict, budget: int) -> None:
     case = make_case(7)
     tokens = torch.tensor((3, 600, 40))[torch.arange(len(case.hidden)) % 3]
@@ -299,7 +298,7 @@ def test_scores_are_those_of_the_reference(how: dict, budget: int) -> None:
 # ---- ranks ----
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@for_each(rewrite=[False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_with_a_part_of_the_vocabulary_agree_with_one(
     ranks: int, rewrite: bool, monkeypatch: pytest.MonkeyPatch

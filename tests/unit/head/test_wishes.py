@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
+from helpers.cases import for_each
 from helpers.heads import Case, assert_no_worse, assert_same_tokens, make_case
 
 from vllm_diffusion.constrain.dense import DenseRewrite
@@ -14,6 +15,9 @@ from vllm_diffusion.constrain.window import TiledRewrite
 from vllm_diffusion.head import kinds, sample
 from vllm_diffusion.head.cut_rows import CutRows
 from vllm_diffusion.head.rows import Rows
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def wishes_of(case: Case) -> tuple[Wish, ...]:
@@ -29,7 +33,7 @@ def wishes_of(case: Case) -> tuple[Wish, ...]:
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@for_each(seed=range(6))
 def test_rows_by_wishes_are_the_rows_of_the_reference(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,8 +60,7 @@ def test_canvases_that_all_ask_for_the_same_go_together(monkeypatch: pytest.Monk
     assert_no_worse(ours, free.reference()(free.rows()), free.truth())
 
 
-@pytest.mark.parametrize("pins", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@for_each(seed=range(4), pins=[False, True])
 def test_tables_say_what_lists_say(seed: int, pins: bool) -> None:
     case, vocab, tile = make_case(seed, vocab=700, rewrite=True), 700, 64
     rewrite = case.rewrite
@@ -74,7 +77,7 @@ def test_tables_say_what_lists_say(seed: int, pins: bool) -> None:
         assert torch.equal(some, kept)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@for_each(seed=range(3))
 def test_rows_that_are_cut_are_looked_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "TILE", 64)
     monkeypatch.setattr("vllm_diffusion.head.cut.LISTED", 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion.errors import UnsupportedRunnerError
 from vllm_diffusion.patches import cpu_request_kernels as request
@@ -105,7 +106,7 @@ def test_stand_ins_swallow_what_newer_kernels_add():
     assert computed.tolist() == [5, 9]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@for_each(dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_ranks_count_logits_that_are_at_least_the_tokens_own(dtype):
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -1.0, -2.0, -3.0]], dtype=dtype)
     ranks = torch.empty(2, dtype=torch.int64)

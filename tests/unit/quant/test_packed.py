@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from helpers.cases import for_each
 from helpers.packed import random_packed
 
 from vllm_diffusion.quant import native
@@ -40,7 +41,7 @@ def test_every_number_of_fp8():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("inputs", [16, 48, 2816])
+@for_each(inputs=[16, 48, 2816])
 def test_a_weight_is_its_code_times_its_scales(form: str, inputs: int):
     matrix = random_packed(5, inputs, form=form)
     truth = exactly(matrix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cases import for_each
 from helpers.packed import random_packed
 
 from vllm_diffusion.quant import native
@@ -22,9 +23,7 @@ def root_mean_square(error: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("outputs", [3, 256, 300])
+@for_each(dtype=DTYPES, rows=[1, 5, 64], outputs=[3, 256, 300])
 def test_linear(form: str, dtype: torch.dtype, rows: int, outputs: int):
     matrix = random_packed(outputs, 352, form=form)
     x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -36,7 +35,7 @@ def test_linear(form: str, dtype: torch.dtype, rows: int, outputs: int):
     assert root_mean_square(truth) > 50 * theirs, "an error this large would hide everything"
 
 
-@pytest.mark.parametrize("panel", [1, 7, 64, 1000])
+@for_each(panel=[1, 7, 64, 1000])
 def test_panels_do_not_matter(panel: int):
     matrix = random_packed(65, 48, form="nvfp4")
     x = torch.randn(4, 48)
@@ -63,7 +62,7 @@ def test_a_compiler_sees_one_step(form: str):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@for_each(dtype=DTYPES)
 def test_experts(form: str, dtype: torch.dtype):
     count, hidden, inner, rows, chosen = 6, 96, 48, 19, 3
     gate_up = random_packed(2 * inner, hidden, form=form, experts=count)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion.quant import int8, rounding
 from vllm_diffusion.quant.int8 import Int8Rows
@@ -47,7 +47,7 @@ def test_nvfp4_is_the_nearest_number_of_its_group():
     assert (scale / wanted)[spoken].sub(1).abs().max() < 2**-4
 
 
-@pytest.mark.parametrize("rounded", [to_fp8, to_nvfp4, Int8Rows.of])
+@for_each(rounded=[to_fp8, to_nvfp4, Int8Rows.of])
 def test_blocks_do_not_show(rounded, monkeypatch):
     matrix = weights()
     whole = tensors(rounded(matrix))
@@ -57,7 +57,7 @@ def test_blocks_do_not_show(rounded, monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("rounded", [to_fp8, to_nvfp4])
+@for_each(rounded=[to_fp8, to_nvfp4])
 def test_a_row_of_zeros_stays_zero(rounded):
     assert not dequantise(rounded(torch.zeros(3, 32)), torch.float32).any()
 

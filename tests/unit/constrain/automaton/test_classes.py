@@ -5,7 +5,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.spelling import END, PAD, SPECIAL, VOCABULARY, after
 
 from vllm_diffusion.constrain.automaton.allowed import restricted
@@ -49,7 +49,7 @@ def naive(dfa, vocabulary, usable):
     return moves, distance
 
 
-@each(expression=EXPRESSIONS, allowed=[None, [*range(3, 130), *range(262, 270)]])
+@for_each(expression=EXPRESSIONS, allowed=[None, [*range(3, 130), *range(262, 270)]])
 def test_equals_a_walk_token_by_token(expression, allowed):
     dfa = dfa_of(expression)
     usable = range(3, len(VOCABULARY)) if allowed is None else allowed
@@ -84,7 +84,7 @@ def test_equals_a_walk_token_by_token(expression, allowed):
     assert automaton.distance.min() >= 0
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS)
+@for_each(expression=EXPRESSIONS)
 def test_the_record_keeps_its_promises(expression):
     automaton = tokens_of(expression)
     order = np.lexsort((automaton.symbol, automaton.source))

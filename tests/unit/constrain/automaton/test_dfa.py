@@ -3,7 +3,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.automaton.dfa import Dfa, Moves, determinised, minimised
 from vllm_diffusion.constrain.automaton.graph import distances, reachable
@@ -46,7 +46,7 @@ def indistinguishable(dfa):
     return {(p, q) for p in range(n) for q in range(p) if not apart[p, q]}
 
 
-@each(seed=range(60))
+@for_each(seed=range(60))
 def test_deterministic_and_minimal_automata_accept_the_same(seed):
     moves = random_nfa(Random(seed))
     whole = determinised(0, moves, symbols=4, max_states=100)

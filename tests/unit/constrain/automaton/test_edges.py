@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
+from helpers.cases import for_each
 from helpers.chains import from_table, random_automaton, read
 
 from vllm_diffusion.constrain.automaton.edges import Edges, next_state
@@ -13,7 +13,7 @@ from vllm_diffusion.constrain.automaton.native import MergedEdges
 LENGTH = 7
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each(seed=range(5))
 def test_tokens_lead_where_the_edges_do(seed: int) -> None:
     automaton = random_automaton(seed, states=6, classes=5, vocab=9, density=0.8)
     rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def test_what_is_lost_stays_lost() -> None:
     assert lost.tolist() == [-1]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each(seed=range(5))
 def test_merged_edges_are_the_edges(seed: int) -> None:
     automaton = random_automaton(seed, states=9, classes=12, vocab=30, density=0.7)
     merged = MergedEdges.of(automaton)

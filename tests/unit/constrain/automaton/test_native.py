@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.chains import FORMS, random_automaton, random_canvas, statistics_of
 
 from vllm_diffusion.constrain.automaton import native
@@ -72,7 +72,7 @@ def assert_same(ours: Posterior, plain: Posterior) -> None:
 
 
 @needs_it
-@each(spread=[0.5, 5.0, 50.0, 500.0])
+@for_each(spread=[0.5, 5.0, 50.0, 500.0])
 @pytest.mark.parametrize(("states", "classes"), [(1, 3), (30, 9), (300, 40), (70, 500)])
 def test_it_is_the_definition(states: int, classes: int, spread: float) -> None:
     automaton = random_automaton(
@@ -110,7 +110,7 @@ def nothing(logits: Tensor) -> Tensor:
 
 @needs_it
 @pytest.mark.parametrize("awkward", [far_apart, with_holes, elsewhere, nothing])
-@each(seed=range(3))
+@for_each(seed=range(3))
 def test_awkward_numbers(awkward: Callable[[Tensor], Tensor], seed: int) -> None:
     automaton = random_automaton(seed, states=90, classes=30, vocab=60, density=0.15)
     draws = torch.Generator().manual_seed(seed)

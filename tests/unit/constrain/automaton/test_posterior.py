@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from helpers.cases import for_each
 from helpers.chains import (
     FORMS,
     Canvas,
@@ -57,7 +58,7 @@ def same(one: Posterior, other: Posterior) -> bool:
     )
 
 
-@pytest.mark.parametrize("spread", [1.0, 8.0])
+@for_each(spread=[1.0, 8.0])
 def test_it_is_what_enumeration_says(form: str, spread: float) -> None:
     possible = impossible = 0
     for seed in SEEDS:
@@ -100,7 +101,7 @@ def test_rows_behind_the_constrained_ones_are_free(form: str) -> None:
     assert torch.equal(conditioned(automaton, [short], form).log_z, found.log_z)
 
 
-@pytest.mark.parametrize("left", [0, 1, 2, 10])
+@for_each(left=[0, 1, 2, 10])
 def test_no_canvas_ends_further_from_a_whole_text_than_the_tokens_left(
     form: str, left: int
 ) -> None:
@@ -145,7 +146,7 @@ def test_a_canvas_that_starts_behind_the_end_is_free(form: str) -> None:
     assert (found.map_state == automaton.end).all()
 
 
-@pytest.mark.parametrize("seed", [20, 22, 23])
+@for_each(seed=[20, 22, 23])
 def test_samples_come_from_the_joint_distribution(form: str, seed: int) -> None:
     automaton = random_automaton(seed, states=3)
     canvas = replace(random_canvas(seed, automaton, LENGTH, spread=1.0), start=0, rows=3, left=1)
@@ -159,7 +160,7 @@ def test_samples_come_from_the_joint_distribution(form: str, seed: int) -> None:
     assert_frequencies(ids, torch.tensor(list(truth.paths.values())))
 
 
-@pytest.mark.parametrize("spread", [1.0, 30.0, 200.0])
+@for_each(spread=[1.0, 30.0, 200.0])
 def test_every_sample_and_every_best_canvas_is_accepted(form: str, spread: float) -> None:
     accepted = 0
     for seed in range(12):
@@ -189,7 +190,7 @@ def test_equal_canvases_are_settled_by_the_lowest_class(form: str) -> None:
     assert conditioned(automaton, [canvas], form).map_class.tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize("uniform", [1e-7, 1 - 2**-24])
+@for_each(uniform=[1e-7, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn(form: str, uniform: float) -> None:
     automaton = random_automaton(4, states=3)
     canvas = replace(random_canvas(4, automaton, 3), start=0, rows=3, left=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
+from helpers.cases import for_each
 from helpers.chains import (
     Canvas,
     conditioned,
@@ -31,7 +31,7 @@ def found_of(automaton: TokenAutomaton, canvas: Canvas) -> CanvasStats:
     return constrained(stats, classes, conditioned(automaton, [canvas]), class_of)
 
 
-@pytest.mark.parametrize("spread", [1.0, 6.0])
+@for_each(spread=[1.0, 6.0])
 def test_statistics_are_those_of_the_marginals(spread: float) -> None:
     mixed = unread = negative = 0
     for seed in range(150):

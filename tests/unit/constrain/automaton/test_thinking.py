@@ -6,8 +6,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
-import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.choices import of_choices
 
 from vllm_diffusion.constrain.automaton.thinking import Thinking, behind_thinking
@@ -17,7 +16,7 @@ VOCAB, END, UNTIL, OTHER_END = 7, 5, 6, 4
 CHOICES = [[1, 2], [3]]
 
 
-@each(until=[UNTIL, 1, 3], begin=[None, 0, 2, 3])
+@for_each(until=[UNTIL, 1, 3], begin=[None, 0, 2, 3])
 def test_every_sequence_of_four_tokens(until: int, begin: int | None) -> None:
     """``until`` and ``begin`` may also be tokens that the constraint reads, alone or not."""
     plain = Walk(of_choices(CHOICES, [END], VOCAB))
@@ -54,7 +53,7 @@ def test_a_class_that_is_shared_is_split() -> None:
     assert both.through(start, [0, 1, 1, 2, END]) == both.automaton.end
 
 
-@pytest.mark.parametrize("begin", [None, 0, 3])
+@for_each(begin=[None, 0, 3])
 def test_the_record_keeps_its_promises(begin: int | None) -> None:
     thinking = Thinking(until=UNTIL, begin=begin)
     automaton = behind_thinking(of_choices(CHOICES, [END], VOCAB), thinking, end_ids=[END])

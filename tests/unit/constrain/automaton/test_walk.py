@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
+from helpers.cases import for_each
 from helpers.choices import of_choices
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ def test_a_text_leads_to_the_end_and_everything_from_there_back_to_it() -> None:
     assert walk.through(walk.automaton.start, [1, 3]) not in {DEAD, end}
 
 
-@pytest.mark.parametrize("tokens", [[0], [2], [END], [1, END], [1, 2, 2], [4, 4]])
+@for_each(tokens=[[0], [2], [END], [1, END], [1, 2, 2], [4, 4]])
 def test_no_other_text_is_begun(tokens: list[int]) -> None:
     walk = Walk(of_choices(CHOICES, [END], VOCAB))
     assert walk.through(walk.automaton.start, tokens) == DEAD

@@ -4,7 +4,7 @@ from random import Random
 from time import process_time
 
 import numpy as np
-from helpers.cases import each
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.automaton.dfa import Dfa, minimised
 from vllm_diffusion.constrain.automaton.network import Networks
@@ -41,7 +41,7 @@ def accepted(states):
     return sorted(found)
 
 
-@each(seed=range(30))
+@for_each(seed=range(30))
 def test_exactly_the_words_and_no_state_too_many(seed):
     rng = Random(seed)
     words = {bytes(rng.choices(b"abc", k=rng.randint(0, 6))) for _ in range(rng.randint(1, 60))}

@@ -2,7 +2,7 @@ import re
 from random import Random
 
 import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ EXPRESSIONS = [
 ]
 
 
-@each(expression=EXPRESSIONS)
+@for_each(expression=EXPRESSIONS)
 def test_accepts_what_python_matches(expression):
     found, rng = automaton(expression), Random(0)
     for _ in range(2000):
@@ -35,7 +35,7 @@ def test_accepts_what_python_matches(expression):
         assert found.accepts(text.encode()) == bool(re.fullmatch(expression, text)), text
 
 
-@each(expression=["b", "^a", "a$", "^a$", "^a|b$", "a.c", "", "^", "(a|b)"])
+@for_each(expression=["b", "^a", "a$", "^a$", "^a|b$", "a.c", "", "^", "(a|b)"])
 def test_a_search_matches_anywhere(expression):
     found, rng = automaton(expression, search=True), Random(0)
     for _ in range(1000):
@@ -43,7 +43,7 @@ def test_a_search_matches_anywhere(expression):
         assert found.accepts(text.encode()) == bool(re.search(expression, text)), text
 
 
-@each(
+@for_each(
     expression=[r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", r"[^\d]", r"[^\W]", r"[\s\w]", r"[^\s\D]"]
 )
 def test_categories_are_what_every_dialect_agrees_on(expression):

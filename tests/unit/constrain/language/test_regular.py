@@ -6,6 +6,7 @@ import re
 from itertools import product
 
 import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.json_text import INTEGER
@@ -42,7 +43,7 @@ def test_together(wanted, unwanted, least, most):
             assert dfa.accepts(word.encode()) == right, word
 
 
-@pytest.mark.parametrize("step", [2, 7, 12, 100])
+@for_each(step=[2, 7, 12, 100])
 def test_multiples(step):
     dfa = automaton([INTEGER, Multiples(step)])
     for number in range(-300, 300):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.spelling import END, VOCABULARY, accepts, spelled
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
@@ -52,7 +52,7 @@ def test_the_shortest_text(kind, text, length):
     assert shortest(grammar_of(kind, source)) == length
 
 
-@each(
+@for_each(
     expression=[
         "(ab|c){2,7}",
         "a{0,9}b",

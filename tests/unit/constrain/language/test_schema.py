@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.schemas import TABLE, J, N, S, arr, obj, string
 from helpers.spelling import END, VOCABULARY, Walk, accepts, after, spelled
 from jsonschema import Draft202012Validator
@@ -28,7 +28,7 @@ def compiled(schema, **options):
     )
 
 
-@each(name=TABLE)
+@for_each(name=TABLE)
 def test_what_is_accepted_is_valid(name):
     schema, valid, invalid = TABLE[name]
     validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
@@ -51,7 +51,7 @@ DEEP = re.compile(r"\n {9}")
 """An indentation that may stand nowhere where the depth is not known."""
 
 
-@each(name=TABLE)
+@for_each(name=TABLE)
 def test_known_texts(name):
     schema, valid, invalid = TABLE[name]
     automaton = compiled(schema)
@@ -88,7 +88,7 @@ def combined(rng):
     return kinds[rng.integers(len(kinds))]
 
 
-@each(seed=range(120))
+@for_each(seed=range(120))
 def test_combinations_are_followed_exactly_or_refused(seed):
     schema = combined(np.random.default_rng(seed))
     validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
@@ -174,7 +174,9 @@ def test_white_space_by_a_pattern():
     assert after(dense, spelled("[ ", rng)) is None
 
 
-@each(text=[r'"\u0061"', r'"\/"', '"\n"', '"\x00"', r'"\ud83d\ude00"', r'"\ud800"', '"', r'"\x"'])
+@for_each(
+    text=[r'"\u0061"', r'"\/"', '"\n"', '"\x00"', r'"\ud83d\ude00"', r'"\ud800"', '"', r'"\x"']
+)
 def test_a_string_has_one_spelling(text):
     assert not accepts(compiled(S), spelled(text, np.random.default_rng(0)))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import xgrammar
-from helpers.cases import each
+from helpers.cases import for_each
 from helpers.schemas import TABLE
 from helpers.spelling import END, VOCABULARY, Walk
 from xgrammar.testing import _is_grammar_accept_string
@@ -29,7 +29,7 @@ def read(kind, text):
     return xgrammar.Grammar.from_ebnf(written(grammar_of(kind, text)))
 
 
-@each(name=TABLE)
+@for_each(name=TABLE)
 def test_a_schema(name):
     schema, _, invalid = TABLE[name]
     text = json.dumps(schema)
