@@ -2,8 +2,8 @@
 
 Of two places that name a constant the upper one wins:
 
-    option of the request          params.requested_rule
-    preset of the request          params.requested_rule; stands in for the preset below
+    option of the request          request.requested_rule
+    preset of the request          request.requested_rule; stands in for the preset below
     additional_config              {"diffusion": {"t_max": 0.9}}, our options for every request
     preset of additional_config    {"diffusion": {"preset": "fast"}}
     diffusion_config               {"max_denoising_steps": 24}, vLLM's own
@@ -33,7 +33,7 @@ from vllm_diffusion.denoise.constants import (
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.head.output_copy import HEAD_FORMS
-from vllm_diffusion.params import malformed
+from vllm_diffusion.request.options import malformed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,7 +109,7 @@ def served_rules(
 
 
 def fused_commit(additional: object) -> bool:
-    """Whether commits are fused where the engine can and the request does not say, see `params`.
+    """Whether commits are fused where the engine can and the request does not say.
 
     Args:
         additional: ``additional_config["diffusion"]``, which ``served_rules`` has let through.

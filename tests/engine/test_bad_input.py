@@ -20,9 +20,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from vllm_diffusion import fill, params
 from vllm_diffusion.engine import refusals
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
+from vllm_diffusion.request import options, parse
+from vllm_diffusion.request.text import TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -148,7 +149,7 @@ def test_one_bad_request_of_a_batch_takes_the_batch_and_nothing_else(llm: LLM):
 
 
 def test_every_sampling_parameter_is_honoured_or_refused():
-    # Fails when vLLM gains one: honour it, or refuse it in `params._UNSUPPORTED`.
+    # Fails when vLLM gains one: honour it, or refuse it in `parse.UNSUPPORTED`.
     honoured = {
         "temperature", "top_p", "top_k", "min_p", "min_tokens", "logit_bias", "bad_words",
         "allowed_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -166,14 +167,14 @@ def test_every_sampling_parameter_is_honoured_or_refused():
         "watermarking",
     }
     public = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    assert public == honoured | companions | set(params._UNSUPPORTED)
+    assert public == honoured | companions | set(parse.UNSUPPORTED)
 
 
 def test_defaults_of_vllm_are_not_refused():
-    assert params.parse_params(SamplingParams()) == params.DiffusionParams()
-    named = {field.name for field in fields(params.DiffusionParams)}
+    assert parse.parse_params(SamplingParams()) == options.DiffusionParams()
+    named = {field.name for field in fields(options.DiffusionParams)}
     # Text is one field until the tokenizer has made rows of it.
-    assert named - {"text", "holes"} == set(params._OPTIONS.values()) - set(fill.TEXTS)
+    assert named - {"text", "holes"} == set(options.OPTIONS.values()) - set(TEXTS)
 
 
 # ---- checkpoints ----

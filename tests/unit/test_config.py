@@ -21,7 +21,7 @@ from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.head.output_copy import HEAD_FORMS
-from vllm_diffusion.params import DiffusionParams, requested_rule
+from vllm_diffusion.request.options import DiffusionParams, requested_rule
 
 [SAMPLER_CLASS] = EntropyBoundConstants.sections.values()
 RELEASED: dict[str, Any] = {

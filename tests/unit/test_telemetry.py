@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vllm_diffusion.params import admitted_params
+from vllm_diffusion.request.options import admitted_params
 from vllm_diffusion.telemetry import OPTION, CanvasReport, Meter, Report, Telemetry, is_asked
 
 CANVAS = CanvasReport(steps=3, stopped_by="settled", entropy=0.25, tokens=32)

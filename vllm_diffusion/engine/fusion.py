@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.config import fused_commit
-from vllm_diffusion.params import PREFIX
+from vllm_diffusion.request.options import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
-    from vllm_diffusion.params import DiffusionParams
     from vllm_diffusion.records import CanvasBatch, Emission
+    from vllm_diffusion.request.options import DiffusionParams
 
 _FEWEST: Final = 4
 """Rows of a canvas that are scored at least: products of fewer rows are rounded otherwise, and a

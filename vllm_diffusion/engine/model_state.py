@@ -43,7 +43,8 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.family import Family
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
-from vllm_diffusion.params import admitted_params, constraints, noise_seed, requested_rule
+from vllm_diffusion.request.options import admitted_params, requested_rule
+from vllm_diffusion.request.sampling import constraints, noise_seed
 from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.record import Recorder, trace_folder
 

@@ -38,7 +38,7 @@ from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
 from vllm_diffusion.family import Family
-from vllm_diffusion.params import admitted_params, requested_rule
+from vllm_diffusion.request.options import admitted_params, requested_rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

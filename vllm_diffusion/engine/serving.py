@@ -32,7 +32,7 @@ from vllm_diffusion.engine.refusals import (
 )
 from vllm_diffusion.head import cuda
 from vllm_diffusion.models import family_module
-from vllm_diffusion.params import PREFIX
+from vllm_diffusion.request.options import PREFIX
 from vllm_diffusion.trace.record import trace_folder
 from vllm_diffusion.upstream import ledger
 

@@ -18,7 +18,7 @@ from vllm_diffusion.errors import ParamsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_diffusion.fill import Rows
+    from vllm_diffusion.request.text import Rows
 
 SUFFIX = "diffusion_suffix"
 
@@ -57,8 +57,8 @@ def rows_of_request(
     """
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_diffusion.fill import Frame, rows_of
-    from vllm_diffusion.params import admitted_params
+    from vllm_diffusion.request.options import admitted_params
+    from vllm_diffusion.request.text import Frame, rows_of
 
     model = input_processor.model_config
     if not (model.is_diffusion and _has_text(sampling.extra_args)):
@@ -120,15 +120,15 @@ def _end_of_turn(input_processor: Any, prompt: Sequence[int]) -> int | None:
 
 
 def _has_text(extra: dict[str, Any] | None) -> bool:
-    from vllm_diffusion.fill import TEXTS
-    from vllm_diffusion.params import PREFIX
+    from vllm_diffusion.request.options import PREFIX
+    from vllm_diffusion.request.text import TEXTS
 
     return any(f"{PREFIX}{name}" in (extra or {}) for name in TEXTS)
 
 
 def _with_rows(extra: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    from vllm_diffusion.fill import NOISE_LEVEL, ROWS, TEXTS
-    from vllm_diffusion.params import PREFIX
+    from vllm_diffusion.request.options import PREFIX
+    from vllm_diffusion.request.text import NOISE_LEVEL, ROWS, TEXTS
 
     kept = {name: value for name, value in extra.items() if name.removeprefix(PREFIX) not in TEXTS}
     if rows.holes is None:

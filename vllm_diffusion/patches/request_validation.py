@@ -1,8 +1,8 @@
 """A request to a diffusion model is checked by us: one message that names every problem.
 
 vLLM's own check refuses parameters that a canvas can honour (a seed, say) and lets others through
-that it then ignores. Ours reads the same request and decides by `vllm_diffusion.params`. It runs in
-the process the client talks to, so a refusal is an answer of status 400.
+that it then ignores. Ours reads the same request and decides by `request.parse`. It runs in the
+process the client talks to, so a refusal is an answer of status 400.
 
 A streamed answer has said 200 before vLLM checks its request: the check sits in an async generator,
 which runs when the first chunk is asked for. So where a diffusion model is served the check is also
@@ -76,7 +76,7 @@ def parse_for(sampling: Any, model_config: Any) -> None:
     """
     # Here, since the table of patches is read where neither vLLM nor torch is wanted.
     from vllm_diffusion.denoise.constants import ServedRules
-    from vllm_diffusion.params import parse_params
+    from vllm_diffusion.request.parse import parse_params
 
     parse_params(
         sampling,

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMClientError
 
 from vllm_diffusion.denoise.constants import RuleConstants, ServedRules
 from vllm_diffusion.errors import TuneError
-from vllm_diffusion.params import admitted_params, requested_rule
+from vllm_diffusion.request.options import admitted_params, requested_rule
 from vllm_diffusion.telemetry import OPTION as TELEMETRY
 from vllm_diffusion.tune.compare import Outcome, repeated_share
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.constants import CONSTANTS, RuleConstants
 from vllm_diffusion.errors import TuneError
-from vllm_diffusion.params import PREFIX, malformed
+from vllm_diffusion.request.options import PREFIX, malformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -184,7 +184,7 @@ def _tried(
     shown: Screen,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """All figures, and the options of the rule to recommend."""
-    from vllm_diffusion.params import PREFIX
+    from vllm_diffusion.request.options import PREFIX
     from vllm_diffusion.tune.arms import neighbours
 
     curve = _Curve(answerer, items[::2] if options.search else items, options.tolerance, shown)

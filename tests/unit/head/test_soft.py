@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers.classes import COUNT, classes_of
 from helpers.cases import for_each
+from helpers.classes import COUNT, classes_of
 from helpers.heads import (
     SCALE,
     Case,

@@ -17,7 +17,7 @@ from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton, KeptByParser, Refused
 from vllm_diffusion.engine.constraints.compiler import compiling, source_of, vocabulary_for
 from vllm_diffusion.errors import ConstraintError
-from vllm_diffusion.params import admitted_params
+from vllm_diffusion.request.options import admitted_params
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

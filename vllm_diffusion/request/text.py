@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TEXTS: Final = ("template", "suffix", "draft")
 """The options of a request that hold text, without their prefix."""
 
-OPTIONS: Final = (*TEXTS, "noise_level")
+TEXT_OPTIONS: Final = (*TEXTS, "noise_level")
 """All options that are read here."""
 
 ROWS: Final = "diffusion_rows"
@@ -95,8 +95,8 @@ class Tokenizer(Protocol):
         """Text of ids."""
 
 
-def malformed(field: str, value: object) -> str | None:
-    """What the value of one of ``OPTIONS`` must be, if it is something else."""
+def malformed_text(field: str, value: object) -> str | None:
+    """What the value of one of ``TEXT_OPTIONS`` must be, if it is something else."""
     if field == "noise_level":
         share = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
         return None if share else "a number above 0 and at most 1"
@@ -108,7 +108,7 @@ def malformed(field: str, value: object) -> str | None:
     return f"a list of texts (up to {MAX_CHARACTERS} characters) and positive integers (holes)"
 
 
-def contradictions(
+def text_contradictions(
     sampling: Any,  # noqa: ANN401 - vLLM's SamplingParams by its attributes
     text: CanvasText,
     *,

@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from helpers.cases import for_each
+from helpers.sampling import CONSTRAINT, Sampling
 
-from vllm_diffusion.constrain.constraints import Constraints
 from vllm_diffusion.denoise.constants import MAX_STEPS, EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.params import (
-    GREEDY_SEED,
-    DiffusionParams,
-    admitted_params,
-    constraints,
-    noise_seed,
-    parse_params,
-    requested_rule,
-)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The attributes of vLLM's SamplingParams that the parser reads, at vLLM's defaults."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: list[int] | None = field(default_factory=list)
-    all_stop_token_ids: set[int] = field(default_factory=set)
-    eos_token_id: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | None = None
-    bad_words_token_ids: list[list[int]] | None = None
-    allowed_token_ids: list[int] | None = None
-    logprob_token_ids: list[int] | None = None
-    structured_outputs: Any = None
-    thinking_token_budget: int | None = None
-    trace_decode_token_ids: list[int] | None = None
-    extra_args: dict[str, Any] | None = None
-
+from vllm_diffusion.request.options import DiffusionParams, admitted_params, requested_rule
+from vllm_diffusion.request.parse import parse_params
 
 REFUSED: dict[str, Any] = {
     "thinking_token_budget": 0,
@@ -319,74 +282,6 @@ def test_the_requested_rule_is_the_served_one_but_for_what_is_named():
     assert requested_rule(replace(named, preset="fast"), RULES) == replace(FAST, **changes)
 
 
-def test_a_default_request_changes_nothing_in_its_distribution():
-    assert constraints(Sampling(), DiffusionParams()) == Constraints()
-    # Stop ids matter to min_tokens alone.
-    stopping = Sampling(all_stop_token_ids={1, 2}, eos_token_id=1)
-    assert constraints(stopping, DiffusionParams()) == Constraints()
-
-
-def test_every_wish_of_a_request_reaches_its_constraints():
-    sampling = Sampling(
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        min_tokens=3,
-        all_stop_token_ids={9, 8},
-        presence_penalty=0.5,
-        frequency_penalty=-0.5,
-        repetition_penalty=1.1,
-        logit_bias={5: -100.0, 6: 2},
-        bad_words_token_ids=[[4], [4, 5]],
-        allowed_token_ids=[1, 2, 2],
-    )
-    assert constraints(sampling, DiffusionParams()) == Constraints(
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        early=((8, 3), (9, 3)),
-        presence=0.5,
-        frequency=-0.5,
-        repetition=1.1,
-        bias=((5, -100.0), (6, 2.0)),
-        bad_words=((4,), (4, 5)),
-        allowed=(1, 2),
-    )
-
-
-def test_an_answer_may_not_stop_before_its_last_pin():
-    params = DiffusionParams(seed_canvas=(1, 2, 3, 4), pinned=(2,))
-    sampling = Sampling(
-        eos_token_id=50, stop_token_ids=[51], all_stop_token_ids={50, 51, 52}, min_tokens=1
-    )
-    assert constraints(sampling, params).early == ((50, 3), (51, 3), (52, 1))
-    # With ignore_eos vLLM gives no EOS here: it ends nothing, so it may be said.
-    assert constraints(Sampling(all_stop_token_ids={50}), params).early == ()
-
-
-def test_a_constrained_request_may_say_the_ids_it_asks_about():
-    params = DiffusionParams(constrained=True)
-    assert constraints(Sampling(logprob_token_ids=[3, 4]), params).allowed == (3, 4)
-
-
-@pytest.mark.parametrize(
-    ("temperature", "seed", "key"),
-    [(1.0, None, None), (1.0, 5, 5), (0.0, None, GREEDY_SEED), (0.0, 5, 5), (1e-6, None, 0)],
-)
-def test_a_greedy_request_without_a_seed_has_a_constant_one(
-    temperature: float, seed: int | None, key: int | None
-):
-    assert noise_seed(Sampling(temperature=temperature, seed=seed)) == key
-    assert (constraints(Sampling(temperature=temperature), DiffusionParams()).temperature == 0) == (
-        temperature < 0.1
-    )
-
-
-CONSTRAINT = SimpleNamespace(json="{}")
-
-
 def test_a_constraint_passes() -> None:
     assert parse_params(Sampling(structured_outputs=CONSTRAINT)) == DiffusionParams()
 
@@ -397,12 +292,3 @@ def test_a_constraint_and_fixed_text_both_say_what_the_answer_is(option: dict[st
     assert "keep one" in message_of(Sampling(structured_outputs=CONSTRAINT, extra_args=extra))
     parse_params(Sampling(extra_args=extra))
     parse_params(Sampling(structured_outputs=CONSTRAINT, extra_args={"diffusion_draft": "a"}))
-
-
-def test_bad_words_of_a_constrained_text_are_tokens_that_never_stand() -> None:
-    words = {"bad_words_token_ids": [[7], [9]]}
-    free = constraints(Sampling(**words), DiffusionParams())
-    bound = constraints(Sampling(**words, structured_outputs=CONSTRAINT), DiffusionParams())
-    assert (free.bad_words, free.early) == (((7,), (9,)), ())
-    assert bound.bad_words == ()
-    assert [token for token, until in bound.early if until > 10**9] == [7, 9]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.sampling import Sampling
 
-from vllm_diffusion import fill
 from vllm_diffusion.constrain.constraints import Holes
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.fill import CanvasText, Frame, Rows, contradictions, malformed, rows_of
-from vllm_diffusion.params import admitted_params, constraints, parse_params
+from vllm_diffusion.request.options import admitted_params
+from vllm_diffusion.request.parse import parse_params
+from vllm_diffusion.request.sampling import constraints
+from vllm_diffusion.request.text import (
+    ROWS,
+    CanvasText,
+    Frame,
+    Rows,
+    malformed_text,
+    rows_of,
+    text_contradictions,
+)
 
 PAD, END, TURN = 0, 1, 2
 SPECIAL = {PAD: "<pad>", END: "<end>", TURN: "<turn>"}
@@ -157,7 +167,7 @@ def test_random_templates_hold_their_text() -> None:
     ids=lambda value: repr(value)[:20],
 )
 def test_malformed_values_are_told_what_they_must_be(field: str, value: object) -> None:
-    assert malformed(field, value)
+    assert malformed_text(field, value)
 
 
 @pytest.mark.parametrize(
@@ -172,23 +182,7 @@ def test_malformed_values_are_told_what_they_must_be(field: str, value: object) 
     ],
 )
 def test_well_formed_values_pass(field: str, value: object) -> None:
-    assert malformed(field, value) is None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What ``parse_params`` reads first."""
-
-    extra_args: dict[str, Any]
-    structured_outputs: None = None
-    thinking_token_budget: None = None
-    trace_decode_token_ids: None = None
-    logit_bias: None = None
-    allowed_token_ids: None = None
-    min_tokens: int = 0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = 16
-    ignore_eos: bool = False
+    assert malformed_text(field, value) is None
 
 
 def problems(*, ignore_eos: bool = False, min_tokens: int = 0, **wishes: Any) -> list[str]:
@@ -198,7 +192,7 @@ def problems(*, ignore_eos: bool = False, min_tokens: int = 0, **wishes: Any) ->
         "noise_level": wishes.pop("noise_level", None),
         "read_only": wishes.pop("read_only", False),
     }
-    return contradictions(sampling, CanvasText(**wishes), **rest)
+    return text_contradictions(sampling, CanvasText(**wishes), **rest)
 
 
 def test_contradictions_are_all_named() -> None:
@@ -216,11 +210,11 @@ def test_contradictions_are_all_named() -> None:
 
 def test_rows_travel_with_the_request_and_become_its_constraints() -> None:
     made = rows(template=("ab", 3))
-    params = admitted_params({fill.ROWS: made.packed()})
+    params = admitted_params({ROWS: made.packed()})
     assert Rows.unpacked(made.packed()) == made
     assert (params.seed_canvas, params.pinned) == (made.seed_canvas, made.pinned)
     assert params.holes == made.holes
-    drafted = admitted_params({fill.ROWS: rows(draft="a").packed(), "diffusion_noise_level": 0.25})
+    drafted = admitted_params({ROWS: rows(draft="a").packed(), "diffusion_noise_level": 0.25})
     assert drafted.noise_level == 0.25
     assert drafted.holes is None
 
@@ -237,6 +231,6 @@ def test_rows_travel_with_the_request_and_become_its_constraints() -> None:
 
 
 def test_a_request_may_not_bring_rows_itself() -> None:
-    sampling = Sampling(extra_args={fill.ROWS: rows(template=("ab", 3)).packed()})
+    sampling = Sampling(extra_args={ROWS: rows(template=("ab", 3)).packed()})
     with pytest.raises(ParamsError, match="unknown option 'diffusion_rows'"):
         parse_params(sampling)

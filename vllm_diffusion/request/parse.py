@@ -1,0 +1,149 @@
+"""A request parsed: its options, or one error that names everything that is wrong with it.
+
+Never changes the request. What each parameter means on a canvas stands in docs/parameters.md.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_diffusion.denoise.constants import LARGEST, SMALLEST, ServedRules
+from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.request.options import PREFIX, DiffusionParams, read_options, requested_rule
+from vllm_diffusion.request.text import CanvasText, text_contradictions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The sampling parameters that have no meaning on a canvas yet, and when they are set.
+UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
+    "thinking_token_budget": lambda value: value is not None,
+    "trace_decode_token_ids": bool,
+}
+
+
+def parse_params(
+    sampling: Any,  # noqa: ANN401 - vLLM's SamplingParams by its attributes
+    *,
+    canvas_length: int | None = None,
+    vocab_size: int | None = None,
+    rules: ServedRules | None = None,
+) -> DiffusionParams:
+    """The diffusion options of a request, or one error listing everything that is wrong with it.
+
+    Args:
+        sampling: vLLM's ``SamplingParams``.
+        canvas_length: the served canvas, None where it is not known yet.
+        vocab_size: number of token ids, None where it is not known.
+        rules: the served rules, None where they are not known.
+
+    Raises:
+        ParamsError: unsupported sampling parameters, wishes that exclude each other, unknown or
+            malformed diffusion options.
+    """
+    unsupported = [
+        f"{name}={reprlib.repr(value)}"
+        for name, is_set in UNSUPPORTED.items()
+        if (value := getattr(sampling, name)) is not None and is_set(value)
+    ]
+    problems = []
+    if unsupported:
+        problems.append(
+            f"not supported by this diffusion model yet: {', '.join(unsupported)} "
+            "(leave them at their defaults)"
+        )
+    params, wrong = read_options(sampling.extra_args or {})
+    problems += wrong
+    problems += _against_served(params, canvas_length, vocab_size, rules)
+    problems += _contradictions(sampling, params)
+    if problems:
+        raise ParamsError("; ".join(problems))
+    return params
+
+
+def _against_served(
+    params: DiffusionParams,
+    canvas_length: int | None,
+    vocab_size: int | None,
+    rules: ServedRules | None,
+) -> list[str]:
+    """What the engine, as it is served, cannot give."""
+    problems = []
+    width = params.canvas_length or canvas_length
+    if canvas_length and params.canvas_length and params.canvas_length > canvas_length:
+        problems.append(
+            f"diffusion_canvas_length must not exceed the served canvas of {canvas_length}, "
+            f"got {params.canvas_length}"
+        )
+    if params.seed_canvas and width and len(params.seed_canvas) != width:
+        problems.append(
+            f"diffusion_seed_canvas must hold exactly {width} ids, got {len(params.seed_canvas)}"
+        )
+    if vocab_size and max(params.seed_canvas, default=0) >= vocab_size:
+        problems.append(
+            f"diffusion_seed_canvas ids must be below {vocab_size}, got {max(params.seed_canvas)}"
+        )
+    if params.pinned and not params.seed_canvas:
+        problems.append("diffusion_pinned needs a diffusion_seed_canvas that says what to hold")
+    elif params.pinned and max(params.pinned) >= len(params.seed_canvas):
+        problems.append(
+            f"diffusion_pinned positions must lie inside the canvas of {len(params.seed_canvas)}, "
+            f"got {max(params.pinned)}"
+        )
+    if rules is None:
+        return problems
+    rule = requested_rule(params, rules)
+    if rule.remembered > rules.remembered:
+        problems.append(
+            f"diffusion_stability_threshold must be at most the served {rules.remembered}, "
+            f"got {rule.remembered}"
+        )
+    return problems + rule.incoherent(beside=rules.default, prefix=PREFIX)
+
+
+def _contradictions(
+    sampling: Any,  # noqa: ANN401
+    params: DiffusionParams,
+) -> list[str]:
+    """Wishes of one request that cannot all come true."""
+    text = params.text or CanvasText()
+    problems = text_contradictions(
+        sampling,
+        text,
+        seed_canvas=params.seed_canvas,
+        noise_level=params.noise_level,
+        read_only=params.read_only,
+    )
+    if sampling.structured_outputs is not None and (text.template or text.suffix):
+        problems.append(
+            "diffusion_template and suffix say what the answer is, and so does a constraint "
+            "(structured_outputs, response_format or a tool call that is required): keep one"
+        )
+    bias = sampling.logit_bias or {}
+    if wild := {token: value for token, value in bias.items() if not abs(value) <= LARGEST}:
+        problems.append(f"logit_bias must be finite, up to {LARGEST:g}, got {reprlib.repr(wild)}")
+    if not SMALLEST <= (scale := sampling.repetition_penalty) <= LARGEST:
+        problems.append(f"repetition_penalty must be {SMALLEST:g} to {LARGEST:g}, got {scale}")
+    allowed = set(sampling.allowed_token_ids or ())
+    if allowed and sampling.min_tokens and allowed <= set(sampling.all_stop_token_ids):
+        problems.append(
+            f"min_tokens={sampling.min_tokens} forbids every one of the allowed_token_ids"
+        )
+    if params.constrained and not sampling.logprob_token_ids:
+        problems.append("diffusion_constrained needs logprob_token_ids: they are the allowed set")
+    if params.constrained and allowed:
+        problems.append("diffusion_constrained and allowed_token_ids both say what is allowed")
+    if params.constrained:
+        allowed = set(sampling.logprob_token_ids or ())
+    inside = [at for at in params.pinned if at < len(params.seed_canvas)]
+    if allowed and (outside := [at for at in inside if params.seed_canvas[at] not in allowed]):
+        problems.append(
+            f"diffusion_pinned holds tokens that are not allowed at {reprlib.repr(outside)}"
+        )
+    limit = sampling.max_tokens
+    if inside and limit is not None and not params.read_only and max(inside) >= limit:
+        problems.append(
+            f"diffusion_pinned holds position {max(inside)}, which max_tokens={limit} cuts off"
+        )
+    return problems
