@@ -19,7 +19,7 @@ refused at start, all problems in one message.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.constants import (
@@ -32,6 +32,7 @@ from vllm_diffusion.denoise.constants import (
 )
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.family import Family
 from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.request.options import malformed
 
@@ -47,6 +48,38 @@ _HEAD_MEMORY_MB: Final = 256
 
 HEAD_WEIGHTS: Final = "head_weights"
 _EXACT: Final = "exact"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What an engine serves, decided before it starts; every process of it knows."""
+
+    canvas_length: int
+    """The widest canvas a request may have, in rows."""
+    rules: ServedRules
+    family: Family
+    """What the model declares."""
+    head_memory_mb: int
+    """What the logits of a step may take."""
+    head_weights: HeadForm | None
+    """What the head reads its matrix in; None for the matrix itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a config that is written as JSON."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**values, "family": self.family.to_dict(), "rules": self.rules.to_dict()}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Served:
+        """Read what ``to_dict`` wrote."""
+        family = Family.from_dict(values["family"])
+        return Served(
+            **{
+                **values,
+                "family": family,
+                "rules": ServedRules.from_dict(values["rules"]),
+            }
+        )
 
 
 def served_rules(

@@ -26,7 +26,7 @@ PURE_ROOMS = {
     "records": set(),
     "request": {"constrain", "denoise", "errors", "records"},
     "telemetry": set(),
-    "config": {"denoise", "errors", "head", "request", "records"},
+    "config": {"denoise", "errors", "family", "head", "request", "records"},
     "denoise": {"errors", "records"},
     "constrain": {"compiled", "errors", "records"},
     "head": {"compiled", "constrain", "denoise", "errors", "quant", "records"},
@@ -98,7 +98,7 @@ VLLM_ROOMS = {
     },
     "plugin": {"models", "patches", "upstream"},
     "doctor": {"constrain", "errors", "head", "patches", "quant", "upstream"},
-    "tune": {"denoise", "errors", "request", "records", "telemetry"},
+    "tune": {"denoise", "engine", "errors", "records", "request", "telemetry"},
     "cli": {"doctor", "trace", "tune"},
 }
 

@@ -17,7 +17,11 @@ from pkgutil import resolve_name
 import pytest
 from vllm.config import StructuredOutputsConfig
 
+from vllm_diffusion.config import Served
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
+from vllm_diffusion.engine import carriers
+from vllm_diffusion.family import Family
 from vllm_diffusion.patches import canvas_text, constraint_compiling, cpu_kernels
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.patches.worker_choice import STOCK_WORKER, TRITON_FREE_WORKER
@@ -25,6 +29,22 @@ from vllm_diffusion.upstream import cpu_host, ledger, runner, torch_companions, 
 from vllm_diffusion.upstream.ledger import Stage
 
 pytestmark = pytest.mark.vllm
+
+RULE = EntropyBoundConstants(
+    max_steps=48,
+    t_min=0.4,
+    t_max=0.8,
+    entropy_bound=0.1,
+    confidence_threshold=0.005,
+    stability_threshold=1,
+)
+SERVED = Served(
+    canvas_length=16,
+    rules=ServedRules(default=RULE, presets={}),
+    family=Family(name="x", rule="entropy_bound"),
+    head_memory_mb=1,
+    head_weights=None,
+)
 
 ALL = {patch.name: patch for patch in PATCHES}
 CPU_HOST = [
@@ -301,11 +321,13 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
     monkeypatch.setattr(constraint_check, "compiling", compiling)
     monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
     render = constraint_compiling.compile_beside(preprocess_chat)
+    hf_config = types.SimpleNamespace()
+    carriers.put_served(hf_config, SERVED)
     model = types.SimpleNamespace(
         is_diffusion=is_diffusion,
         max_model_len=50,
         get_vocab_size=lambda: 9,
-        hf_config=types.SimpleNamespace(diffusion_family={"ends": []}),
+        hf_config=hf_config,
     )
     told = StructuredOutputsConfig()
     config = types.SimpleNamespace(model_config=model, structured_outputs_config=told)

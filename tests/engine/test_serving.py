@@ -18,9 +18,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
+from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.presets import PRESETS
-from vllm_diffusion.engine import refusals, serving
+from vllm_diffusion.engine import carriers, refusals, serving
 from vllm_diffusion.engine.refusals import refuse_head
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
 from vllm_diffusion.errors import ConfigError
@@ -59,9 +59,10 @@ def with_head(checkpoint: Path, form: str) -> VllmConfig:
 
 
 def test_the_head_reads_its_matrix_unless_asked(config: VllmConfig, tiny_checkpoint: Path):
-    assert config.model_config.hf_config.head_weights is None
-    assert with_head(tiny_checkpoint, "exact").model_config.hf_config.head_weights is None
-    assert with_head(tiny_checkpoint, "fp8").model_config.hf_config.head_weights == "fp8"
+    assert carriers.served(config.model_config.hf_config).head_weights is None
+    for asked, form in (("exact", None), ("fp8", "fp8")):
+        hf_config = with_head(tiny_checkpoint, asked).model_config.hf_config
+        assert carriers.served(hf_config).head_weights == form
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, *, cuda: bool = True) -> None:
@@ -219,7 +220,7 @@ def test_an_override_that_no_rule_reads_is_told(
     """The recipe's command line; vLLM reads it neither."""
     overrides = {"diffusion_sampler": "entropy_bound", "diffusion_entropy_bound": 0.3}
     config = engine_config(tiny_checkpoint, hf_overrides=overrides)
-    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    rules = carriers.served(config.model_config.hf_config).rules
     assert rules.default.entropy_bound == 0.1
     (warning,) = warnings_of_serving
     assert "diffusion_sampler, diffusion_entropy_bound in --hf-overrides" in warning
@@ -308,7 +309,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         "--override-generation-config",
         '{"t_max": 0.9, "sampler_config": {"entropy_bound": 0.7}}',
     )
-    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    rules = carriers.served(config.model_config.hf_config).rules
     published = EntropyBoundConstants(
         max_steps=24,
         t_min=0.4,
@@ -324,7 +325,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
     for name in PRESETS["balanced"]:
         assert f"{name}={getattr(rules.default, name)} (preset balanced)" in line
     assert "stability_threshold=2 (additional_config)" in line
-    assert config.model_config.hf_config.head_memory_mb == 64
+    assert carriers.served(config.model_config.hf_config).head_memory_mb == 64
     assert "logits of a step take at most 64 MB" in line
     assert f"at most {config.scheduler_config.max_num_seqs} at once" in line
 
@@ -332,7 +333,7 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
 def test_a_plain_configuration_serves_the_checkpoints_rule(
     config: VllmConfig, tiny_checkpoint: Path, said_by_serving: list[str]
 ):
-    rules = ServedRules.from_dict(config.model_config.hf_config.denoising_rules)
+    rules = carriers.served(config.model_config.hf_config).rules
     assert rules.default == rules.presets["reference"]
     engine_config(tiny_checkpoint)
     (line,) = said_by_serving
@@ -345,6 +346,7 @@ def test_a_diffusion_config_may_leave_the_width_to_the_checkpoint(tiny_checkpoin
     assert config.diffusion_config.canvas_length == 32
     assert config.num_speculative_tokens == 32
     assert config.model_config.hf_config.canvas_length == 32
+    assert carriers.served(config.model_config.hf_config).canvas_length == 32
 
 
 def test_options_that_make_no_sense_are_refused_in_one_message(tiny_checkpoint: Path):
@@ -359,7 +361,7 @@ def test_options_that_make_no_sense_are_refused_in_one_message(tiny_checkpoint: 
 
 
 def test_a_step_limit_of_zero_is_refused(tiny_checkpoint: Path):
-    with pytest.raises(ValueError, match="max_denoising_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_denoising_steps must be a positive integer, got 0"):
         engine_config(tiny_checkpoint, diffusion_config={"max_denoising_steps": 0})
 
 
@@ -390,7 +392,7 @@ def test_an_authors_sampling_parameters_are_a_chats_defaults(
 ):
     config = engine_config(recommending, **options).model_config
     # The rule's constants are the checkpoint's whatever the defaults of sampling are.
-    assert config.hf_config.denoising_rules["default"]["t_max"] == 0.8
+    assert carriers.served(config.hf_config).rules.default.t_max == 0.8
     defaults = config.get_diff_sampling_param()
     assert "max_tokens" not in defaults, "the checkpoint's 256 would cut every answer"
     plain = ChatCompletionRequest(messages=[{"role": "user", "content": "hello"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from helpers.cases import for_each
 
 from vllm_diffusion.config import (
+    Served,
     describe,
     fused_commit,
     head_memory,
@@ -20,6 +22,7 @@ from vllm_diffusion.config import (
 from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.family import Family, Text
 from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.request.options import DiffusionParams, requested_rule
 
@@ -294,6 +297,18 @@ def test_a_rule_is_described_with_the_origin_of_what_was_changed():
         "hold_threshold=0.0, doubt_threshold=0.0, "
         "soft_embedding_top_k=0"
     )
+
+
+def test_what_is_served_travels_as_json() -> None:
+    rules = rules_of(additional={"preset": "fast"})
+    served = Served(
+        canvas_length=32,
+        rules=rules,
+        family=Family(name="x", rule="entropy_bound", text=Text.BLOCK, block=4, ends=(1, 106)),
+        head_memory_mb=64,
+        head_weights="int8",
+    )
+    assert Served.from_dict(json.loads(json.dumps(served.to_dict()))) == served
 
 
 def test_the_heads_memory_is_no_constant_of_a_rule():

@@ -25,10 +25,10 @@ from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
-from vllm_diffusion.denoise.constants import ServedRules
 from vllm_diffusion.denoise.draft import begun_from_draft
 from vllm_diffusion.denoise.noise import noise_of
 from vllm_diffusion.denoise.rng import request_seed
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.account import Account
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 from vllm_diffusion.engine.constraints.backend import attached
@@ -40,7 +40,6 @@ from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.step_attention import StepAttention
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.family import Family
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.request.options import admitted_params, requested_rule
@@ -79,8 +78,8 @@ class CanvasModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         text_config = self.model_config.hf_text_config
-        self.family = Family.from_dict(self.model_config.hf_config.diffusion_family)
-        self.rules = ServedRules.from_dict(self.model_config.hf_config.denoising_rules)
+        self._served = carriers.served(self.model_config.hf_config)
+        self.family, self.rules = self._served.family, self._served.rules
         self.pool = pool_class(device.type)(
             num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
             canvas_length=vllm_config.diffusion_config.canvas_length,
@@ -134,14 +133,14 @@ class CanvasModelState(ModelState):
         vocab_size = self.model_config.get_vocab_size()
         # What a step's logits may take: all the tiles of the streaming head, or all the rows that
         # the reference head holds at once.
-        budget = self.model_config.hf_config.head_memory_mb * 2**20
+        budget = self._served.head_memory_mb * 2**20
         whole = ReferenceHead(
             logits=self.model.logits,
             soft_embedding=self.model.soft_embedding,
             max_rows=max(1, budget // (COPIES * 4 * vocab_size)),
         )
         head: Head = whole
-        vocabulary, form = self.model.vocabulary(), self.model_config.hf_config.head_weights
+        vocabulary, form = self.model.vocabulary(), self._served.head_weights
         if vocabulary is not None:
             copied = vocabulary.copied(form)
             head = StreamingHead(vocabulary=copied, whole=whole, budget=budget)

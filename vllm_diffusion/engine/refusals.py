@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_diffusion.config import HEAD_WEIGHTS
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
@@ -38,7 +39,7 @@ def refuse_attention_of_gpus(vllm_config: VllmConfig) -> None:
         current_platform.is_cpu()
         and asked not in {None, AttentionBackendEnum.CPU_ATTN}
         # vLLM's settings for Gemma name one themselves, when this config was made first.
-        and not hasattr(vllm_config.model_config.hf_config, "denoising_rules")
+        and not carriers.is_served(vllm_config.model_config.hf_config)
     ):
         raise ConfigError(
             f"attention_backend={asked.name} is not for a CPU host, which has CPU_ATTN alone: "

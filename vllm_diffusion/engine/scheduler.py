@@ -32,12 +32,11 @@ from vllm.v1.core.sched.diffusion_scheduler import (
 from vllm.v1.request import RequestStatus
 
 from vllm_diffusion import grid
-from vllm_diffusion.denoise.constants import ServedRules
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar, attach
 from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
-from vllm_diffusion.family import Family
 from vllm_diffusion.request.options import admitted_params, requested_rule
 
 if TYPE_CHECKING:
@@ -70,9 +69,9 @@ class WholeCanvasMixin:
         self._guesses: dict[str, int] = {}
         self._in_flight: deque[StepInFlight] = deque()
         self._taken: dict[str, int] = {}
-        served = self.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
-        self._family = Family.from_dict(served.diffusion_family)
-        self._rules = ServedRules.from_dict(served.denoising_rules)
+        hf_config = self.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
+        served = carriers.served(hf_config)
+        self._family, self._rules = served.family, served.rules
         self._compile_for_canvases()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -17,8 +17,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_diffusion import __version__
-from vllm_diffusion.config import describe, head_memory, head_weights, served_rules
+from vllm_diffusion.config import Served, describe, head_memory, head_weights, served_rules
 from vllm_diffusion.denoise.constants import KINDS
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.attention.gpu import FLASH_VERSION, needs_block_local
 from vllm_diffusion.engine.fusion import SCHEDULER
 from vllm_diffusion.engine.graphs import choose_capture_sizes
@@ -73,7 +74,7 @@ class CanvasServing(VerifyAndUpdateConfig):
         check_options(vllm_config.lora_config)
         check_host(vllm_config)
         tell_unread_overrides(vllm_config.model_config)
-        rules, origins = publish(vllm_config, module)
+        served, origins = publish(vllm_config, module, canvas)
         refuse_cut_canvases(scheduler, canvas)
         settle_scheduler(vllm_config, canvas, asked_seqs)
         logger.info(
@@ -84,8 +85,8 @@ class CanvasServing(VerifyAndUpdateConfig):
             vllm_config.model_config.architecture,
             canvas,
             scheduler.max_num_seqs,
-            describe(rules.default, origins),
-            vllm_config.model_config.hf_config.head_memory_mb,
+            describe(served.rules.default, origins),
+            served.head_memory_mb,
             ", ".join(ledger.active()),
         )
 
@@ -100,23 +101,21 @@ def settle_backbone(vllm_config: VllmConfig, module: FamilyModule) -> None:
 
 
 def settle_canvas(vllm_config: VllmConfig) -> int:
-    """The width of a canvas, the same for everybody who looks."""
-    diffusion, hf_config = vllm_config.diffusion_config, vllm_config.model_config.hf_config
+    """The width of a canvas: the user's, else the checkpoint's."""
+    diffusion = vllm_config.diffusion_config
     if diffusion.canvas_length is None:
         # vLLM takes the checkpoint's width only where there is no --diffusion-config at all.
-        diffusion.canvas_length = hf_config.canvas_length
-    # Requests are checked where only the model's config is at hand.
-    hf_config.canvas_length = diffusion.canvas_length
+        diffusion.canvas_length = vllm_config.model_config.hf_config.canvas_length
     return int(diffusion.canvas_length)
 
 
-def publish(vllm_config: VllmConfig, module: FamilyModule) -> tuple[ServedRules, dict[str, str]]:
-    """Put what is served into the model's config, where every process finds it.
-
-    As plain values, since a config is written as JSON.
+def publish(
+    vllm_config: VllmConfig, module: FamilyModule, canvas: int
+) -> tuple[Served, dict[str, str]]:
+    """Put what is served where every process of the engine finds it.
 
     Returns:
-        The rules, and who changed the default one, see ``config.served_rules``.
+        It, and who changed the default rule, see ``config.served_rules``.
     """
     model = vllm_config.model_config
     generation, ours = model.try_get_generation_config(), ours_of(vllm_config)
@@ -128,11 +127,15 @@ def publish(vllm_config: VllmConfig, module: FamilyModule) -> tuple[ServedRules,
         logger.info("The head runs in CUDA on GPUs, not in Triton.")
     form = head_weights(ours)
     refuse_head(form, model.hf_text_config.hidden_size, model.get_vocab_size(), model.dtype)
-    model.hf_config.diffusion_family = family.to_dict()
-    model.hf_config.denoising_rules = rules.to_dict()
-    model.hf_config.head_memory_mb = head_memory(ours)
-    model.hf_config.head_weights = form
-    return rules, origins
+    served = Served(
+        canvas_length=canvas,
+        family=family,
+        rules=rules,
+        head_memory_mb=head_memory(ours),
+        head_weights=form,
+    )
+    carriers.put_served(model.hf_config, served)
+    return served, origins
 
 
 def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict[str, str]]:

@@ -75,14 +75,15 @@ def parse_for(sampling: Any, model_config: Any) -> None:
         ParamsError: everything that is wrong.
     """
     # Here, since the table of patches is read where neither vLLM nor torch is wanted.
-    from vllm_diffusion.denoise.constants import ServedRules
+    from vllm_diffusion.engine import carriers
     from vllm_diffusion.request.parse import parse_params
 
+    served = carriers.served(model_config.hf_config)
     parse_params(
         sampling,
-        canvas_length=model_config.hf_config.canvas_length,
+        canvas_length=served.canvas_length,
         vocab_size=model_config.get_vocab_size(),
-        rules=ServedRules.from_dict(model_config.hf_config.denoising_rules),
+        rules=served.rules,
     )
 
 

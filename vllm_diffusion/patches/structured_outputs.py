@@ -84,9 +84,11 @@ def as_text(asked: Any) -> Any:
 
 def completed(sampling: Any, model_config: Any, tokenizer: Any) -> Any:
     """A copy that knows the ids of end tokens and bad words, as the engine's core will see it."""
+    from vllm_diffusion.engine import carriers
+
     copy = sampling.clone()
     # vLLM would read the file for every request.
-    ends = [*model_config.hf_config.diffusion_family["ends"]]
+    ends = carriers.served(model_config.hf_config).family.ends
     copy.update_from_generation_config({"eos_token_id": ends or None}, tokenizer.eos_token_id)
     copy.update_from_tokenizer(tokenizer)
     return copy

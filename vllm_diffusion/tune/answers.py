@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMClientError
 
-from vllm_diffusion.denoise.constants import RuleConstants, ServedRules
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.errors import TuneError
 from vllm_diffusion.request.options import admitted_params, requested_rule
 from vllm_diffusion.telemetry import OPTION as TELEMETRY
@@ -19,6 +19,7 @@ from vllm_diffusion.tune.compare import Outcome, repeated_share
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from vllm_diffusion.denoise.constants import RuleConstants
     from vllm_diffusion.tune.items import TaskItem, Verifier
 
 
@@ -48,11 +49,10 @@ class Answerer:
         """
         self.llm = LLM(model, **engine)
         config = self.llm.llm_engine.model_config.hf_config
-        try:
-            self._rules = ServedRules.from_dict(config.denoising_rules)
-        except AttributeError:
+        if not carriers.is_served(config):
             self.close()
-            raise TuneError(f"{model} is not served by vllm-diffusion") from None
+            raise TuneError(f"{model} is not served by vllm-diffusion")
+        self._rules = carriers.served(config).rules
         self._verifier = verifier
         self._max_tokens = max_tokens
         self._seed = seed
