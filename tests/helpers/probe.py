@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.model_state import CanvasModelState
     from vllm_diffusion.head import Head
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision, Emission
+    from vllm_diffusion.rules.entropy_bound import EntropyBound
+    from vllm_diffusion.rules.rule import Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +111,15 @@ class Probe:
     def __enter__(self) -> Self:
         from vllm.v1.core.sched.scheduler import Scheduler
 
-        from vllm_diffusion import step as step_module
         from vllm_diffusion.engine import sampler as sampler_module
         from vllm_diffusion.engine.model_state import CanvasModelState
         from vllm_diffusion.models.diffusion_gemma.model import DiffusionGemmaForBlockDiffusion
+        from vllm_diffusion.rules.entropy_bound import EntropyBound
 
         for owner, name, wrapper in (
             (CanvasModelState, "prepare_attn", self._around_prepare_attn),
             (DiffusionGemmaForBlockDiffusion, "forward", self._around_forward),
-            (step_module, "decide", self._around_decide),
+            (EntropyBound, "decide", self._around_decide),
             (sampler_module, "advance", self._around_advance),
             (Scheduler, "_preempt_request", self._around_preempt),
         ):
@@ -157,8 +159,10 @@ class Probe:
         return forward
 
     def _around_decide(self, inner: Any) -> Any:
-        def decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-            decision = inner(pool, batch, stats)
+        def decide(
+            rule: EntropyBound, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats
+        ) -> Decision:
+            decision = inner(rule, pool, batch, stats)
             self._decided.append((stats, decision))
             return decision
 
@@ -166,7 +170,12 @@ class Probe:
 
     def _around_advance(self, inner: Any) -> Any:
         def advance(
-            pool: CanvasPool, batch: CanvasBatch, hidden: Tensor, head: Head, **hooks: Any
+            pool: CanvasPool,
+            batch: CanvasBatch,
+            hidden: Tensor,
+            head: Head,
+            rule: Rule,
+            **hooks: Any,
         ) -> Emission:
             before = (
                 pool.tokens[batch.slots].clone(),
@@ -175,7 +184,7 @@ class Probe:
             )
             taken = (pool.step - pool.first_step)[batch.slots].tolist()
             self._keep_contexts(pool, batch, taken, before[2])
-            emission = inner(pool, batch, hidden, head, **hooks)
+            emission = inner(pool, batch, hidden, head, rule, **hooks)
             whole = head.whole if isinstance(head, StreamingHead) else head
             stats, decision = self._decided.pop()
             assert self._batch is not None
