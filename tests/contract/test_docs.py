@@ -1,9 +1,12 @@
 """The pages a user reads: links lead somewhere, commands name files there are, no page is lost."""
 
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+
+from vllm_diffusion.denoise.constants import KINDS, declared
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -55,3 +58,26 @@ def test_every_page_is_in_the_index_and_within_reach_of_the_readme():
     names = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
     assert {name for name in names if f"({name})" not in index} == set()
     assert {name for name in names if f"(docs/{name})" not in readme} == set()
+
+
+def test_the_table_of_constants_says_what_is_declared():
+    declarations = {
+        name: (constant, each.default)
+        for kind in KINDS.values()
+        for each in fields(kind)
+        for name, constant in [(each.name, declared(kind)[each.name])]
+    }
+    lines = ["| option | values | default | effect |", "|---|---|---|---|"]
+    for name, (constant, default) in declarations.items():
+        values = f"{constant.least:g} to {constant.most:g}"
+        if constant.off is not None:
+            values = f"0, or {values}"
+        if constant.unit:
+            values += f" {constant.unit}"
+        given = "the checkpoint's" if default is MISSING else f"{default:g}"
+        lines.append(f"| `diffusion_{name}` | {values} | {given} | {constant.help} |")
+    page = (DOCS / "options.md").read_text()
+    shown = re.search(r"<!-- constants:begin -->\n(.*?)\n<!-- constants:end -->", page, re.DOTALL)
+    assert shown
+    table = "\n".join(lines)
+    assert shown[1] == table, f"docs/options.md should say\n\n{table}"

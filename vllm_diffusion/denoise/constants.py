@@ -3,7 +3,7 @@
 A rule's constants are a frozen record, and a constant is one of its fields. The field also says
 everything else there is to know: unit, bounds, meaning, and what a generation config calls it.
 Options of requests and of the engine, the tensors of the canvas pool, traces, error messages and
-the table in docs/parameters.md are derived from it, so a new constant takes two files: this one and
+the table in docs/options.md are derived from it, so a new constant takes two files: this one and
 the rule that reads it.
 """
 
@@ -96,7 +96,7 @@ class RuleConstants:
 
     max_steps: int = declare(
         Constant(
-            help="Denoising steps a canvas may take; the temperature ramp follows it.",
+            help="The most denoising steps a canvas may take; the temperature ramp follows it.",
             unit="steps",
             integral=True,
             least=1,
@@ -159,7 +159,7 @@ class EntropyBoundConstants(RuleConstants):
     )
     stability_threshold: int = declare(
         Constant(
-            help="Steps the argmax must hold before a canvas ends; at most the served number.",
+            help="Steps for which the argmax must hold; at most the served number.",
             unit="steps",
             integral=True,
             most=MAX_STEPS,
@@ -168,14 +168,13 @@ class EntropyBoundConstants(RuleConstants):
     )
     hold_threshold: float = declare(
         Constant(
-            help="Probability from which a token that held for a step is kept; 0: never.",
-            unit="probability",
+            help="Probability from which a position keeps an argmax that held for a step; 0: never.",
         ),
         default=0.0,
     )
     doubt_threshold: float = declare(
         Constant(
-            help="Expected wrong tokens below which a canvas may end at once; 0: never.",
+            help="Expected wrong tokens below which a canvas may end without having held; 0: never.",
             unit="tokens",
         ),
         default=0.0,
