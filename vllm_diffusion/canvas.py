@@ -42,7 +42,8 @@ class CanvasPool:
         argmax: [S, L] int64, the model's best guess after the last step.
         top_prob: [S, L] fp32, its probability; 0 before the first step of a canvas.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
-        soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step.
+        soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step; None where
+            the model is not conditioned on itself.
         step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
         first_step: [S] int64, where it began: above 0 if it began from a draft.
         count: [S] int64, tokens a finished canvas commits; rows: [S, L] int64, the row that each of
@@ -62,7 +63,7 @@ class CanvasPool:
         *,
         num_slots: int,
         canvas_length: int,
-        hidden_size: int,
+        hidden_size: int | None,
         vocab_size: int,
         constants: RuleConstants,
         noise: CanvasNoise | None = None,
@@ -85,8 +86,10 @@ class CanvasPool:
         self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
         steps = constants.remembered if remembered is None else remembered
         self.history = integers(steps, canvas_length)
-        self.soft_embedding = torch.zeros(
-            num_slots, canvas_length, hidden_size, dtype=dtype, device=device
+        self.soft_embedding = (
+            None
+            if hidden_size is None
+            else torch.zeros(num_slots, canvas_length, hidden_size, dtype=dtype, device=device)
         )
         self.step = integers()
         self.first_step = integers()
@@ -151,7 +154,8 @@ class CanvasPool:
         self.tokens[slots] = self.noise.initial(self.seed[slots], position)
         self.history[slots] = -1
         self.top_prob[slots] = 0
-        self.soft_embedding[slots] = 0
+        if self.soft_embedding is not None:
+            self.soft_embedding[slots] = 0
         self.step[slots] = 0
         self.first_step[slots] = 0
         self.causal[slots] = False
@@ -214,21 +218,25 @@ class CanvasPool:
         self.argmax[slots] = argmax
         self._remember(slots, argmax, stats.top_prob, emits)
 
-        # A finished canvas is committed with plain embeddings and a new one starts from zero, so
-        # only a canvas that goes on carries its belief over. A belief that is no number must not
-        # get into the KV cache: whoever is given its pages next would read it there.
-        goes_on = ~(committing | finished)
-        belief = stats.soft_embedding
-        assert belief is not None
-        self.soft_embedding[slots] = torch.where(
-            goes_on[:, None, None] & belief.isfinite(), belief, 0
-        ).to(self.soft_embedding.dtype)
+        self._carry_over(slots, stats.soft_embedding, goes_on=~(committing | finished))
         # What a committing slot holds here has just been emitted.
         self.reason[slots], self.entropy[slots] = decision.reason, entropy
         self.step[slots] = torch.where(emits, 0, self.step[slots] + 1)
         self.first_step[slots] = torch.where(emits, 0, self.first_step[slots])
         self.causal[slots] = waits
         return emission
+
+    def _carry_over(self, slots: Tensor, belief: Tensor | None, *, goes_on: Tensor) -> None:
+        """Keep the soft embeddings of canvases that go on for their next step.
+
+        A finished canvas is committed with plain embeddings, and a new one starts from zero. A
+        value that is no number must not get into the KV cache: whoever is given its pages next
+        would read it there.
+        """
+        if self.soft_embedding is None or belief is None:
+            return
+        carried = torch.where(goes_on[:, None, None] & belief.isfinite(), belief, 0)
+        self.soft_embedding[slots] = carried.to(self.soft_embedding.dtype)
 
     def _remember(self, slots: Tensor, argmax: Tensor, top_prob: Tensor, emits: Tensor) -> None:
         """Shift the history of the slots by one step, forget that of a canvas that is over."""

@@ -90,22 +90,23 @@ def _apply(
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
     )
-    assert stats.soft_embedding is not None
-    canvas = pool.soft_embedding[0].numel()
-    _take_beliefs[(num, triton.cdiv(canvas, _COPIED))](
-        batch.slots,
-        goes_on,
-        stats.soft_embedding.contiguous(),
-        pool.soft_embedding,
-        canvas,
-        BLOCK=_COPIED,
-    )
+    if pool.soft_embedding is not None and stats.soft_embedding is not None:
+        canvas = pool.soft_embedding[0].numel()
+        _take_beliefs[(num, triton.cdiv(canvas, _COPIED))](
+            batch.slots,
+            goes_on,
+            stats.soft_embedding.contiguous(),
+            pool.soft_embedding,
+            canvas,
+            BLOCK=_COPIED,
+        )
     return emission
 
 
 def _begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
     length = position.shape[1]
-    pool.soft_embedding[slots] = 0
+    if pool.soft_embedding is not None:
+        pool.soft_embedding[slots] = 0
     _begin_canvas[(len(slots),)](
         slots,
         position.contiguous(),

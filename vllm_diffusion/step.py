@@ -89,6 +89,7 @@ def advance(
         rewrite=rewrite,
         soft_top_k=None if soft_top_k is None else soft_top_k.repeat_interleave(length),
         all_near=all_near,
+        self_conditioning=pool.soft_embedding is not None,
     )
     read = read_rows(pool, batch)
     stats = beliefs(head, rows, num=num, read=read, automata=automata)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_diffusion.canvas import CanvasPool
 from vllm_diffusion.denoise.constants import EntropyBoundConstants, declared
+from vllm_diffusion.denoise.noise import AbsorbingNoise
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.records import (
@@ -516,3 +517,24 @@ def test_the_probability_of_the_last_argmax_is_forgotten_with_its_canvas() -> No
     assert bool(pool.top_prob[3].all())
     pool.begin(torch.tensor([3]), positions(30))
     assert not bool(pool.top_prob[3].any())
+
+
+def test_a_model_that_is_not_conditioned_on_itself_has_no_soft_embedding() -> None:
+    pool = CanvasPool(
+        num_slots=SLOTS,
+        canvas_length=LENGTH,
+        hidden_size=None,
+        vocab_size=VOCAB,
+        constants=CONSTANTS,
+        noise=AbsorbingNoise(7),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    pool.admit(0, seed=1)
+    batch = make_batch([0], [0])
+    pool.begin(batch.slots, batch.position)
+    assert pool.tokens[0].tolist() == [7] * LENGTH
+    stats = replace(make_stats(batch, 3), soft_embedding=None)
+    pool.apply(batch, stats, make_decision(batch, 3, 4, False))
+    assert pool.soft_embedding is None
+    assert pool.tokens[0].tolist() == [4] * LENGTH

@@ -168,13 +168,15 @@ class EntropyBoundConstants(RuleConstants):
     )
     hold_threshold: float = declare(
         Constant(
-            help="Probability from which a position keeps an argmax that held for a step; 0: never.",
+            help="Probability from which a position keeps an argmax that held for a step; "
+            "0: never.",
         ),
         default=0.0,
     )
     doubt_threshold: float = declare(
         Constant(
-            help="Expected wrong tokens below which a canvas may end without having held; 0: never.",
+            help="Expected wrong tokens below which a canvas may end without having held; "
+            "0: never.",
             unit="tokens",
         ),
         default=0.0,

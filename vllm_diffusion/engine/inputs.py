@@ -29,8 +29,10 @@ class CanvasInputs:
     """
 
     def __init__(self, model: SelfConditionedModel, pool: CanvasPool, *, max_tokens: int) -> None:
-        self._model, self._pool = model, pool
+        self._model = model
         soft = pool.soft_embedding
+        assert soft is not None
+        self._soft = soft
         self.buffer = torch.zeros(max_tokens, soft.shape[-1], dtype=soft.dtype, device=soft.device)
         self.images: tuple[list[Tensor], Tensor] | None = None
         """Of the next step alone: embeddings, and which rows they belong to."""
@@ -61,7 +63,7 @@ class CanvasInputs:
             slots=batch.expanded_idx_mapping,
             place=batch.expanded_local_pos,
             phase=nowhere,
-            soft=self._pool.soft_embedding,
+            soft=self._soft,
             layer=self._model.self_conditioning,
             adapters=self._model.adapters,
         )

@@ -40,6 +40,7 @@ from vllm_diffusion.engine.logprobs import CanvasLogprobs
 from vllm_diffusion.engine.sampler import CanvasSampler
 from vllm_diffusion.engine.step_attention import StepAttention
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.family import Conditioning
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.request.options import admitted_params, requested_rule
@@ -80,10 +81,11 @@ class CanvasModelState(ModelState):
         text_config = self.model_config.hf_text_config
         self._served = carriers.served(self.model_config.hf_config)
         self.family, self.rules = self._served.family, self._served.rules
+        conditioned = self.family.conditioning is Conditioning.SELF
         self.pool = pool_class(device.type)(
             num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
             canvas_length=vllm_config.diffusion_config.canvas_length,
-            hidden_size=text_config.hidden_size,
+            hidden_size=text_config.hidden_size if conditioned else None,
             vocab_size=self.model_config.get_vocab_size(),
             constants=self.rules.default,
             noise=noise_of(self.family.mask_id, self.model_config.get_vocab_size()),
@@ -117,8 +119,13 @@ class CanvasModelState(ModelState):
             max_tokens=self.max_num_tokens,
             max_span=text_config.sliding_window if self.supports_mm_inputs else 0,
         )
-        conditioned = cast("SelfConditionedModel", model)
-        self._inputs = CanvasInputs(conditioned, self.pool, max_tokens=self.max_num_tokens)
+        self._inputs = (
+            CanvasInputs(
+                cast("SelfConditionedModel", model), self.pool, max_tokens=self.max_num_tokens
+            )
+            if conditioned
+            else None
+        )
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Which batches may run as one captured graph, see ``BlockLocalMask``."""
@@ -297,6 +304,8 @@ class CanvasModelState(ModelState):
         Nothing is returned: ``prepare_inputs`` writes the merged embeddings into the one buffer.
         """
         del req_states
+        if self._inputs is None:
+            return
         self._inputs.images = None
         if self.supports_mm_inputs:
             self.execute_mm_encoder(scheduled_encoder_inputs)
@@ -307,15 +316,22 @@ class CanvasModelState(ModelState):
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, Tensor]:
-        """Embeddings of all rows; canvas rows get their self-conditioning mixed in."""
+        """Embeddings of all rows, self-conditioning mixed into canvas rows.
+
+        A model that is not conditioned on itself runs on the ids as they are.
+        """
         nowhere = self.pool.causal
         if self._fusion.why_not is None:
             nowhere = place_rows(input_batch, self.pool, req_states, foreseen=self._fusion.foreseen)
-        self._inputs.write(input_batch.input_ids[: input_batch.num_tokens], input_batch, nowhere)
         self.model.sampler_takes_hidden = True
+        if self._inputs is None:
+            return {}
+        self._inputs.write(input_batch.input_ids[: input_batch.num_tokens], input_batch, nowhere)
         return {"inputs_embeds": self._inputs.buffer[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Tensor]:
         """Inputs for graph capture: the buffer that ``prepare_inputs`` writes."""
         del num_reqs
+        if self._inputs is None:
+            return {}
         return {"inputs_embeds": self._inputs.buffer[:num_tokens]}
