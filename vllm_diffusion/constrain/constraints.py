@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holes:
-    """A request whose one canvas is a text with holes: what of it is the answer (host side)."""
+    """The answer in a request whose single canvas is a text with holes (host side)."""
 
     shown: int  # rows the answer may take; those behind are context
-    pad: int  # id that fills what a hole has too much; -1 for none
+    pad: int  # id that fills unused places of a hole; -1 for none
     end: int  # id that ends an answer which does not take all shown rows; -1 for none
 
 

@@ -3,25 +3,23 @@
 A parser reads from left to right and a canvas settles anywhere, so a parser cannot condition all of
 its rows at once as ``constrain.automaton`` does. It can say how far a canvas is legal:
 
-1. Every step, the argmax of a guarded canvas is read from the committed text on. The first row
-   that may not stand there is asked again under the mask of what may: all of its statistics become
-   those of the masked distribution, and its new argmax is the next input of the row. The rows
-   behind it were guessed beside another token. They are left to the ordinary rule, and see the
-   correction in the next step.
-2. A canvas whose argmax is legal as it is settles by the ordinary rule, and is committed whole.
-3. One that needs a correction ends where the rule would settle it and the correction has changed
-   nothing since the step before; or at the step limit. It commits its rows up to the corrected one,
-   which is at least one. The rest is denoised again, as part of the next canvas, behind a text that
-   the model cannot overlook any more.
+1. Every step, the parser reads the argmax of a guarded canvas, starting from the committed text.
+   The head computes the first illegal row again under the mask of legal ids: all of its statistics
+   become those of the masked distribution, and its new argmax is the next input of the row. The
+   rows behind it were predicted beside another token. The ordinary rule treats them as usual, and
+   they see the correction in the next step.
+2. A canvas whose argmax is legal settles by the ordinary rule, and is committed whole.
+3. A canvas with a correction finishes when the rule would settle it and nothing has changed since
+   the step before, or at the step limit. It commits its rows up to and including the corrected one.
+   The rest is denoised again in the next canvas, where the correction is committed text.
 
-So whatever is committed is the beginning of a text that the grammar allows, and behind a complete
-one stands an end token. What follows the end is free, as are rows that the request's budget does
-not reach. A budget may run out before the text is complete: then it is a beginning, no more. A
-constraint wins over every other wish, so bad words and pins hold only where the grammar leaves a
-choice.
+So the committed text is always the beginning of a text that the grammar allows, and an end token
+follows a complete one. Rows behind the end are free, as are rows beyond the request's budget. If
+the budget runs out first, the text stays incomplete. A grammar wins over everything else a request
+asks for: bad words and pins hold only where the grammar leaves a choice.
 
-The parser is on the host: a batch with guarded canvases waits for the device twice in every step,
-before the corrections and behind the decision.
+The parser runs on the host. A batch with guarded canvases waits for the device twice in every step,
+before the corrections and after the decision.
 """
 
 from __future__ import annotations
@@ -55,13 +53,13 @@ def look_ahead(
     Args:
         guards: by their place in the batch.
         batch: of B canvases.
-        stats: theirs, [B, L].
-        ask: the head once more, given [N] int64 rows of the batch and a mask [V] bool for each.
-        causal: [B] bool, canvases that are being committed: what these hold has been written.
+        stats: of these canvases, [B, L].
+        ask: runs the head again on rows [N] int64 of the batch, with a mask [V] bool for each.
+        causal: [B] bool, canvases that are being committed: their tokens are already written.
 
     Returns:
-        The guards of the canvases that denoise; the statistics with those of the corrected rows in
-        them; the row by canvas.
+        The guards of the canvases that denoise; the statistics, corrected; the corrected row by
+        canvas.
     """
     length, device = stats.argmax.shape[1], stats.argmax.device
     told = torch.cat([stats.argmax, batch.width[:, None], causal[:, None]], dim=1).tolist()
@@ -78,7 +76,7 @@ def look_ahead(
         return denoising, stats, corrected
     rows = on_device([canvas * length + row for canvas, row in corrected.items()], device)
     again = ask(rows, masks)
-    # Logits that are no numbers have no best token, and end no canvas: any legal one does.
+    # NaN logits have no best token, and must not stop the canvas: take any legal token.
     legal = upload(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
     any_legal = on_device([int(mask.int().argmax()) for mask in masks], device)
     again = replace(again, argmax=torch.where(legal, again.argmax, any_legal))
@@ -98,11 +96,11 @@ def enforce(
     """Hold the corrections of guarded canvases, and let nothing illegal settle or be committed.
 
     Args:
-        guards, batch: as for ``look_ahead``; a guard of a canvas that finishes has written it.
-        corrected: the rows that ``look_ahead`` has corrected.
-        stats: of the step, corrections in.
+        guards, batch: as for ``look_ahead``. The guard of a canvas that finishes is moved on.
+        corrected: the rows that ``look_ahead`` corrected.
+        stats: of the step, corrected.
         decision: of the rule.
-        unchanged: [B] bool, the argmax is that of the step before, corrections in.
+        unchanged: [B] bool, the corrected argmax equals that of the step before.
         out_of_steps: [B] bool, canvases that must end.
     """
     held = torch.zeros_like(batch.valid)

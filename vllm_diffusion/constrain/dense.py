@@ -1,8 +1,8 @@
 """A ``Rewrite`` as tables over the vocabulary, a row a canvas: for GPUs.
 
-``window`` puts lists in order, so that a tile costs what falls into it, and must learn on the host
-how much that is. A table costs 4 bytes an id and canvas and nobody waits. What the parts do is told
-in ``logits``; rows of lists, which are short, stay lists.
+``window`` sorts lists, so that a tile costs only what falls into it, and the host must know how
+much that is. A table costs 4 bytes for each id of a canvas, and nobody waits. What the parts do:
+``logits``. Lists by row are short and stay lists.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The parser of a request whose grammar no automaton of a fair size can hold, and its slots.
+"""The parser of a request whose grammar is too large for an automaton, and the parsers by slot.
 
-A guard stands behind the committed text. It looks ahead along a canvas, says which tokens may stand
-where it came to, and moves on with what is committed. What becomes of a guarded canvas with that
-knowledge: ``corrections``.
+A guard has read the committed text. It looks ahead along a canvas, says which tokens are legal
+where it stopped, and moves on when tokens are committed. What follows for the canvas:
+``corrections``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class Guard:
-    """The parser of one request: it stands behind the committed text and looks ahead from there.
+    """The parser of one request: it has read the committed text and looks ahead from there.
 
     Args:
         parser: has read nothing; see ``grammar.GrammarCompiler``.
         end_tokens: ids that end a text, those of the parser.
-        silent: ids that write nothing and so stand nowhere but behind the end.
-        vocab_size: ids there are.
-        tokens_left: that the request may write; None for any number.
-        written: the tokens it has written before, for one that comes back.
-        thinking: that comes before the text. It takes half of ``tokens_left`` at most, so that some
-            are left for the text, whose shortest form a parser does not know.
+        silent: ids that write nothing, and are legal only behind the end.
+        vocab_size: V.
+        tokens_left: tokens the request may still write; None for any number.
+        written: tokens it has already written, if it was preempted.
+        thinking: comes before the text. It takes at most half of ``tokens_left``, so that some are
+            left for the text: a parser does not know how long the shortest text is.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Guard:
             self._thought = Thought(thinking, end_tokens=end_tokens, most=most)
         self._words = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
         self._vocab_size = vocab_size
-        self._ahead = 0  # tokens that have been read beyond the committed ones
-        # The text came to where no token leads on, and was ended there.
+        self._ahead = 0  # tokens read beyond the committed ones
+        # No token continued the text, so it was ended.
         self._given_up = self._given_up_ahead = False
         if written:
             self.write(written)
 
     def walk(self, tokens: Sequence[int]) -> int:
-        """Look ahead along some tokens; how many of them may stand there, counted from the first.
+        """Look ahead along some tokens; returns how many of them, from the first, are legal.
 
-        Goes on from where the last look ahead came to. Behind the end of the text, or of what the
-        request may write, every token may stand.
+        Continues where the last look ahead stopped. Behind the end of the text, and beyond what the
+        request may write, every token is legal.
         """
         for place, token in enumerate(tokens):
             if self.is_over():
@@ -79,9 +79,9 @@ class Guard:
         return len(tokens)
 
     def legal(self) -> Tensor:
-        """[V] bool: the ids that may stand where the look ahead came to, at least one.
+        """[V] bool: the ids that are legal where the look ahead stopped, at least one.
 
-        A grammar may lead to where no token of the vocabulary goes on. Then the text ends.
+        If no token of the vocabulary continues the grammar there, the text ends.
         """
         if self._thought is not None and not self._thought.over:
             return self._thought.legal(self._vocab_size)
@@ -96,7 +96,7 @@ class Guard:
         return mask
 
     def rewind(self) -> None:
-        """Forget what was looked ahead at."""
+        """Return to the committed text."""
         read = self._ahead - (self._thought.ahead if self._thought is not None else 0)
         if read:
             self._parser.rollback(read)
@@ -105,7 +105,7 @@ class Guard:
         self._ahead, self._given_up_ahead = 0, self._given_up
 
     def write(self, tokens: Sequence[int]) -> None:
-        """Commit tokens; they have been found legal.
+        """Commit tokens that are legal.
 
         Raises:
             ValueError: they are not legal.
@@ -122,7 +122,7 @@ class Guard:
         self._ahead, self._given_up = 0, self._given_up_ahead
 
     def is_over(self) -> bool:
-        """Whether every token may stand where the look ahead came to."""
+        """Whether every token is legal where the look ahead stopped."""
         over = self._ahead >= self._left or self._given_up_ahead
         return over or self._parser.is_terminated()
 
@@ -137,7 +137,7 @@ class Guard:
         if self._parser.accept_token(token):
             self._ahead += 1
             return True
-        # What the parser refuses and the mask holds all the same.
+        # The parser refuses it, but the mask allows it.
         if token in self._ends and self.legal()[token]:
             self._given_up_ahead = True
         return self._given_up_ahead
@@ -160,7 +160,7 @@ class Guards:
         self._of.pop(slot, None)
 
     def of(self, slots: Sequence[int]) -> dict[int, Guard]:
-        """Those of the slots of a batch, by their place in it."""
+        """The guards of the slots of a batch, by their place in it."""
         if self._of.keys().isdisjoint(slots):
             return {}
         return {place: self._of[slot] for place, slot in enumerate(slots) if slot in self._of}

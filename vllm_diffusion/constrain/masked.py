@@ -1,4 +1,4 @@
-"""A rewrite for rows that are asked again under the mask of what a grammar allows there."""
+"""The rewrite of rows that are computed again under the mask of what a grammar allows there."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -> Rewrite:
-    """What is asked of some rows of a batch where a grammar says what may stand there.
+    """The rewrite of some rows of a batch, limited to the ids that a grammar allows.
 
     Args:
         rewrite: of the batch; None for nothing at all.
         rows: [N] int64, rows of the batch.
-        masks: N times [V] bool, on the host. Of the ids that the request allows those that the
-            grammar allows too are left, or, where none is, all that the grammar allows. No pin is
-            left: one that is asked again was illegal.
+        masks: N times [V] bool, on the host. The ids that request and grammar both allow are left,
+            or, if there are none, all that the grammar allows. Pins are dropped: the pin of a row
+            that is computed again was illegal.
 
     Returns:
         The rewrite of the N rows, each as a canvas of its own.
@@ -59,7 +59,7 @@ def under_mask(rewrite: Rewrite | None, rows: Tensor, masks: Sequence[Tensor]) -
 def _as_lists(
     masks: Sequence[Tensor], lists: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The ids that rows may say, or those that they may not: the shorter list, the other empty.
+    """The allowed ids of every row, or the forbidden ones: the shorter list, the other empty.
 
     Args:
         masks: [V] bool for each row.

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """How much of every canvas's distribution survives, by canvas of the batch."""
+    """min_p, top_k and top_p, by canvas of the batch."""
 
     min_p: Tensor  # [B] fp32, share of the largest probability; 0 keeps all
     top_k: Tensor  # [B] int64, ids kept, 1..vocab; vocab keeps all
     top_p: Tensor  # [B] fp32, probability mass kept; 1 keeps all
-    sorts: bool  # some top_k or top_p cuts: min_p alone needs no order
+    sorts: bool  # some top_k or top_p truncates, so ids must be ordered; min_p needs no order
 
     def take(self, index: Tensor) -> Truncation:
-        """The cuts of the canvases ``index`` [N] int64, one for each entry."""
+        """The truncation of the canvases ``index`` [N] int64, one entry for each."""
         return Truncation(
             min_p=self.min_p[index],
             top_k=self.top_k[index],
@@ -35,7 +35,7 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Penalties(TensorRecord):
-    """Ids that a canvas's text holds and what they cost there.
+    """Penalties of the ids in the text before a canvas.
 
     An id may be listed more than once, always with the same numbers.
     """
@@ -56,20 +56,20 @@ class BadWords(TensorRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slack(TensorRecord):
-    """Which rows of a batch's finished canvases its output takes, see ``constrain.slack``."""
+    """Which rows of finished canvases reach the output, see ``constrain.slack``."""
 
-    shown: Tensor  # [B, L] bool, the output may take it; others are context
+    shown: Tensor  # [B, L] bool, the row may reach the output; others are context
     hole: Tensor  # [B, L] bool, shown and free: its token may be slack
-    pad: Tensor  # [B] int64, the id that is slack in a hole; -1 where none is
-    end: Tensor  # [B] int64, stands behind an output with slack in it; -1 for nothing
+    pad: Tensor  # [B] int64, the id that is slack in a hole; -1 for none
+    end: Tensor  # [B] int64, ends an output from which slack was dropped; -1 for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What the host knows of one canvas in a ``Rewrite``, from the request alone."""
+    """What the host knows of one canvas's part in a ``Rewrite``, from the request alone."""
 
     moves: bool  # some logits may move or be forbidden
-    cuts: bool  # the distribution is cut
+    cuts: bool  # the distribution is truncated
     allowed: Tensor | None  # [N] int64 on the device, ascending, each once; None allows every id
 
 
@@ -77,9 +77,9 @@ class Wish:
 class Rewrite:
     """What the requests of a batch change in the logits of R canvas rows.
 
-    Sparse on purpose: lists of ids, by canvas of the batch or by row, never [R, vocab], so that a
-    head that sees a tile of the vocabulary at a time can apply the part that falls into the tile.
-    None where nobody asks. What the parts do, and in which order: ``constrain.logits``.
+    Sparse on purpose: lists of ids, by canvas of the batch or by row, never [R, vocab]. A head that
+    reads the vocabulary tile by tile can apply the part that falls into a tile. A part is None
+    where no request asks for it. What the parts do, and in which order: ``constrain.logits``.
     """
 
     canvas: Tensor  # [R] int64, which canvas of the batch a row belongs to
@@ -93,10 +93,10 @@ class Rewrite:
     truncation: Truncation | None = None
     words: BadWords | None = None  # for the end of a canvas; ``forbidden`` has what a step needs
     slack: Slack | None = None  # for the end of a canvas
-    wishes: tuple[Wish, ...] | None = None  # of every canvas, where these are all of its rows
+    wishes: tuple[Wish, ...] | None = None  # by canvas, if these are all rows of the batch
 
     def take(self, index: slice | Tensor) -> Rewrite:
-        """The rewrite of some of the rows; what is told by canvas stays whole."""
+        """The rewrite of some of the rows; parts by canvas stay whole."""
         return replace(
             self,
             wishes=None,
@@ -106,7 +106,7 @@ class Rewrite:
         )
 
     def changes_logits(self) -> bool:
-        """Whether anybody asks for more than a temperature or greedy tokens."""
+        """Whether some request changes more than temperature and greediness."""
         parts = (
             self.allowed,
             self.bias,

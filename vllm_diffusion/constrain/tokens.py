@@ -40,10 +40,10 @@ def add_bias(logits: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
 
 
 def forbid(logits: Tensor, ids: Tensor) -> Tensor:
-    """Give -inf to the ids of a row, unless that would leave the row nothing to say.
+    """Give -inf to the ids of a row, unless that would leave the row no id.
 
-    Such a row keeps its logits: a request whose wishes exclude each other (every allowed id
-    forbidden) gets its allowed ids rather than a row of NaN.
+    Such a row keeps its logits: a request that contradicts itself (every allowed id forbidden)
+    gets its allowed ids rather than a row of NaN.
 
     Args:
         logits: [R, V] fp32, -inf where not allowed.

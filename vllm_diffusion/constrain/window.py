@@ -1,8 +1,8 @@
 """The part of a ``Rewrite`` that concerns some ids: a tile of the vocabulary, or a list.
 
-What a rewrite means stays in one place: a part is a ``Rewrite`` again, over ids 0 .. n - 1 that
+The meaning of a rewrite stays in one place: a part is a ``Rewrite`` again, over ids 0 .. n - 1 that
 stand for the chosen ones, and goes through ``rewrite_logits`` like any other. One more column, n,
-stands for every id that is not among them; whatever it gets is dropped.
+stands for every other id; its logits are dropped.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class TiledRewrite:
     """A rewrite that is applied to one tile of the vocabulary at a time.
 
-    Its lists are put in order once, so that a tile costs what falls into it. How much that is must
-    be known on the host: a batch that rewrites anything waits for the device here.
+    Its lists are sorted once, so that a tile costs only what falls into it. The host must know how
+    much that is: a batch that rewrites anything waits for the device here.
 
     Args:
         rewrite: of R rows.
@@ -125,7 +125,7 @@ class _InTiles:
 
 
 def feasible_forbidden(rewrite: Rewrite, vocab: int) -> Tensor:
-    """``rewrite.forbidden`` without the rows that it would leave nothing to say, see ``forbid``."""
+    """``rewrite.forbidden`` without the rows in which it would leave no id, see ``forbid``."""
     assert rewrite.forbidden is not None
     forbidden = rewrite.forbidden.sort(dim=1).values
     new = torch.ones_like(forbidden, dtype=torch.bool)
@@ -140,11 +140,11 @@ def feasible_forbidden(rewrite: Rewrite, vocab: int) -> Tensor:
 
 
 def rewrite_listed(logits: Tensor, rewrite: Rewrite, ids: Tensor) -> Tensor:
-    """``rewrite_logits`` for rows that may say nothing but a few ids.
+    """``rewrite_logits`` for rows with a short list of allowed ids.
 
     Args:
         logits: [R, N] fp32, of these ids.
-        rewrite: of these R rows; its own lists of allowed ids are taken to be ``ids``.
+        rewrite: of these R rows; its lists of allowed ids are assumed to be ``ids``.
         ids: [N] int64, ascending.
 
     Returns:

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.head.vocabulary import Vocabulary
 
-_BIN: Final = 64  # ids whose maximum says whether any of them is worth a look
+_BIN: Final = 64  # ids that are skipped together by their maximum
 
 
 class Best:
-    """Keeps ``count`` logits a row and their ids; of equal ones at the end, some."""
+    """Keeps ``count`` logits a row and their ids; of equal logits at the border, some."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -24,16 +24,16 @@ class Best:
 
     @classmethod
     def of(cls, values: Tensor, ids: Tensor) -> Best:
-        """Of this rank, [R, count] each, best first, found in another way."""
+        """From the best of this rank, [R, count] each, best first, found in another way."""
         best = cls(values.shape[1])
         best._values, best._ids = values, ids
         return best
 
     def add(self, logits: Tensor, first: int) -> None:
-        """Take [R, n] logits of the ids from ``first`` on in."""
+        """Add [R, n] logits of the ids from ``first`` on."""
         count, places = self._count, None
-        # Past the first tiles few logits are better than the last one kept. Only where they are in
-        # the host's memory is it free to look how many.
+        # After the first tiles few logits are better than the last one kept. A CPU can look how
+        # many; asking a device would wait for it.
         if self._values is not None and self._is_full(self._values) and logits.device.type == "cpu":
             least = self._values[:, -1:]
             logits, places = _promising(logits, least)
@@ -50,7 +50,7 @@ class Best:
             )
 
     def over_ranks(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """[R, count] fp32 values and int64 ids of all ranks together, best first."""
+        """[R, count] fp32 values and int64 ids over all ranks, best first."""
         assert self._values is not None
         assert self._ids is not None
         # fp32 holds an id exactly below 2**24.
@@ -67,7 +67,7 @@ class Best:
 
 
 def _promising(logits: Tensor, least: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The parts of a tile [R, n] that may hold something above ``least`` [R, 1], and its places."""
+    """Parts of a tile [R, n] that may hold a logit above ``least`` [R, 1], and their columns."""
     width = logits.shape[1]
     if width % _BIN:
         return logits, None

@@ -47,16 +47,16 @@ _PIECE: Final = 256
 """Inputs of an id that a program has at once while it scores ids exactly."""
 
 _MOST_CHUNKS: Final = 8
-"""Above it launches cost more than what a chunk beyond the cache is read from memory."""
+"""With more chunks, launches cost more than reading a chunk beyond the cache from memory."""
 
 _TILES_OF_COPY: Final = 16
-"""Of every chunk read from a copy: which ids of a row are exact hangs on it, so it must not hang on
-the rows beside. Fewer and larger chunks score fewer ids exactly."""
+"""Tiles of a chunk that is read from a copy. They decide which ids of a row are exact, so they must
+not depend on the other rows. Fewer and larger chunks score fewer ids exactly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sums:
-    """What is kept of the chunks read; nothing before the first, which writes it all."""
+    """Running statistics over the chunks; uninitialised before the first, which writes them all."""
 
     values: Tensor  # [5, R] fp32: top, second, mass, moment, score of ``tile.RunningStats``
     tokens: Tensor  # [2, R] int64: argmax and sample
@@ -64,7 +64,7 @@ class _Sums:
 
 
 def width(vocabulary: Vocabulary, rows: int, budget: int) -> int:
-    """Ids of a chunk, whole tiles: what a step's logits may take, [rows, width], is the budget."""
+    """Ids of a chunk, whole tiles: its logits [rows, width] fit the budget."""
     if vocabulary.copy is not None:
         return _TILES_OF_COPY * sample.TILE
     row = rows * vocabulary.output.element_size()
@@ -74,7 +74,7 @@ def width(vocabulary: Vocabulary, rows: int, budget: int) -> int:
 
 
 def rows_at_once(vocabulary: Vocabulary, budget: int) -> int:
-    """Rows of which a tile fits the budget; of a copy, a chunk."""
+    """Rows for which one tile fits the budget; of a copy, one chunk."""
     ids = sample.TILE
     if vocabulary.copy is not None:
         ids = min(_TILES_OF_COPY * ids, len(vocabulary))
@@ -82,7 +82,7 @@ def rows_at_once(vocabulary: Vocabulary, budget: int) -> int:
 
 
 def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
-    """Statistics of rows whose logits are what they are.
+    """Statistics of rows that are not rewritten.
 
     Args:
         vocabulary: of this rank, read from the matrix itself.
@@ -127,7 +127,7 @@ def read(vocabulary: Vocabulary, rows: Rows, budget: int) -> CanvasStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Listed:
-    """Logits among which the best of a row are, without a look at how many there are.
+    """Logits that contain the best of every row; the host never looks how many they are.
 
     A lane is a place in a tile. The N best ids of a chunk are in the N lanes whose largest logits
     are the largest: an id in another lane has N that are no worse before it.
@@ -159,12 +159,12 @@ class _Listed:
 
 
 def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slice], Tensor]:
-    """What gives the logits [R, n] of some of this rank's ids, good until the next ones.
+    """Gives the logits [R, n] of some of this rank's ids, valid until it is called again.
 
     Args:
         vocabulary: of this rank.
         hidden: [R, H].
-        ids: of a chunk, the most that are asked for at once.
+        ids: of a chunk, the most that are requested at once.
     """
     if vocabulary.copy is not None:
         return _Fp8Product(vocabulary, vocabulary.copy, hidden, ids)
@@ -179,9 +179,9 @@ def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slic
 
 
 class _Fp8Product:
-    """Products with the fp8 copy, in bf16, exact for the best ids of every row of each.
+    """Products with the fp8 copy, in bf16; exact for the best ids of every row in every chunk.
 
-    Every chunk has its own best: those of the vocabulary are among them.
+    The best ids of the vocabulary are among the best of the chunks.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class _Fp8Product:
 
 
 def _block(vocabulary: Vocabulary) -> int:
-    """Columns of a tile as kernels see it."""
+    """Columns of a tile, rounded up to what kernels take."""
     return max(16, triton.next_power_of_2(min(sample.TILE, len(vocabulary))))
 
 
@@ -255,7 +255,7 @@ def _absorb(
     listed: _Listed | None,
     exact: bool,
 ) -> None:
-    """Take in a chunk of logits [R, n], which become weights in their dtype where ``exact``."""
+    """Add a chunk of logits [R, n]; where ``exact``, weights in the same dtype take their place."""
     noise, columns, block = rows.noise, logits.shape[1], _block(vocabulary)
     tile = start // sample.TILE
     lanes, values = sums.tokens, logits  # nothing is listed there
@@ -304,7 +304,7 @@ def _accumulate(soft: Tensor, weight: Tensor, embedding: Tensor, *, fresh: bool)
 def _finished(
     vocabulary: Vocabulary, temperature: Tensor, sums: _Sums, *, exact: bool
 ) -> CanvasStats:
-    """What a row's sums say, on the one rank there is; its soft embedding only where ``exact``."""
+    """Statistics from the sums of a single rank; soft embeddings only where ``exact``."""
     rows, hidden = sums.soft.shape
     entropy, top_prob, margin = temperature.new_empty(3, rows)
     embedding = vocabulary.embedding.new_empty(rows, hidden)
@@ -337,7 +337,7 @@ def _finished(
 def _over_ranks(
     vocabulary: Vocabulary, temperature: Tensor, sums: _Sums, *, exact: bool
 ) -> CanvasStats:
-    """The same of all ranks together."""
+    """The same over all ranks."""
     top, second, mass, moment, score = sums.values
     running = RunningStats(
         top=top,

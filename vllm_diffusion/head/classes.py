@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.vocabulary import Vocabulary
 
 CLASS_BYTES: Final = 4 * 24
-"""What a row takes a class at its highest; measured by tests/unit/head/test_memory.py."""
+"""Bytes that a class of a row takes at most; measured by tests/unit/head/test_memory.py."""
 
 
 class ClassPass:
-    """Sees every tile before the row pass uses it up.
+    """Sees every tile before the row pass overwrites it.
 
     Args:
         classes: of the tokens.
@@ -46,7 +46,7 @@ class ClassPass:
         self._running = RunningClasses.initial(len(rows), classes, vocabulary)
 
     def see(self, logits: Tensor, first: int, softcap: float | None) -> None:
-        """Take in the logits [R, n] of the ids from ``first`` on, which stay as they are."""
+        """Add the logits [R, n] of the ids from ``first`` on, which stay unchanged."""
         if native.fits(logits):
             form = partial(native_classes.absorb, order=self._order(first))
         else:
@@ -66,7 +66,7 @@ class ClassPass:
         return orders[vocabulary.tiles().index(first)]
 
     def over_ranks(self, together: RunningStats) -> ClassStats:
-        """Of all ranks: see ``RunningClasses.statistics``."""
+        """Statistics over all ranks, see ``RunningClasses.statistics``."""
         temperature, rewrite = self._rows.temperature, self._rows.rewrite
         running = self._running.over_ranks(temperature, self._vocabulary)
         if rewrite is not None and rewrite.greedy is not None:
@@ -85,11 +85,11 @@ def absorb(
     key: tuple[Tensor, Tensor],
     class_of: Tensor,
 ) -> None:
-    """Take one tile in.
+    """Add one tile.
 
     Args:
         running: of the tiles before; changed.
-        logits: [R, n] fp32, or anything that becomes fp32; none is -inf.
+        logits: [R, n] fp32, or a dtype that converts to fp32; none is -inf.
         first: id of the tile's first column.
         softcap: applied to the logits first; None where that is done or there is none.
         temperature: [R] fp32.
@@ -128,7 +128,7 @@ def absorb(
     weight = scaled.exp()
 
     def total(values: Tensor) -> Tensor:
-        """[R, C] fp32: in fp64, for thousands may be added one after the other."""
+        """[R, C] fp32, summed in fp64: thousands may be added one by one."""
         sums = torch.zeros_like(running.mass, dtype=torch.float64)
         return sums.scatter_add_(1, index, values.double()).float()
 
@@ -144,7 +144,7 @@ def absorb(
 
 
 def pinned_class_stats(tokens: Tensor, classes: TokenClasses) -> ClassStats:
-    """Of rows that have one id left, ``tokens`` [R] int64."""
+    """Statistics by class of rows with one id left, ``tokens`` [R] int64."""
     number = classes.of[tokens].long()[:, None]
     shape = len(tokens), classes.count
 

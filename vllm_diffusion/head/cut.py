@@ -2,12 +2,12 @@
 
 The meaning is ``constrain.truncate``: an id stays if its tempered logit reaches the row's limit.
 
-    the ``LISTED`` best of every row    one pass; if the limit lies above the last of them, they are
-                                        all that is left of the row, and the vocabulary is done with
+    the ``LISTED`` best of every row    one pass; if the limit lies above the last of them, no other
+                                        id survives, and the vocabulary is not read again
     else the limit alone                two passes a sum: the logits' bits are sorted into a table
                                         by their upper half, then those at the border by their lower
 
-The list serves rows that know what they want to say; a row of an early step may keep thousands.
+The list serves rows that are certain; a row of an early step may keep thousands of ids.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _HALF: Final = 16  # bits of an fp32 number that one pass sorts by
 _TABLE: Final = 1 << _HALF
 _BEST_KEY: Final = (1 << 31) - 1
 TABLE_BYTES: Final = 28 * _TABLE
-"""What the table of a row takes, its copy for other ranks, and its part of a tile."""
+"""Bytes of a row's table, its copy for other ranks, and its part of a tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survivors(TensorRecord):
-    """What the best ids of R rows say about the limit."""
+    """The best ids of R rows, and the limit as far as they determine it."""
 
     values: Tensor  # [R, N] fp32 logits, best first
     ids: Tensor  # [R, N] int64
     limit: Tensor  # [R] fp32, least tempered logit that stays, where complete
-    complete: Tensor  # [R] bool, every id that stays is among these
+    complete: Tensor  # [R] bool, every surviving id is among these
 
 
 def survivors(
@@ -80,7 +80,7 @@ def survivors(
         place = cut.top_k.clamp(max=values.shape[1])[:, None] - 1
         kth = ordered.gather(1, place).masked_fill_(~known[:, None], -torch.inf)
         limit = torch.maximum(limit, kth)
-        # What min_p and top_k leave, which top_p is measured on: listed, or the whole row.
+        # top_p is measured on what min_p and top_k leave: the list, or the whole row.
         inside = (limit > last) | whole
         uncut = ((cut.min_p == 0) & (cut.top_k >= vocabulary.size))[:, None]
         weight = (ordered - ordered[:, :1]).exp_().masked_fill_(ordered < limit, 0.0)
@@ -100,7 +100,7 @@ def limits(
     *,
     borders: tuple[bool, bool] | None = None,
 ) -> Tensor:
-    """[R] fp32 the least tempered logit that stays, whatever stays.
+    """[R] fp32, the least tempered logit that survives, however many do.
 
     Args:
         tiles: begins to read the rows again; see ``survivors``.
@@ -192,7 +192,7 @@ class _Mass:
         self._mass = torch.zeros_like(temperature, dtype=torch.float64)
 
     def add(self, logits: Tensor) -> None:
-        """Take [R, n] fp32 logits in, which are used up."""
+        """Add [R, n] fp32 logits, which are overwritten."""
         top = torch.maximum(self._top, logits.amax(dim=1))
         shrink = ((self._top - top) / self._temperature).double().exp()
         weight = logits.sub_(top[:, None]).div_(self._temperature[:, None]).exp_()
@@ -200,7 +200,7 @@ class _Mass:
         self._top = top
 
     def over_ranks(self, best: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """[R] fp64, of all ranks, counted against ``best`` [R] fp32."""
+        """[R] fp64, over all ranks, relative to ``best`` [R] fp32."""
         # Every communicator takes fp32.
         high = self._mass.float()
         sent = vocabulary.gather(torch.stack([self._top, high, (self._mass - high).float()]))

@@ -1,6 +1,6 @@
-"""Rows that ``min_p``, ``top_k`` or ``top_p`` cuts, read a tile at a time; see ``cut``.
+"""Rows that ``min_p``, ``top_k`` or ``top_p`` truncates, read a tile at a time; see ``cut``.
 
-On a GPU all that the host must know of them is read back at once.
+On a GPU the host reads back all it must know of them in one copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LIST_BYTES: Final = 128 * cut.LISTED
 def listed_statistics(
     vocabulary: Vocabulary, rows: Rows, ids: Tensor, logits: Tensor
 ) -> CanvasStats:
-    """Of rows whose every id that is left is among ``ids`` [N] or [R, N], ascending."""
+    """Statistics of rows that have no ids but ``ids`` [N] or [R, N], ascending."""
     stats = row_statistics(
         logits,
         rows,
@@ -42,7 +42,7 @@ def listed_statistics(
 
 
 class CutRows:
-    """Reads such rows.
+    """Reads truncated rows.
 
     Args:
         vocabulary: of this rank.
@@ -56,7 +56,7 @@ class CutRows:
         return max(1, self._budget // bytes_a_row)
 
     def statistics(self, rows: Rows) -> CanvasStats:
-        """Rows that keep the ids above a limit."""
+        """Statistics of rows that keep the ids above a limit."""
         if rows.hidden.device.type != "cpu":
             return self._statistics_on_device(rows)
         wide, places, parts = [], [], []
@@ -81,7 +81,7 @@ class CutRows:
         return CanvasStats.concatenate(parts).spread(torch.cat(places), len(rows))
 
     def _statistics_on_device(self, rows: Rows) -> CanvasStats:
-        """The same with one wait for the device, for all that must be known on the host."""
+        """The same, waiting for the device once."""
         assert rows.rewrite is not None
         asked = rows.rewrite.truncation
         assert asked is not None
@@ -106,8 +106,8 @@ class CutRows:
     ) -> CanvasStats:
         """Rows that keep more ids than are listed; ``best`` [R] fp32 is their largest logit."""
         parts, start = [], 0
-        # Limit and statistics of the same rows at once: a product over other rows rounds otherwise,
-        # and an id that is just on its row's limit would be lost.
+        # Limits and statistics come from the same chunk of rows: a product over other rows rounds
+        # differently, and an id exactly at its row's limit would be lost.
         for part in rows.chunks(self._at_once(2 * tile_bytes() + cut.TABLE_BYTES)):
             limit = self._limits(part, best[start : start + len(part)], borders)
             tiles = reading.tiles_of(self._vocabulary, part, limit)
@@ -123,11 +123,11 @@ class CutRows:
         return cut.survivors(tiles, rows.temperature, asked, self._vocabulary)
 
     def _from_list(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
-        """Rows whose every id that stays has been found."""
+        """Rows whose surviving ids are all listed."""
         assert rows.rewrite is not None
         values = found.values[index]
         out = values / rows.temperature[:, None] < found.limit[index, None]
-        # They come best first: what no row keeps can go.
+        # Best first: columns that no row keeps are dropped.
         most = len(out[0])
         if out.device.type == "cpu":
             most -= int(out.sum(dim=1).amin())
@@ -137,7 +137,7 @@ class CutRows:
         return listed_statistics(self._vocabulary, rest, ids, logits)
 
     def _limits(self, rows: Rows, best: Tensor, borders: tuple[bool, bool] | None = None) -> Tensor:
-        """[R] fp32 where rows are cut that keep more ids than are listed, see ``_above_limits``."""
+        """[R] fp32, limits of rows that keep more ids than are listed, see ``_above_limits``."""
         assert rows.rewrite is not None
         assert rows.rewrite.truncation is not None
         return cut.limits(
@@ -150,7 +150,7 @@ class CutRows:
         )
 
     def limits_of(self, rows: Rows) -> Tensor:
-        """[R] fp32 the least tempered logit that a cut leaves, -inf for rows without one."""
+        """[R] fp32, the least tempered logit that survives, -inf where nothing is truncated."""
         assert rows.rewrite is not None
         limit = torch.full_like(rows.temperature, -torch.inf)
         if rows.rewrite.truncation is None:

@@ -1,7 +1,7 @@
-"""Which way every row of a step goes, from what its own request asks and nothing else.
+"""Which way every row of a step is computed, from its own request and nothing else.
 
-So a row's arithmetic does not depend on what its neighbours ask. Ways that are equal but for the
-last bit would otherwise draw other tokens in a crowd than alone, once in a long while.
+A row's arithmetic must not depend on its neighbours. Ways that differ in the last bit would draw
+another token in a batch than alone, once in a long while.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.rewrite import Rewrite, Truncation, Wish
 
 LISTED_AT_MOST: Final = 4096
-"""A list longer than this is a mask: its columns of the embedding would have to be copied."""
+"""A longer list is treated as a mask: its columns of the embedding would have to be copied."""
 
 PLAIN: Final = -1
-"""Nothing of its logits is rewritten."""
+"""Its logits are not rewritten."""
 REWRITTEN: Final = -2
 CUT: Final = -3
 PINNED: Final = -4
 MASKED: Final = -5
-"""Of statistics by class alone, which take all masks alike. From 0 on: the canvas of a list."""
+"""For statistics by class only, which treat all masks alike. From 0 on: the canvas of a list."""
 
 
 def groups(kind_of: Tensor) -> list[tuple[int, Tensor]]:
-    """Every kind there is, and the rows [N] int64 that are of it; waits for the device once.
+    """Every kind in the batch and its rows [N] int64; waits for the device once.
 
     Args:
         kind_of: [R] int64.
@@ -47,14 +47,14 @@ def groups(kind_of: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def by_request(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]:
-    """Every kind that a canvas is of by its request, and its rows; nobody waits.
+    """Every kind, judged by the requests, and its rows; without waiting for the device.
 
-    Where ``by_row`` looks at what rows hold, this takes what they may hold: a row that is not
-    forbidden what its canvas is elsewhere counts as rewritten. Pins are not looked at.
+    ``by_row`` looks at what rows hold; this assumes what they may hold. A row counts as rewritten
+    even if ids are forbidden only in other rows of its canvas. Pins are ignored.
 
     Args:
-        wishes: of every canvas.
-        rows: of all canvases, the same number each, canvas by canvas.
+        wishes: one for each canvas.
+        rows: of all canvases together, the same number each, canvas by canvas.
     """
     length = rows // len(wishes)
     found: dict[int, list[int]] = {}
@@ -67,7 +67,7 @@ def by_request(wishes: Sequence[Wish], rows: int) -> list[tuple[int, list[int]]]
 
 
 def by_row(rewrite: Rewrite, vocab: int) -> Tensor:
-    """[R] int64 the kind of every row."""
+    """[R] int64, the kind of every row."""
     found = torch.where(_rewritten(rewrite), REWRITTEN, PLAIN)
     if rewrite.truncation is not None:
         found = torch.where(cuts(rewrite.truncation, vocab)[rewrite.canvas], CUT, found)
@@ -82,7 +82,7 @@ def by_row(rewrite: Rewrite, vocab: int) -> Tensor:
 
 
 def by_row_for_classes(rewrite: Rewrite, vocab: int) -> Tensor:
-    """[R] int64 the kind of every row where statistics by class are asked for."""
+    """[R] int64, the kind of every row for statistics by class."""
     changed, masked = _rewritten(rewrite), torch.zeros_like(rewrite.canvas, dtype=torch.bool)
     if rewrite.greedy is not None:
         changed |= rewrite.greedy[rewrite.canvas]  # their samples are of another kind
@@ -99,12 +99,12 @@ def by_row_for_classes(rewrite: Rewrite, vocab: int) -> Tensor:
 
 
 def cuts(asked: Truncation, vocab: int) -> Tensor:
-    """[B] bool, canvases whose distribution is cut."""
+    """[B] bool, canvases whose distribution is truncated."""
     return (asked.min_p > 0) | (asked.top_k < vocab) | (asked.top_p < 1)
 
 
 def _rewritten(rewrite: Rewrite) -> Tensor:
-    """[R] bool, rows with ids whose logits move or that are forbidden."""
+    """[R] bool, rows with biased, penalised or forbidden ids."""
     changed = torch.zeros_like(rewrite.canvas, dtype=torch.bool)
     if rewrite.bias is not None:
         changed |= (rewrite.bias[1] != 0).any(dim=1)[rewrite.canvas]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.rewrite import Rewrite
     from vllm_diffusion.head.rows import Rows
 
-# fp32 tensors of [rows, vocab] that exist at once at the highest, a cut of the rows included.
+# fp32 tensors of [rows, vocab] that exist at once at most, truncation included.
 # Measured by tests/unit/head/test_memory.py.
 COPIES: Final = 8
 
@@ -114,11 +114,11 @@ def row_statistics(
     draw: Callable[[Tensor], Tensor],
     soft_embedding: Callable[[Tensor], Tensor],
 ) -> CanvasStats:
-    """Statistics of softmax(truncated(logits / temperature)), the whole of it at once.
+    """Statistics of softmax(truncated(logits / temperature)), all ids at once.
 
     Args:
         logits: [R, N] fp32, or fp64 for the truth; rewritten.
-        rows: these rows; of their rewrite, what comes before the temperature is done.
+        rows: these rows; the part of their rewrite before the temperature is already applied.
         draw: [R, N] probabilities -> [R] int64, a column a row.
         soft_embedding: [R, N] probabilities -> [R, H].
     """
@@ -148,7 +148,7 @@ def row_statistics(
 
 
 def kept_token(argmax: Tensor, sample: Tensor, rewrite: Rewrite) -> Tensor:
-    """[R] int64, what counts as drawn: the argmax where a canvas is greedy."""
+    """[R] int64, the token that counts as drawn: the argmax where a canvas is greedy."""
     if rewrite.greedy is None:
         return sample
     return torch.where(rewrite.greedy[rewrite.canvas], argmax, sample)
@@ -205,7 +205,7 @@ def class_statistics(logits: Tensor, rows: Rows, class_of: Tensor, num_classes: 
 
 
 def _of_most_likely(prob: Tensor, argmax: Tensor, count: Tensor | None) -> Tensor:
-    """What a soft embedding weighs its ids with, see ``Head``."""
+    """[R, V], the weights of a soft embedding, see ``Rows.soft_top_k``."""
     if count is None:
         return prob
     chosen = most_likely(prob, count)

@@ -1,4 +1,4 @@
-"""What is known by class of tokens of the tiles of the vocabulary seen so far.
+"""Running statistics by class of tokens over the tiles of the vocabulary.
 
 Every class has a reference of its own, its largest logit so far: a class is measured as exactly
 where the row's best token is a thousand nats above it as where that token is its own.
@@ -80,7 +80,7 @@ class RunningClasses:
         )
 
     def over_ranks(self, temperature: Tensor, vocabulary: Vocabulary) -> RunningClasses:
-        """Of all ranks together, equal on every rank; see ``RunningStats.over_ranks``."""
+        """The statistics over all ranks, equal on every rank; see ``RunningStats.over_ranks``."""
         if len(vocabulary) == vocabulary.size:
             return self
         ids = self.argmax.float(), self.sample.float()
@@ -107,7 +107,7 @@ class RunningClasses:
         )
 
     def statistics(self, together: RunningStats, temperature: Tensor) -> ClassStats:
-        """What is known after the last tile.
+        """The statistics after the last tile.
 
         Args:
             together: of the rows, over the same ids.

@@ -29,7 +29,7 @@ def scores(
     among: bool,
     raw: bool,
 ) -> TokenScores:
-    """Read the rows twice, or, of a distribution over a few ids, only these.
+    """Score tokens: read the rows twice, or read only ``ids`` where these are the whole field.
 
     Args:
         tiles: begins to read the rows: number, first id and capped logits [R, n] fp32.
@@ -48,7 +48,7 @@ def scores(
             distinct, place = torch.unique(asked, return_inverse=True)
             values = vocabulary.logits_of(hidden, distinct).gather(1, place)
             return _scored(asked, values, values[:, 1:].logsumexp(1), values[:, 1:], raw=raw)
-    # The logits asked for come from the same products as those they are ranked among.
+    # The scored logits come from the same products as the logits they are ranked among.
     values = torch.zeros(asked.shape, device=hidden.device)
     top = torch.full((len(hidden),), -torch.inf, device=hidden.device)
     mass = torch.zeros_like(top)

@@ -1,4 +1,4 @@
-"""The soft embedding of rows that are read a tile at a time: [R, H], and what it is the mean of.
+"""The soft embedding [R, H] of rows that are read a tile at a time: a mean of embeddings.
 
 of all ids       the product of a tile's weights and its part of the embedding, tile by tile
 of the k best    an approximation that requests may ask for: no product, k rows of the embedding
@@ -27,7 +27,7 @@ MOST: Final = 64
 class SoftEmbedding:
     """Sees every tile before and after ``tile.absorb``.
 
-    On a GPU, where looking at what rows ask for would wait for it, every row is computed both ways.
+    Asking a GPU what its rows want would wait for it, so there every row is computed both ways.
 
     Args:
         vocabulary: of this rank.
@@ -53,13 +53,13 @@ class SoftEmbedding:
         self._soft = like.new_zeros(rows, vocabulary.embedding.shape[1])
 
     def see(self, logits: Tensor, first: int) -> None:
-        """Take in the logits [R, n] of the ids from ``first`` on, before they are used up."""
+        """Add the logits [R, n] of the ids from ``first`` on, before they are overwritten."""
         if self._near is not None:
             every = isinstance(self._near, slice) or len(self._near) == self._rows
             self._best.add(logits if every else logits[self._near], first)
 
     def add(self, weight: Tensor, shrink: Tensor, first: int) -> None:
-        """Take in what ``tile.absorb`` made of them."""
+        """Add the weights that ``tile.absorb`` made of them."""
         if not len(self._soft):
             return
         start = first - self._vocabulary.first
@@ -78,9 +78,9 @@ class SoftEmbedding:
         """[R, H] model dtype, scaled like an embedding, of all ranks.
 
         Args:
-            together, shrink: what ``RunningStats.over_ranks`` says.
+            together, shrink: from ``RunningStats.over_ranks``.
             temperature: [R] fp32.
-            capped: the logits seen had been softcapped.
+            capped: the logits seen were softcapped.
         """
         vocabulary, dtype = self._vocabulary, self._vocabulary.embedding.dtype
         exact = self._exact
@@ -110,7 +110,7 @@ class SoftEmbedding:
 
 
 def select(top_k: Tensor, exact: Tensor, near: Tensor) -> Tensor:
-    """[R, H]: what every row asks for, [R] int64, of what it would be either way."""
+    """[R, H], by row: ``exact`` where ``top_k`` [R] is 0, ``near`` above 0, zeros below 0."""
     count = top_k[:, None]
     return torch.where(count > 0, near, torch.where(count == 0, exact, 0.0))
 
@@ -135,7 +135,7 @@ def mean_of_best(
         temperature: [R] fp32.
     """
     taken = _above(values, values.gather(1, count.clamp(0, values.shape[1] - 1)[:, None]), count)
-    # Where more than so many are equally good, the argmax alone.
+    # Where more ids than that are equally good, take the argmax alone.
     ids = torch.where(taken.any(dim=1, keepdim=True), ids, argmax[:, None])
     taken |= ~taken.any(dim=1, keepdim=True)
     weight = (values - values[:, :1]).div_(temperature[:, None]).exp_() * taken
@@ -143,10 +143,10 @@ def mean_of_best(
 
 
 def most_likely(values: Tensor, count: Tensor) -> Tensor:
-    """[R, N] bool: what a soft embedding of ``count`` ids is the mean of.
+    """[R, N] bool, the ids that a soft embedding of ``count`` ids averages.
 
-    Of equal values at the end none is taken if not all can be, so that nothing else decides which;
-    where that leaves nothing, nothing is marked.
+    Equal values at the border are taken together or not at all, so the result depends on no order.
+    A row that is left without any has nothing marked.
 
     Args:
         values: [R, N], larger is likelier.

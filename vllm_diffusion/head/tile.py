@@ -1,4 +1,4 @@
-"""What is left of the tiles of the vocabulary that a streaming head has seen, and one tile more.
+"""Running statistics over the tiles of the vocabulary, and how one more tile is added.
 
 Weights are exp((logit - top) / T) with the largest logit so far as ``top``, and what was summed
 before shrinks when it rises. A softcap c would allow the constant c instead, but exp((x - c) / T)
@@ -61,7 +61,7 @@ class RunningStats:
     def over_ranks(
         self, temperature: Tensor, vocabulary: Vocabulary
     ) -> tuple[RunningStats, Tensor]:
-        """Of all ranks together, equal on every rank.
+        """The statistics over all ranks, equal on every rank.
 
         Args:
             temperature: [R] fp32.
@@ -70,7 +70,7 @@ class RunningStats:
         Returns:
             The statistics, and by how much what this rank has summed shrinks, [R] fp32.
         """
-        # fp32 holds an id exactly below 2**24: one exchange, of what every communicator takes.
+        # fp32 holds ids below 2**24 exactly, and every communicator takes it: one exchange.
         ids = self.argmax.float(), self.sample.float()
         mine = [self.top, self.second, self.mass, self.moment, self.score, *ids]
         top, second, mass, moment, score, argmax, sample = vocabulary.gather(
@@ -86,14 +86,14 @@ class RunningStats:
             mass=(shrink * mass).sum(dim=0),
             moment=(shrink * (moment + shift * mass)).sum(dim=0),
             score=(score + shift).amax(dim=0),
-            # The first of equals holds the lower ids.
+            # Of equal ranks the first holds the lower ids.
             argmax=argmax.gather(0, top.argmax(dim=0, keepdim=True))[0].long(),
             sample=sample.gather(0, drawn)[0].long(),
         )
         return together, ((self.top - best) / temperature).exp()
 
     def statistics(self, temperature: Tensor, soft_embedding: Tensor | None) -> CanvasStats:
-        """What is known after the last tile, of all ranks.
+        """The statistics after the last tile, over all ranks.
 
         Args:
             temperature: [R] fp32.
@@ -119,11 +119,11 @@ def absorb(
     temperature: Tensor,
     uniforms: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Take one tile in.
+    """Add one tile.
 
     Args:
         running: of the tiles before; changed.
-        logits: [R, n] fp32, or anything that becomes fp32; used up.
+        logits: [R, n] fp32, or a dtype that converts to fp32; overwritten.
         first: id of the tile's first column.
         softcap: applied to the logits first; None where that is done or there is none.
         temperature: [R] fp32.
@@ -168,12 +168,12 @@ def absorb(
 
 
 def without_infinities(logits: Tensor) -> Tensor:
-    """Masked logits as ``absorb`` wants them, in place."""
+    """Make masked logits finite, as ``absorb`` needs them, in place."""
     return logits.clamp_(min=_MASKED)
 
 
 def _two_best(bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[R, N, size] -> place of the largest, the first of equals, its value, and the next value.
+    """[R, N, size] -> place of the largest (the first of equals), its value, and the next value.
 
     Bin by bin, because a maximum over a whole row that also says where is many times as slow.
     """

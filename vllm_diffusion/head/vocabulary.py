@@ -40,13 +40,13 @@ class Vocabulary:
     output: Tensor
     """[V_r, H], logits = hidden @ output^T."""
     embedding: Tensor
-    """[V_r, H], what the soft embedding is a mean of; the same tensor where the two are tied."""
+    """[V_r, H], what the soft embedding averages; the same tensor where the two are tied."""
     size: int
-    """Ids of all ranks together, below 2**24: they travel as fp32."""
+    """Ids over all ranks, below 2**24: ids are exchanged as fp32."""
     softcap: float | None
     """logits become softcap * tanh(logits / softcap), in fp32."""
     scale: Tensor | float = 1.0
-    """What a token's embedding is multiplied with."""
+    """Factor of a token's embedding."""
     first: int = 0
     gather: Callable[[Tensor], Tensor] = _alone
     """[...] floats of this rank -> [ranks, ...], the same on every rank."""
@@ -55,7 +55,7 @@ class Vocabulary:
     loads: Callable[[], int] = lambda: 1
     """How often ``output`` was loaded: weights may be loaded again while the engine runs."""
     copy: QuantisedOutput | None = None
-    """What tiles are read from in the place of ``output``, but for the best ids of a row."""
+    """Read instead of ``output``, except for the best ids of a row."""
 
     def copied(self, form: HeadForm | None) -> Vocabulary:
         """The same, its tiles read from a copy of ``output`` in fewer bits; of None, itself."""
@@ -108,7 +108,7 @@ class Vocabulary:
         return self.add(mean) * self.scale
 
     def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of this rank that hold the ids, and which of them it holds at all."""
+        """Rows of this rank for the ids, and which of the ids this rank holds."""
         place = ids - self.first
         here = (place >= 0) & (place < len(self))
         return torch.where(here, place, 0), here
