@@ -1,11 +1,11 @@
-"""Who compiles when: few at once, the shortest first, equal ones once, and what was found is kept.
+"""The queue of constraints to compile: few at a time, shortest first, equal ones once.
 
-    submit -> kept already?     the outcome, at once
-           -> being compiled?   the outcome, when it is there
-           -> in the queue      shortest text first, until a process is free
+    submit -> cached?           the outcome, at once
+           -> being compiled?   the outcome, when it is ready
+           -> queued            shortest text first, until a process is free
 
-A client that leaves takes nothing from others who wait for the same; one that nobody waits for any
-more is not begun.
+A client that leaves does not affect others that wait for the same constraint. A constraint that
+nobody waits for any more is not started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.outcomes import ConstraintSource
 
 PROCESSES: Final = 2
-"""That compile at once: one that takes long leaves the other to the rest."""
+"""Processes that compile at once: while one is busy for long, the other serves the rest."""
 
 CACHE_BYTES: Final = 256 << 20
 
@@ -34,9 +34,9 @@ class CompilePool:
     """Compiles constraints in processes of their own; may be shared by threads.
 
     Args:
-        processes: at most, each made when it is needed first.
-        cache_bytes: that outcomes may take.
-        seconds, memory: that one may take, see ``CompileProcess``.
+        processes: the most that run at once; each starts when it is first needed.
+        cache_bytes: memory for outcomes.
+        seconds, memory: limits for one constraint, see ``CompileProcess``.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class CompilePool:
     def submit(
         self, source: ConstraintSource, vocabulary: Vocabulary, *, room: int | None = None
     ) -> Future[Outcome]:
-        """What becomes of a constraint, in time; never an exception.
+        """A future of the constraint's outcome; it never holds an exception.
 
         Args:
             source, room: as for ``outcome_of``.
-            vocabulary: as well; it is not to be changed.
+            vocabulary: as for ``outcome_of``; do not change it afterwards.
 
         Returns:
-            A future of the caller's own: cancelling it, or leaving it, concerns nobody else.
+            A future of the caller's own: cancelling it affects nobody else.
         """
         future: Future[Outcome] = Future()
         name = _name(source, vocabulary.fingerprint)
@@ -88,17 +88,17 @@ class CompilePool:
     def kept(
         self, source: ConstraintSource, vocabulary: Vocabulary, *, room: int | None = None
     ) -> Outcome | None:
-        """What is known of a constraint without compiling."""
+        """The cached outcome of a constraint, if there is one."""
         name = _name(source, vocabulary.fingerprint)
         return self.cache.get(name) or self.cache.get(f"{name} in {room}")
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes there are."""
+        """Ids of the running processes."""
         return [process.pid for process in self._processes if process.pid is not None]
 
     def end(self) -> None:
-        """End the processes; what was not compiled is refused."""
+        """End the processes; constraints that are not compiled yet are refused."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -108,7 +108,7 @@ class CompilePool:
             lane.join()
 
     def _add_lane(self) -> None:
-        """Another process, if there is more to do than there are idle ones."""
+        """Start another process if more constraints are queued than processes are idle."""
         if self._idle >= len(self._queue) or len(self._lanes) == len(self._processes):
             return
         process = self._processes[len(self._lanes)]
@@ -120,12 +120,12 @@ class CompilePool:
             job, vocabulary = self._jobs[name]
             try:
                 outcome = process.run(job, vocabulary)
-            except Exception as error:  # noqa: BLE001 -- whoever waits is to be told
+            except Exception as error:  # noqa: BLE001 -- those who wait must be told
                 outcome = Refused(message=f"The constraint cannot be compiled: {error!r}")
             self._answer(name, outcome)
 
     def _next(self) -> str | None:
-        """The shortest of those that somebody waits for; None at the end."""
+        """The shortest constraint that somebody waits for; None when the pool ends."""
         with self._changed:
             self._idle += 1
             while True:
@@ -146,7 +146,7 @@ class CompilePool:
     def _answer(self, name: str, outcome: Outcome) -> None:
         with self._changed:
             if not self._ended:
-                # A refusal may be one for this room alone.
+                # A refusal may hold for this room alone.
                 only_here = isinstance(outcome, Refused) or outcome.in_room
                 self.cache.put(name if only_here else name.partition(" in ")[0], outcome)
             self._tell(name, outcome)
@@ -160,7 +160,7 @@ class CompilePool:
 
 
 def _name(source: ConstraintSource, fingerprint: str) -> str:
-    """Equal for equal constraints and vocabularies."""
+    """A name that is equal for equal constraints and vocabularies."""
     digest = hashlib.blake2b(source.text.encode("utf-8", "surrogatepass"), digest_size=16)
     others = (
         source.kind,

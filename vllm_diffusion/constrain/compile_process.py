@@ -1,9 +1,9 @@
-"""Compiling in a process of its own, which may take only so much time and memory.
+"""Compiling in a separate process with limits on time and memory.
 
-A constraint takes up to seconds of Python, in which nobody else of its process would get a turn; in
-a process of its own the kernel shares the time out, and whatever ends it ends nothing else. It is
-an interpreter without vLLM, and without torch until a constraint needs a parser. It is spoken to by
-its standard input and output, and leaves when they close.
+A constraint takes up to seconds of Python, which would block everything else in the process. In a
+process of its own the kernel divides the time, and a crash ends nothing else. The process is an
+interpreter without vLLM, and without torch until a constraint needs a parser. It communicates over
+its standard input and output, and exits when they close.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
 
 SECONDS: Final = 30
-"""Of the processor that a constraint may take."""
+"""Processor time that a constraint may take."""
 
 MEMORY: Final = 2 << 30
-"""Bytes that a constraint may take beside what the process had before."""
+"""Bytes that a constraint may take, on top of what the process had before."""
 
 _TIDY: Final = 1 << 30
-"""Bytes with which a process is not used again."""
+"""Bytes of resident memory above which a process is not used again."""
 
 _NICENESS: Final = 5
-"""Those who write come before those who compile."""
+"""Processes that generate text come before those that compile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is to be compiled."""
+    """A constraint to compile."""
 
     source: ConstraintSource
     vocabulary: str
-    """Fingerprint of the one that it is compiled for."""
+    """Fingerprint of the vocabulary to compile for."""
     room: int | None = None
     """See ``outcome_of``."""
 
     @property
     def size(self) -> int:
-        """What tells short ones from long ones before anything is known of them."""
+        """Length of the text: an estimate of how long compiling takes."""
         return len(self.source.text)
 
 
 class CompileProcess:
-    """One process, made with the first job and again after one that it did not survive.
+    """One process, started with the first job, and again after a job that ended it.
 
-    Used by one thread at a time, but for ``end``.
+    Used by one thread at a time, except for ``end``.
 
     Args:
         seconds: see ``SECONDS``.
@@ -74,12 +74,12 @@ class CompileProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, while there is one."""
+        """Id of the process while it runs."""
         process = self._process
         return None if process is None or process.poll() is not None else process.pid
 
     def run(self, job: Job, vocabulary: Vocabulary) -> Outcome:
-        """Compile, however it ends."""
+        """Compile; whatever goes wrong becomes a refusal."""
         process = self._started()
         if process is None:
             return Refused(message="The server is shutting down.")
@@ -97,7 +97,7 @@ class CompileProcess:
         return outcome
 
     def end(self) -> None:
-        """End the process and start no other."""
+        """End the process and start no other one."""
         with self._lock:
             self._ended = True
             if self._process is not None:
@@ -111,7 +111,7 @@ class CompileProcess:
                 program = f"from {__name__} import main; main({self._seconds}, {self._memory})"
                 self._knows = None
                 self._process = subprocess.Popen(  # noqa: S603 -- our own program
-                    # -P: what lies in the folder of the server is not to be imported.
+                    # -P: nothing is imported from the working directory of the server.
                     [sys.executable, "-P", "-c", program],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -120,7 +120,7 @@ class CompileProcess:
             return self._process
 
     def _lost(self, process: subprocess.Popen[bytes]) -> Refused:
-        """What is said of a job that its process did not survive."""
+        """The refusal of a job that ended its process."""
         process.kill()
         status = process.wait()
         for pipe in (process.stdin, process.stdout):
@@ -143,7 +143,7 @@ def _close(pipe: IO[bytes] | None) -> None:
         if pipe is not None:
             pipe.close()
     except OSError:
-        pass  # what was left to be sent cannot be
+        pass  # buffered data cannot be sent any more
 
 
 def _named(status: int) -> str:
@@ -151,12 +151,12 @@ def _named(status: int) -> str:
 
 
 def main(seconds: int, memory: int) -> NoReturn:
-    """What the process does: read jobs, answer them in their order."""
+    """The program of the process: read jobs, answer them in order."""
     os.nice(_NICENESS)
-    # Meant for whoever started us, at whose end we leave.
+    # Ctrl-C is meant for the parent; this process exits when the parent does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Whoever prints, prints to the log: the answers have the pipe for themselves.
+    # Standard output is for answers alone: whatever libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     vocabulary: Vocabulary | None = None
@@ -175,17 +175,17 @@ def main(seconds: int, memory: int) -> NoReturn:
         pickle.dump(outcome, answers)
         answers.flush()
         if _resident() > _TIDY:
-            os._exit(0)  # whose other thread reads
+            os._exit(0)  # the other thread is reading
 
 
 def _received(pipe: IO[bytes]) -> SimpleQueue[Any]:
-    """Jobs and vocabularies. Leaves with whoever sent them, in the middle of a job if need be."""
+    """Jobs and vocabularies. Exits with the parent, in the middle of a job if need be."""
     received: SimpleQueue[Any] = SimpleQueue()
 
     def read() -> None:
         while True:
             try:
-                received.put(pickle.load(pipe))  # noqa: S301 -- whoever started us
+                received.put(pickle.load(pipe))  # noqa: S301 -- from our parent
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -194,7 +194,7 @@ def _received(pipe: IO[bytes]) -> SimpleQueue[Any]:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Give the next job its time and memory; the kernel holds it to them."""
+    """Set the limits of the next job, which the kernel enforces."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = int(used.ru_utime + used.ru_stime) + seconds
     _, hardest = resource.getrlimit(resource.RLIMIT_CPU)

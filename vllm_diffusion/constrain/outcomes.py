@@ -1,7 +1,7 @@
-"""What becomes of a constraint: an automaton, the rules for a parser, or a refusal.
+"""The outcome of compiling a constraint: an automaton, rules for a parser, or a refusal.
 
-The three cross from the process that compiles to the one that checks requests, and the first two
-from there to the engine, so they are bytes already. How they are come by is ``outcome_of``.
+Outcomes travel from the process that compiles to the one that checks requests, and the first two
+from there to the engine, so they hold bytes. ``outcome_of`` computes them.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ class ConstraintSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptByAutomaton:
-    """An automaton keeps it."""
+    """An automaton enforces the constraint."""
 
     data: bytes
     """See ``automaton.packed``."""
     tokens: int
-    """Of the shortest text, its end token not counted."""
+    """Length of the shortest text, without its end token."""
     in_room: bool
-    """Bounds that no text within the room reaches were left out."""
+    """Bounds that no text within the room can reach were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptByParser:
-    """It is too large for an automaton; a parser keeps it."""
+    """The constraint is too large for an automaton; a parser enforces it."""
 
     data: bytes
     """The rules, an ``xgrammar.Grammar`` in its serialised form."""
     length: int
-    """Bytes of the shortest text, where that is known; else 0."""
+    """Bytes of the shortest text; 0 where that is unknown."""
     in_room: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """Nothing keeps it."""
+    """Nothing can enforce the constraint."""
 
     message: str
 
@@ -73,10 +73,10 @@ class Refused:
 Outcome: TypeAlias = KeptByAutomaton | KeptByParser | Refused
 
 MOST_RULE_BYTES = 16 << 20
-"""Of a grammar that a parser is given; each request that obeys it carries it."""
+"""Bytes of a grammar for a parser; every request with that constraint carries them."""
 
 MOST_PARSER_BYTES = 512 << 20
-"""Of what a parser is compiled to, in the engine and in each of its workers."""
+"""Bytes of a compiled parser, in the engine and in each of its workers."""
 
 
 def outcome_of(
@@ -91,7 +91,7 @@ def outcome_of(
     Args:
         source: the constraint.
         vocabulary: of the model's tokenizer.
-        room: bytes that a text of it can have at most, see ``language.room``; None: any number.
+        room: most bytes that a text can have, see ``language.room``; None: any number.
         limits: on the size of an automaton.
     """
     grammar, in_room = None, False
@@ -130,18 +130,18 @@ def _read(source: ConstraintSource) -> Grammar:
 def _by_parser(
     source: ConstraintSource, grammar: Grammar | None, vocabulary: Vocabulary, *, in_room: bool
 ) -> Outcome:
-    """The rules for a parser, tried once.
+    """The rules for a parser, after compiling them once.
 
     Args:
         source: the constraint.
-        grammar: it, translated; None for one that the parser alone can read.
+        grammar: the translated constraint; None for one that only the parser can read.
         vocabulary: as above.
-        in_room: of the grammar.
+        in_room: see ``KeptByParser``.
 
     Raises:
         ConstraintError: no parser can follow it.
     """
-    # Seconds to import, and most constraints never need it.
+    # Takes seconds to import, and most constraints do not need it.
     from vllm_diffusion.constrain.grammar import compiler_of, rules_of
 
     rules = rules_of(source.kind, source.text, grammar=grammar)
@@ -162,12 +162,12 @@ def _by_parser(
 
 
 class OutcomeCache:
-    """What became of constraints, the least recently used dropped when there is no more room.
+    """Outcomes by constraint; the least recently used are dropped when memory runs out.
 
-    That one is refused is kept as well: it may have taken as long to find out.
+    Refusals are cached as well: they may take as long to compute.
 
     Args:
-        max_bytes: of what is kept, keys included; one that is larger by itself is not kept.
+        max_bytes: memory of outcomes and keys; an outcome that is larger alone is not cached.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -175,20 +175,20 @@ class OutcomeCache:
         self._kept: OrderedDict[Hashable, Outcome] = OrderedDict()
         self._lock = Lock()
         self.nbytes = 0
-        """Memory of what is kept, about."""
+        """Approximate memory of what is cached."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: Hashable) -> Outcome | None:
-        """What was kept under a key."""
+        """The outcome under a key, if it is cached."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
     def put(self, key: Hashable, outcome: Outcome) -> None:
-        """Keep what became of a constraint, and drop others if need be."""
+        """Cache an outcome, and drop others if need be."""
         with self._lock:
             if (old := self._kept.pop(key, None)) is not None:
                 self.nbytes -= _bytes(old)
@@ -200,7 +200,7 @@ class OutcomeCache:
 
 
 _ENTRY_BYTES = 512
-"""Of a key, which is a digest, and the objects around what is kept."""
+"""Bytes of a key, which is a digest, and of the objects around an outcome."""
 
 
 def _bytes(outcome: Outcome) -> int:

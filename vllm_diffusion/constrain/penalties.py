@@ -1,9 +1,8 @@
 """Repetition, frequency and presence penalties over the text before a canvas.
 
-What counts is text: the prompt (repetition alone) and the committed canvases. The canvas that is
-being denoised does not count until it is committed, since its tokens come and go from step to step
-and each would be judged by guesses about its neighbours. Inside a canvas the model itself sees the
-repetition.
+Only text counts: the prompt (for repetition) and the committed canvases. The canvas that is being
+denoised counts once it is committed: until then its tokens change from step to step, and each would
+be penalised for guesses about its neighbours. Inside a canvas the model itself sees repetition.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def text_penalties(
     frequency: Tensor,
     presence: Tensor,
 ) -> Penalties:
-    """What the ids of a text cost, id by id, without a table over the vocabulary.
+    """Penalties of the ids in a text, without a table over the vocabulary.
 
     Args:
         text: [B, N] int64, prompt and committed tokens; anything from ``length`` on.
@@ -35,7 +34,7 @@ def text_penalties(
         Penalties with N ids a canvas, repeated where the text repeats them.
     """
     index = torch.arange(text.shape[1], device=text.device)
-    # Padding repeats the first token and weighs nothing: it gets the numbers of that token.
+    # Padding repeats the first token without counting, so it gets the numbers of that token.
     ids = torch.where(index < length[:, None], text, text[:, :1])
     written = (index >= prompt_length[:, None]) & (index < length[:, None])
     ids, order = ids.sort(dim=1)

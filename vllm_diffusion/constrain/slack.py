@@ -1,8 +1,8 @@
-"""A finished text with holes, without what its holes had too much.
+"""A finished text with holes, without the unused places of its holes.
 
-The budget of a hole is the most it may take, so a hole may hold the tokenizer's pad token where it
-has nothing to say. When the canvas finishes, such rows are dropped and the rest moves together,
-before the commit: no token, no log-probability, no KV of the answer knows of them.
+The budget of a hole is the most tokens it may take; unused places hold the tokenizer's pad token.
+When the canvas finishes, such rows are dropped and the others move together before the commit, so
+that no token, log-probability or KV of the answer contains them.
 
     rows      N a m e :   A n n _ _   C i t y : _ _ R o m e <eos> _ _ _      _ is pad
     tokens    N a m e :   A n n   C i t y : R o m e <eos>
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def without_slack(slack: Slack, argmax: Tensor, valid: Tensor) -> Commit:
-    """What the canvases of a batch commit, should they finish now.
+    """What the canvases of a batch commit if they finish now.
 
     Args:
         slack: of B canvases; one whose rows are all shown and none a hole commits all of them.

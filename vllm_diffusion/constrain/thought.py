@@ -1,7 +1,7 @@
 """Thinking before a text that a parser follows, read from left to right like the text.
 
-Takes tokens as they are looked at and committed. Says which may stand where, and when it is over:
-then the parser has its turn. An automaton has this in its states, see ``automaton.thinking``.
+Takes tokens as they are read ahead and committed. Says which tokens are legal, and when thinking is
+over and the parser continues. An automaton has this in its states, see ``automaton.thinking``.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Thought:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended where the look ahead came to."""
+        """Whether thinking has ended where the look ahead stopped."""
         return self._over
 
     @property
     def ahead(self) -> int:
-        """Its tokens that were looked at and are not committed."""
+        """Tokens of it that were read ahead and are not committed."""
         return self._read - self._written
 
     def reads(self, token: int) -> bool:
-        """Whether a token may stand next; if so, it has been looked at."""
+        """Whether a token is legal here; if so, it is read."""
         only = self._only()
         if token != only if only is not None else token in self._forbidden:
             return False
@@ -58,22 +58,22 @@ class Thought:
         return True
 
     def legal(self, vocab_size: int) -> Tensor:
-        """[V] bool: the ids that may stand next."""
+        """[V] bool: the legal ids."""
         only = self._only()
         mask = torch.full((vocab_size,), only is None)
         mask[list(self._forbidden) if only is None else [only]] = only is not None
         return mask
 
     def rewind(self) -> None:
-        """Forget what was looked at."""
+        """Return to the committed tokens."""
         self._read, self._over = self._written, self._over_written
 
     def write(self) -> None:
-        """Commit what was looked at."""
+        """Commit what was read ahead."""
         self._written, self._over_written = self._read, self._over
 
     def _only(self) -> int | None:
-        """The one token that may stand next; None: most may."""
+        """The only legal token; None where most are legal."""
         if self._read == 0 and self._thinking.begin is not None:
             return self._thinking.begin
         return self._thinking.until if self._read >= self._most - 1 else None

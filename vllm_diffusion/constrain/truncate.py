@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vllm_diffusion.constrain.rewrite import Truncation
 
-# An order takes many times the memory of its logits: few rows of a large vocabulary at once.
+# Sorting takes many times the memory of the logits: few rows of a large vocabulary at once.
 _SORTED_AT_ONCE: Final = 1 << 20
 
 
@@ -49,14 +49,14 @@ def nucleus(ordered: Tensor, weight: Tensor, total: Tensor, top_p: Tensor) -> Te
         total: [R, 1] fp64, the weight of all ids, listed or not.
         top_p: [R] fp32.
     """
-    # In fp64: a running sum over a large vocabulary in fp32 would move the border.
+    # In fp64: the rounding of a running sum over a large vocabulary would move the border.
     before = weight.cumsum(dim=1, dtype=torch.float64) - weight
     inside = (before < top_p[:, None] * total).sum(dim=1, keepdim=True).clamp(min=1) - 1
     return torch.where(top_p[:, None] < 1, ordered.gather(1, inside), -torch.inf)
 
 
 def _limit(scaled: Tensor, cut: Truncation) -> Tensor:
-    """[R, 1] the least logit that stays, of a cut by row."""
+    """[R, 1] the least logit that stays, for a truncation by row."""
     best = scaled.amax(dim=1, keepdim=True)
     limit = best + cut.min_p[:, None].log()
     if cut.sorts:

@@ -1,21 +1,21 @@
 """Bad words: token sequences that must not stand in the output, on a canvas that settles anywhere.
 
-Left to right, it would do to forbid the last token of a word where the tokens before it stand. On
-a canvas they stand nowhere yet, so the same mask is held against the best knowledge there is, and
-what it cannot catch is caught at the end:
+From left to right it would suffice to forbid the last token of a word behind its other tokens. On a
+canvas these are not decided yet, so the same mask is applied to the best guess of them, and what it
+misses is caught at the end:
 
 1. In every step, the last token of a word is forbidden at position i if the tokens before i
    complete the rest of the word. Those tokens are committed text and, on the canvas, the argmax of
    the step before. Words of one token are forbidden everywhere, so for them this is all.
-2. Neighbours move in the same step, so a word of several tokens can still come up in an argmax.
+2. Neighbours change in the same step, so a word of several tokens can still appear in an argmax.
    Such a canvas does not count as settled: it takes another step, which sees the word and forbids
    it.
 3. At the step limit a canvas must end. Its argmax is repaired from left to right: where a word
    ends, its last token becomes the row's best id that ends no word. No later replacement can
    complete a word that ends before it, so the committed canvas holds none.
 
-As in vLLM, a word is looked for in the output alone: it may begin in an earlier canvas, not in the
-prompt. A pin wins over a bad word, and where the allowed ids leave no other token, they win too.
+As in vLLM, words are searched in the output alone: a word may begin in an earlier canvas, not in
+the prompt. Pins win over bad words, and so do allowed ids that leave no other token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.rewrite import BadWords
 
 UNKNOWN: Final = -2
-"""Stands for a token that nobody knows; no word holds it."""
+"""Stands for an unknown token; no word contains it."""
 
 
 def forbidden_ids(words: BadWords, tokens: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def forbidden_ids(words: BadWords, tokens: Tensor) -> Tensor:
 
     Args:
         words: of B canvases.
-        tokens: [B, L] int64, what the canvases are taken to hold; below -1 where unknown.
+        tokens: [B, L] int64, the assumed tokens of the canvases; below -1 where unknown.
 
     Returns:
         [B, L, W] int64, -1 where a word would not end.
