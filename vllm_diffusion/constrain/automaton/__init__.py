@@ -1,9 +1,10 @@
 """A constraint as an automaton over classes of tokens, and canvases conditioned on one.
 
 network, dfa            a grammar (``constrain.language``) -> a minimal automaton over bytes
-vocabulary, classes     -> beside a vocabulary, as a trie: a record.TokenAutomaton
-compile                 all of it, once a constraint
-allowed, thinking       the same with some tokens only; behind a block of free thinking
-walk, slots             which state text leads to, on the host; of every slot, on the device
-edges, posterior, rows  a canvas given that it is accepted, and its statistics
+vocabulary, classes     a vocabulary as a trie; with it the automaton becomes a TokenAutomaton
+compile                 all of these steps, once for each constraint
+allowed, thinking       an automaton limited to some tokens; one behind a block of free thinking
+walk, slots             the state that a text leads to, on the host; by slot, on the device
+edges, posterior, rows  the distribution of a canvas given that it is accepted, its statistics
+record, class_stats     the records of this folder
 """

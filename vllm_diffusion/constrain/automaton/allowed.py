@@ -1,4 +1,4 @@
-"""An automaton whose texts may be written with some tokens only."""
+"""An automaton limited to texts that some tokens can write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head says by class of tokens, for canvases that obey an automaton."""
+"""Statistics of canvas rows by class of tokens, for canvases that an automaton constrains."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassStats(TensorRecord):
-    """What a head says about R rows by class of tokens, C classes; see ``Head.by_class``.
+    """Statistics of R rows by class of tokens, C classes; see ``Head.by_class``.
 
-    Class 0 holds the tokens that nobody asks about: its column is that of a class with no token.
+    Class 0 holds the tokens that nobody asks about; its column is that of an empty class.
     """
 
     log_mass: Tensor  # [R, C] fp32, log of the class's share of the row; -inf without a token

@@ -1,4 +1,4 @@
-"""Automaton over bytes beside a vocabulary -> automaton over classes of tokens.
+"""Automaton over bytes and a vocabulary -> automaton over classes of tokens.
 
 A token takes every state to another one or to nowhere: a column of N next states. Tokens of equal
 columns are one class. Columns are found for all states at once along the trie, a level at a time,
@@ -33,7 +33,7 @@ _PREFIXES_PER_CLASS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How large an automaton may become. What is beyond needs a parser."""
+    """How large an automaton may become; a larger one is left to a parser."""
 
     states: int = 1 << 14
     classes: int = 2048
@@ -57,7 +57,7 @@ def token_automaton(
         dfa: minimal, over bytes.
         vocabulary: what the tokens write.
         end_ids: tokens that end a text, whatever they would write; at least one.
-        limits: on what comes out.
+        limits: on the size of the result.
 
     Raises:
         ConstraintError: nothing satisfies it.

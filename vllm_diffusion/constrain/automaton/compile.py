@@ -35,7 +35,7 @@ def compile_constraint(
     room: int | None = None,
     limits: Limits | None = None,
 ) -> TokenAutomaton:
-    """What a request's output must be, as an automaton over classes of tokens.
+    """Compile a constraint to an automaton over classes of tokens.
 
     Args:
         kind: one of ``language.kinds.KINDS``.
@@ -45,13 +45,13 @@ def compile_constraint(
         end_ids: the tokens that end an output; at least one.
         any_whitespace: between the parts of JSON values as pretty printers write; else none.
         whitespace_pattern: a regular expression for that white space, instead.
-        room: bytes that a text can have at most; bounds beyond it are taken for none, so that the
-            automaton accepts longer texts that are not the constraint's. None: any number.
+        room: most bytes that a text can have. Bounds beyond it are dropped, so the automaton
+            also accepts longer texts that violate the constraint. None: any number.
         limits: on the size of the automaton.
 
     Raises:
         ConstraintError: it is malformed, not supported, or nothing satisfies it.
-        AutomatonError: it makes sense, but is too large for an automaton.
+        AutomatonError: it is valid, but too large for an automaton.
     """
     grammar = grammar_of(
         kind, text, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
@@ -68,7 +68,7 @@ def compile_grammar(
     end_ids: Sequence[int],
     limits: Limits | None = None,
 ) -> TokenAutomaton:
-    """The same of a constraint that is a grammar already.
+    """The same for a constraint that is already a grammar.
 
     Raises:
         ConstraintError: nothing satisfies it.

@@ -1,4 +1,4 @@
-"""What a canvas believes, given that the automaton accepts it. Exact, all positions at once.
+"""The distribution of a canvas given that an automaton accepts it. Exact, all positions at once.
 
 In: the log-mass of every token class at every row, the automaton. Out: ``Posterior``.
 
@@ -8,8 +8,8 @@ all that may follow a state is summed; from the first row to the last, the chain
 followed. A joint sample walks it with one uniform a row. The most likely canvas (DINGO, arXiv
 2505.23061) is the same with tokens for classes and the largest in place of the sum.
 
-Everything is in the log domain and fp64 until it is a probability: where a model is at odds with
-its constraint, weights are hundreds of nats apart within a row, thousands over a canvas.
+Everything stays in the log domain and fp64 until it is a probability: if a model disagrees with its
+constraint, weights are hundreds of nats apart within a row, thousands over a canvas.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def condition(
         start: [B] int64, the state before the first row.
         rows: [B] int64, constrained rows, at most L.
         left: [B] int64, tokens that may follow the constrained rows.
-        uniforms: [B, L] fp32 in (0, 1), what the sample is drawn with.
+        uniforms: [B, L] fp32 in (0, 1), for the sample.
     """
     asked = {
         "log_mass": log_mass,
@@ -70,7 +70,7 @@ def condition(
     }
     if edges.merged is None:
         return chain(edges=edges, **asked)
-    # On a GPU the chain is tens of small launches a row: the host is done sooner, and waits for the
+    # On a GPU the chain takes tens of small launches a row. The host is faster, and waits for the
     # device once.
     host = to_device(asked, torch.device("cpu"))
     posterior = native.condition(merged=edges.merged, **host)

@@ -1,6 +1,6 @@
-"""The records of this folder: a compiled constraint, and what canvases are under one.
+"""A compiled constraint, and the distribution of canvases under one.
 
-No torch: whoever compiles a constraint needs none.
+No torch at run time: the processes that compile constraints load none.
 """
 
 from __future__ import annotations

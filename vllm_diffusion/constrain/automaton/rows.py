@@ -1,11 +1,11 @@
-"""Statistics of rows under a constraint: what the head says and the posterior, in one.
+"""Statistics of rows under a constraint: those of the head, combined with the posterior.
 
 In: ``CanvasStats`` and ``ClassStats`` of the same rows, their ``Posterior``. Out: ``CanvasStats``
 of the marginal distributions, with the joint sample and the most likely canvas in them.
 
-A constraint changes how likely a class is, never how likely the tokens inside it are beside each
-other. So a row, constrained in part of its futures and ended in the others, is known by the mass of
-every class: what the posterior says of it and, where ended, what the model does.
+A constraint changes how likely a class is, never how likely its tokens are relative to each other.
+So a row, constrained in some of its futures and ended in the others, is determined by the mass of
+every class: the posterior's and, where it has ended, the model's.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def constrained(
 
 
 def _tokens_of(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
-    """[R] the tokens [R, C] of the chosen classes, the row's own where none is."""
+    """[R] the tokens [R, C] of the chosen classes; the row's own where no class is chosen."""
     index = chosen.reshape(-1, 1)
     return torch.where(index < 0, own[:, None], tokens.gather(1, index.clamp(min=0)))[:, 0]
 
@@ -75,7 +75,7 @@ def _tokens_of(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
 def _entropy(
     stats: CanvasStats, classes: ClassStats, mass: Tensor, share: Tensor, ended: Tensor
 ) -> Tensor:
-    """[R] nats: every class's part of -sum p log p, that of class 0 from what it lacks."""
+    """[R] nats: the sum of every class's part of -sum p log p; class 0 has the remainder."""
 
     def parts(of: Tensor) -> Tensor:
         return (of * classes.entropy - torch.xlogy(of, of)).sum(dim=1)

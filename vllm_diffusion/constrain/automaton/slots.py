@@ -2,9 +2,9 @@
 
     admit -> (canvases, advance)* -> release
 
-Takes automata and the tokens that canvases give. Says of a batch which canvases are constrained, by
-what, and between which borders. The state before a slot's canvas moves when tokens of it leave,
-however many; it lives on the device, so nothing here waits.
+Takes automata and the tokens that canvases emit. Gives the constrained canvases of a batch, with
+their automata and the states at their borders. The state before a slot's canvas moves when tokens
+are emitted; it lives on the device, so nothing here waits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DeviceAutomaton:
 
     @staticmethod
     def of(automaton: TokenAutomaton, device: torch.device) -> DeviceAutomaton:
-        """The same numbers on a device."""
+        """Copy an automaton to a device."""
         return DeviceAutomaton(
             class_of=torch.from_numpy(automaton.class_of).to(device, torch.int32),
             num_classes=automaton.num_classes,
@@ -48,14 +48,14 @@ class DeviceAutomaton:
     def behind(self, state: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
         """The state behind the first ``count`` of some tokens.
 
-        Where no text of the constraint goes on so, it is the end: everything is free.
+        If no text of the constraint continues that way, it is the end: everything is free.
 
         Args:
             state: [K] int64.
             tokens: [K, L] int64.
             count: [K] int64, at most L.
         """
-        # Looking costs nothing where state lives on the host.
+        # On the host, looking at the counts costs nothing.
         places = tokens.shape[1] if count.device.type != "cpu" else int(count.max())
         onward = next_state(self.edges, state, self.class_of[tokens[:, :places]].long(), count)
         return torch.where(onward < 0, self.edges.end, onward)
@@ -91,7 +91,7 @@ class _Owner:
 
 
 _Group: TypeAlias = tuple[DeviceAutomaton, tuple[int, ...], "Tensor", "Tensor"]
-"""An automaton, its K canvases on host and device, and where each must be over, [K] int64."""
+"""An automaton, its K canvases on host and device, and the end of each one's budget, [K] int64."""
 
 
 class AutomatonSlots:
@@ -115,13 +115,13 @@ class AutomatonSlots:
         output: Sequence[int],
         behind: int,
     ) -> None:
-        """Let the canvases of a slot obey.
+        """Constrain the canvases of a slot.
 
         Args:
             slot: which.
             automaton: of the request.
             name: equal for equal automata.
-            output: tokens that the request has given already: it was preempted.
+            output: tokens that the request has already emitted, if it was preempted.
             behind: absolute position behind the last token that it may write.
         """
         self._seen = None
@@ -138,11 +138,11 @@ class AutomatonSlots:
         self._owners.pop(slot, None)
 
     def __len__(self) -> int:
-        """Slots that obey something."""
+        """Slots that have an automaton."""
         return len(self._owners)
 
     def canvases(self, slots: Sequence[int], batch: CanvasBatch) -> tuple[ConstrainedCanvases, ...]:
-        """The constrained canvases of a batch, one record an automaton; mostly none at all.
+        """The constrained canvases of a batch, one record for each automaton; mostly none.
 
         Args:
             slots: the B slots of the batch, on the host.
@@ -165,7 +165,7 @@ class AutomatonSlots:
         )
 
     def advance(self, slots: Sequence[int], batch: CanvasBatch, emission: Emission) -> None:
-        """Move the states behind what a step's canvases have given.
+        """Move the states behind the tokens that a step's canvases emitted.
 
         Args:
             slots: the B slots of the batch, on the host.
@@ -174,7 +174,7 @@ class AutomatonSlots:
         """
         if self._owners.keys().isdisjoint(slots):
             return
-        # Most steps emit nothing. Only where state lives on the host is it free to look.
+        # Most steps emit nothing, and on the host it is free to look.
         if emission.count.device.type == "cpu" and not emission.count.any():
             return
         for automaton, _, canvas, _ in self._groups(tuple(slots)):

@@ -1,6 +1,6 @@
 """A constraint that begins behind a block of free thinking.
 
-Takes an automaton and how the thinking begins and ends. Gives the automaton of: the token that
+Takes an automaton and the tokens that begin and end thinking. Gives an automaton of: the token that
 opens the thinking, any tokens but a few, the token that ends it, then a text of the constraint.
 """
 
@@ -37,10 +37,10 @@ class Thinking:
 def behind_thinking(
     automaton: TokenAutomaton, thinking: Thinking, *, end_ids: Iterable[int] = ()
 ) -> TokenAutomaton:
-    """The constraint behind everything up to and with the token that ends the thinking.
+    """The automaton of thinking, followed by a text of the constraint.
 
-    There is one state more, or two. Thinking is left by ``until`` alone, so a request that thinks
-    until its last token but a few still ends with a complete text.
+    It has one or two states more. Only ``until`` ends the thinking, so a request that thinks until
+    its last few tokens still ends with a complete text.
 
     Args:
         automaton: of the text behind the thinking.

@@ -1,8 +1,8 @@
 """One step of a ``TokenAutomaton`` on the host: from a state by a token.
 
-Takes an automaton and token ids. Gives the state behind them, or the word that no text of the
-constraint begins so. The engine's safety net walks here, and what a request's pins leave possible
-is looked up here.
+Takes an automaton and token ids. Gives the state behind them, or ``DEAD`` if no text of the
+constraint begins that way. The engine checks committed tokens with it, and whether a request's pins
+leave a text possible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEAD: Final = -1
 
 
 class Walk:
-    """Looks edges up; made once an automaton, since it keeps a sorted copy of its edges."""
+    """Looks up edges; made once for each automaton, since it keeps a sorted copy of them."""
 
     def __init__(self, automaton: TokenAutomaton) -> None:
         self.automaton = automaton
