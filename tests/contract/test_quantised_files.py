@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.cases import for_each
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
@@ -127,7 +128,7 @@ FUSED = [f"self_attn.{one}_proj" for one in "qkv"] + ["mlp.gate_proj", "mlp.up_p
 CONDITIONING = "model.decoder.self_conditioning.up_proj"
 
 
-@pytest.mark.parametrize("module", [*(f"{LAYER}.{one}" for one in FUSED), CONDITIONING])
+@for_each(module=[*(f"{LAYER}.{one}" for one in FUSED), CONDITIONING])
 def test_a_part_of_a_fused_matrix(module: str, stored: Weights, checked: Check):
     with pytest.raises(CheckpointError, match=re.escape(f"lacks the weights of {module}:")):
         checked(drop_module(module)(stored))

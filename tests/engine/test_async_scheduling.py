@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.cases import for_each
 from helpers.fused import PartOf, assert_same_run, texts
 from helpers.inside import Inside
 from helpers.parity import ENGINE, SPEC, make_prompt
@@ -244,7 +245,7 @@ def test_a_canvas_of_which_a_part_is_committed(
 
 
 @WOLVES
-@pytest.mark.parametrize("left", [1, 2, 31, 32, 33, 63, 65, 95, 96, 97, 129])
+@for_each(left=[1, 2, 31, 32, 33, 63, 65, 95, 96, 97, 129])
 def test_the_end_of_max_model_len(
     llm: LLM, cry: Callable[[bool], None], left: int, *, wolf: bool
 ) -> None:
@@ -278,10 +279,9 @@ def test_a_small_budget(
 
 
 @WOLVES
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("what", ["preempt", "forget", "abort"])
 def test_what_happens_at_any_moment_loses_and_doubles_no_token(
-    llm: LLM, cry: Callable[[bool], None], moment: int, what: str, *, wolf: bool
+    llm: LLM, cry: Callable[[bool], None], what: str, subtests: pytest.Subtests, *, wolf: bool
 ) -> None:
     def pair() -> list[tuple[list[int], SamplingParams]]:
         sure = {"diffusion_confidence_threshold": 99.0, "diffusion_stability_threshold": 1}
@@ -291,14 +291,7 @@ def test_what_happens_at_any_moment_loses_and_doubles_no_token(
             (make_prompt(12, 2), wished(3, steps=1)),
         ]
 
-    expected = texts(llm, pair(), lambda _: None)
-    assert [len(each) for each in expected] == [3 * CANVAS] * 3
-    cry(wolf)
-    scheduler = Inside(llm).scheduler
-
-    def disturb(step: int) -> None:
-        if step != moment:
-            return
+    def disturb() -> None:
         if what == "abort":
             llm.llm_engine.abort_request(["0"])
         elif what == "forget":
@@ -308,12 +301,16 @@ def test_what_happens_at_any_moment_loses_and_doubles_no_token(
                 scheduler.running.remove(request)
                 scheduler._preempt_request(request, 0.0)
 
-    given = texts(llm, pair(), disturb)
-    if what == "abort":
-        assert given[0] == expected[0][: len(given[0])]
-        given, expected = given[1:], expected[1:]
-    assert given == expected
-    Inside(llm).assert_idle()
+    expected = texts(llm, pair(), lambda _: None)
+    assert [len(each) for each in expected] == [3 * CANVAS] * 3
+    cry(wolf)
+    scheduler = Inside(llm).scheduler
+    for moment in MOMENTS:
+        with subtests.test(moment=moment):
+            first, *others = texts(llm, pair(), lambda step, at=moment: step == at and disturb())
+            assert first == (expected[0][: len(first)] if what == "abort" else expected[0])
+            assert others == expected[1:]
+            Inside(llm).assert_idle()
 
 
 def preempted_at(llm: LLM, moment: int) -> list[int]:

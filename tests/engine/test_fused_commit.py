@@ -11,6 +11,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.cases import for_each
 from helpers.engines import engine_config
 from helpers.fused import PartOf, assert_same_run, texts
 from helpers.inside import Inside
@@ -184,7 +185,7 @@ def test_a_stop_token_ends_it_without_a_commit(llm: LLM, place: int) -> None:
     Inside(llm).assert_idle()
 
 
-@pytest.mark.parametrize("left", [1, 2, 31, 32, 33, 50, 63, 64, 65])
+@for_each(left=[1, 2, 31, 32, 33, 50, 63, 64, 65])
 def test_the_end_of_max_model_len(llm: LLM, left: int) -> None:
     prompt = make_prompt(llm.llm_engine.model_config.max_model_len - left)
     answers = [ask(llm, [prompt], [sampling(fused, 6, max_tokens=999)])[0] for fused in FORMS]
@@ -207,18 +208,16 @@ def nothing(step: int) -> None:
     del step
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("cached", [True, False], ids=["cache kept", "cache lost"])
 def test_preemption_at_any_moment_gives_every_token_once(
-    llm: LLM, moment: int, *, cached: bool
+    llm: LLM, subtests: pytest.Subtests, *, cached: bool
 ) -> None:
     expected = texts(llm, pair(), nothing)
+    assert [len(each) for each in expected] == [3 * CANVAS] * 2
     scheduler = Inside(llm).scheduler
-    lost = []
+    lost: list[str] = []
 
-    def preempt(step: int) -> None:
-        if step != moment:
-            return
+    def preempt() -> None:
         lost.extend(request.request_id for request in scheduler.running)
         if cached:
             for request in [*scheduler.running]:
@@ -227,24 +226,27 @@ def test_preemption_at_any_moment_gives_every_token_once(
         else:
             scheduler.reset_prefix_cache(reset_running_requests=True)
 
-    assert texts(llm, pair(), preempt) == expected
-    assert len(lost) == 2, "nothing ran any more"
-    assert [len(each) for each in expected] == [3 * CANVAS] * 2
-    Inside(llm).assert_idle()
+    for moment in MOMENTS:
+        with subtests.test(moment=moment):
+            lost.clear()
+            given = texts(llm, pair(), lambda step, at=moment: step == at and preempt())
+            assert given == expected
+            assert len(lost) == 2, "nothing ran any more"
+            Inside(llm).assert_idle()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_an_abort_at_any_moment_leaves_nothing(llm: LLM, moment: int) -> None:
+def test_an_abort_at_any_moment_leaves_nothing(llm: LLM, subtests: pytest.Subtests) -> None:
     expected = texts(llm, pair(), nothing)
 
-    def abort(step: int) -> None:
-        if step == moment:
-            llm.llm_engine.abort_request(["0"])
+    def abort() -> None:
+        llm.llm_engine.abort_request(["0"])
 
-    given, kept = texts(llm, pair(), abort)
-    assert given == expected[0][: len(given)]
-    assert kept == expected[1]
-    Inside(llm).assert_idle()
+    for moment in MOMENTS:
+        with subtests.test(moment=moment):
+            given, kept = texts(llm, pair(), lambda step, at=moment: step == at and abort())
+            assert given == expected[0][: len(given)]
+            assert kept == expected[1]
+            Inside(llm).assert_idle()
 
 
 @pytest.mark.parametrize("budget", [CANVAS, 2 * CANVAS - 1, 2 * CANVAS, 3 * CANVAS, 100])

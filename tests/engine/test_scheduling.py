@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.cases import for_each
 from helpers.engines import engine_config
 from helpers.scheduling import (
     BLOCK,
@@ -87,7 +88,7 @@ def test_whole_canvases_then_the_rest_is_dropped_at_max_tokens(
 
 
 @BOTH
-@pytest.mark.parametrize("left", [1, 2, 3, 31, 32, 33, 50, 63, 64, 65])
+@for_each(left=[1, 2, 3, 31, 32, 33, 50, 63, 64, 65])
 def test_the_last_canvas_before_max_model_len_is_narrower_and_keeps_its_width(
     config: VllmConfig, scheduler_class: type[Scheduler], depth: int, left: int
 ):
@@ -120,7 +121,7 @@ def test_a_stop_token_ends_the_request_inside_a_canvas(
 
 
 @BOTH
-@pytest.mark.parametrize("step", range(1, 9))
+@for_each(step=range(1, 9))
 def test_an_abort_at_any_step_frees_everything_and_disturbs_nobody(
     config: VllmConfig, scheduler_class: type[Scheduler], depth: int, step: int
 ):
@@ -221,7 +222,7 @@ def test_a_commit_that_does_not_fit_waits_with_its_canvas(config: VllmConfig):
 
 
 @BOTH
-@pytest.mark.parametrize("budget", [32, 33, 50, 63, 64, 100])
+@for_each(budget=[32, 33, 50, 63, 64, 100])
 def test_a_budget_that_fits_no_whole_number_of_canvases_cuts_none(
     config: VllmConfig, scheduler_class: type[Scheduler], depth: int, budget: int
 ):

@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion import records
 from vllm_diffusion.constrain import constraints, rewrite
@@ -36,7 +37,7 @@ def numbered_stats(rows: int, first: int = 0) -> CanvasStats:
     )
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+@for_each(record=RECORDS)
 def test_records_are_frozen_slotted_and_keyword_only(record: type) -> None:
     names = [field.name for field in fields(record)]
     instance = record(**dict.fromkeys(names))
