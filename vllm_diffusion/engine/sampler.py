@@ -131,7 +131,10 @@ class CanvasSampler:
             granted = granted_rows(self.pool, input_batch, widths)
         if widths.any():
             emission, scored = self._advance(hidden, input_batch, rows, widths, granted)
-        self._begin_after_prompt(input_batch, input_batch.is_prefilling_np[:num_reqs])
+        # Text that shares a block with a canvas runs in every step of it: only rows without a
+        # canvas can be the last of a prompt.
+        prompt = input_batch.is_prefilling_np[:num_reqs] & (widths == 0)
+        self._begin_after_prompt(input_batch, prompt)
         told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
         if granted is not None and emission is not None:
             settle(granted, self.pool, emission, told.rejected, self.req_states.draft_tokens)
