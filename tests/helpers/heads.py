@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_diffusion.constrain.rewrite import Penalties, Rewrite, Truncation
-from vllm_diffusion.head import reading
+from vllm_diffusion.head import logit_tiles
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
@@ -178,13 +178,13 @@ def assert_same_shape(ours: CanvasStats, other: CanvasStats) -> None:
 def counted_readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows are read, every time that the vocabulary is; filled while the test runs."""
     seen: list[int] = []
-    tiles = reading.tiles
+    tiles = logit_tiles.tiles
 
     def counting(vocabulary, hidden, rewrite, **how):
         seen.append(len(hidden))
         return tiles(vocabulary, hidden, rewrite, **how)
 
-    monkeypatch.setattr(reading, "tiles", counting)
+    monkeypatch.setattr(logit_tiles, "tiles", counting)
     return seen
 
 

@@ -81,10 +81,10 @@ def case_of(vocab: int, softcap: float | None = 30.0) -> Case:
 
 
 def product_of(case: Case, ids: int):
-    from vllm_diffusion.head import chunks
+    from vllm_diffusion.head.fp8_product import Fp8Product
 
     copy = QuantisedOutput(case.embedding, "fp8")
-    return chunks._Fp8Product(case.vocabulary(), copy, case.hidden, ids)
+    return Fp8Product(case.vocabulary(), copy, case.hidden, ids)
 
 
 def whole(product, vocab: int, ids: int) -> torch.Tensor:
@@ -209,6 +209,7 @@ def a_copy_follows_its_matrix() -> None:
 def ranks_say_what_one_says() -> None:
     """Ranks whose parts are the chunks of one rank."""
     from vllm_diffusion.head import chunks
+    from vllm_diffusion.head.fp8_product import Fp8Product as product  # noqa: N813
 
     lock = Lock()  # ranks are threads, and the interpreter is one
 
@@ -220,7 +221,6 @@ def ranks_say_what_one_says() -> None:
         return locked
 
     chunks._absorb = in_turn(chunks._absorb)
-    product = chunks._Fp8Product
     product.__init__, product.__call__ = in_turn(product.__init__), in_turn(product.__call__)
     case = case_of(256)
     alone = from_codes(case, 128)(case.rows())

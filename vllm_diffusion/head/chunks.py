@@ -7,8 +7,8 @@
                summed of the soft embedding shrinks.
     product    onto the soft embedding, summed in fp32
 
-and ``finish_row`` once. Where the vocabulary has a copy in fp8, the first product is of that and of
-states that ``round_row`` rounds once, and ``rescore_row`` follows it.
+and ``finish_row`` once. Where the vocabulary has a copy in fp8, the first product is that of
+``fp8_product``.
 
 The meaning is that of ``reading.read``, whose tiles are one product each: 64 of them at the
 released vocabulary, five launches a tile. Imported on a GPU alone.
@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
-from torch.nn.functional import ScalingType, scaled_mm
 
 from vllm_diffusion.head import sample
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.chunk_kernels import absorb_chunk, finish_row
-from vllm_diffusion.head.fp8_kernels import rescore_row, round_row
+from vllm_diffusion.head.fp8_product import Fp8Product
 from vllm_diffusion.head.soft import MOST, mean_of_best, select
 from vllm_diffusion.head.tile import RunningStats
 from vllm_diffusion.records import CanvasStats
@@ -36,15 +35,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_diffusion.head.output_copy import QuantisedOutput
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.head.vocabulary import Vocabulary
 
 _NEAR_CACHE: Final = 32 * 2**20
 """Bytes of a chunk that stay in the level-2 cache of a large GPU from product to product."""
-
-_PIECE: Final = 256
-"""Inputs of an id that a program has at once while it scores ids exactly."""
 
 _MOST_CHUNKS: Final = 8
 """With more chunks, launches cost more than reading a chunk beyond the cache from memory."""
@@ -140,7 +135,7 @@ class _Listed:
     @staticmethod
     def empty(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> _Listed:
         """Before the first chunk, of ``ids`` ids."""
-        count, chunks = min(MOST + 1, _block(vocabulary)), -(-len(vocabulary) // ids)
+        count, chunks = min(MOST + 1, vocabulary.block()), -(-len(vocabulary) // ids)
         return _Listed(
             lanes=hidden.new_empty(len(hidden), chunks, count, dtype=torch.int32),
             values=hidden.new_empty(len(hidden), len(vocabulary.tiles()), count),
@@ -167,7 +162,7 @@ def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slic
         ids: of a chunk, the most that are requested at once.
     """
     if vocabulary.copy is not None:
-        return _Fp8Product(vocabulary, vocabulary.copy, hidden, ids)
+        return Fp8Product(vocabulary, vocabulary.copy, hidden, ids)
     buffer = hidden.new_empty(len(hidden) * ids)
 
     def product(some: slice) -> Tensor:
@@ -176,73 +171,6 @@ def _product(vocabulary: Vocabulary, hidden: Tensor, ids: int) -> Callable[[slic
         return torch.mm(hidden, output.T, out=logits)
 
     return product
-
-
-class _Fp8Product:
-    """Products with the fp8 copy, in bf16; exact for the best ids of every row in every chunk.
-
-    The best ids of the vocabulary are among the best of the chunks.
-    """
-
-    def __init__(
-        self, vocabulary: Vocabulary, copy: QuantisedOutput, hidden: Tensor, ids: int
-    ) -> None:
-        (rows, inputs), count = hidden.shape, copy.rescored
-        self._vocabulary, self._hidden = vocabulary, hidden
-        self._weights, self._scales = copy.fp8()
-        self._codes = hidden.new_empty(rows, inputs, dtype=torch.float8_e4m3fn)
-        self._scale = hidden.new_empty(rows, 1, dtype=torch.float32)
-        self._places = hidden.new_empty(rows, count, dtype=torch.int32)
-        self._tiles = triton.next_power_of_2(-(-ids // sample.TILE))
-        round_row[(rows,)](
-            hidden,
-            hidden.stride(0),
-            inputs,
-            self._codes,
-            self._scale,
-            BLOCK=triton.next_power_of_2(inputs),
-            num_warps=8,
-        )
-
-    def __call__(self, some: slice) -> Tensor:
-        """Logits [R, n] of some ids."""
-        logits = scaled_mm(
-            self._codes,
-            self._weights[some].T,
-            self._scale,
-            ScalingType.RowWise,
-            self._scales[some][None],
-            ScalingType.RowWise,
-            output_dtype=torch.bfloat16,
-            # Sums that a tensor core keeps in fewer bits than fp32 still have more than the codes.
-            use_fast_accum=True,
-        )
-        rows, width = logits.shape
-        output, block = self._vocabulary.output[some], _block(self._vocabulary)
-        rescore_row[(rows,)](
-            logits,
-            width,
-            self._hidden,
-            self._hidden.stride(0),
-            output,
-            output.stride(0),
-            output.shape[1],
-            self._places,
-            COUNT=self._places.shape[1],
-            BITS=16,
-            TILES=self._tiles,
-            WHOLE=width % sample.TILE == 0 and block == sample.TILE,
-            TILE=sample.TILE,
-            BLOCK=block,
-            PIECE=_PIECE,
-            num_warps=8,
-        )
-        return logits
-
-
-def _block(vocabulary: Vocabulary) -> int:
-    """Columns of a tile, rounded up to what kernels take."""
-    return max(16, triton.next_power_of_2(min(sample.TILE, len(vocabulary))))
 
 
 def _absorb(
@@ -256,7 +184,7 @@ def _absorb(
     exact: bool,
 ) -> None:
     """Add a chunk of logits [R, n]; where ``exact``, weights in the same dtype take their place."""
-    noise, columns, block = rows.noise, logits.shape[1], _block(vocabulary)
+    noise, columns, block = rows.noise, logits.shape[1], vocabulary.block()
     tile = start // sample.TILE
     lanes, values = sums.tokens, logits  # nothing is listed there
     if listed is not None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from vllm_diffusion.constrain.transfer import on_device
-from vllm_diffusion.head import cut, kinds, reading
-from vllm_diffusion.head.reading import tile_bytes
+from vllm_diffusion.head import cut, kinds, logit_tiles, reading
+from vllm_diffusion.head.logit_tiles import tile_bytes
 from vllm_diffusion.head.reference import row_statistics
 from vllm_diffusion.head.sample import sample_listed
 from vllm_diffusion.records import CanvasStats
@@ -110,7 +110,7 @@ class CutRows:
         # differently, and an id exactly at its row's limit would be lost.
         for part in rows.chunks(self._at_once(2 * tile_bytes() + cut.TABLE_BYTES)):
             limit = self._limits(part, best[start : start + len(part)], borders)
-            tiles = reading.tiles_of(self._vocabulary, part, limit)
+            tiles = logit_tiles.tiles_of(self._vocabulary, part, limit)
             parts.append(reading.read(self._vocabulary, part, tiles)[0])
             start += len(part)
         return CanvasStats.concatenate(parts)
@@ -119,7 +119,7 @@ class CutRows:
         assert rows.rewrite is not None
         assert rows.rewrite.truncation is not None
         asked = rows.rewrite.truncation.take(rows.rewrite.canvas)
-        tiles = reading.tiles(self._vocabulary, rows.hidden, rows.rewrite)
+        tiles = logit_tiles.tiles(self._vocabulary, rows.hidden, rows.rewrite)
         return cut.survivors(tiles, rows.temperature, asked, self._vocabulary)
 
     def _from_list(self, rows: Rows, found: cut.Survivors, index: Tensor) -> CanvasStats:
@@ -141,7 +141,7 @@ class CutRows:
         assert rows.rewrite is not None
         assert rows.rewrite.truncation is not None
         return cut.limits(
-            partial(reading.tiles, self._vocabulary, rows.hidden, rows.rewrite),
+            partial(logit_tiles.tiles, self._vocabulary, rows.hidden, rows.rewrite),
             best,
             rows.temperature,
             rows.rewrite.truncation.take(rows.rewrite.canvas),

@@ -28,11 +28,11 @@ import torch
 from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.constrain.window import rewrite_listed
-from vllm_diffusion.head import cut, kinds, reading
+from vllm_diffusion.head import cut, kinds, logit_tiles, reading
 from vllm_diffusion.head.best import Best
 from vllm_diffusion.head.classes import CLASS_BYTES, ClassPass, pinned_class_stats
 from vllm_diffusion.head.cut_rows import CutRows, listed_statistics
-from vllm_diffusion.head.reading import TILE_COPIES, tile_bytes
+from vllm_diffusion.head.logit_tiles import TILE_COPIES, tile_bytes
 from vllm_diffusion.head.reference import kept_token
 from vllm_diffusion.head.running_classes import TokenClasses
 from vllm_diffusion.head.scores import scores
@@ -130,7 +130,7 @@ class StreamingHead:
         parts = []
         for part in rows.chunks(self._at_once(tile_bytes())):
             best = Best(count)
-            for _, first, logits in reading.tiles(self.vocabulary, part.hidden, part.rewrite):
+            for _, first, logits in logit_tiles.tiles(self.vocabulary, part.hidden, part.rewrite):
                 best.add(logits, first)
             values, ids = best.over_ranks(self.vocabulary)
             parts.append(ids.masked_fill(values == -torch.inf, -1))
@@ -154,7 +154,7 @@ class StreamingHead:
         at_once = self._at_once(tile_bytes())
         parts = [
             scores(
-                partial(reading.tiles, exact, part, None),
+                partial(logit_tiles.tiles, exact, part, None),
                 part,
                 chosen,
                 exact,
@@ -228,7 +228,7 @@ class StreamingHead:
         stats, found = [], []
         for part in rows.chunks(self._at_once(tile_bytes() + CLASS_BYTES * classes.count)):
             by_class = ClassPass(classes, self.vocabulary, part)
-            tiles = reading.tiles_of(self.vocabulary, part)
+            tiles = logit_tiles.tiles_of(self.vocabulary, part)
             one, together = reading.read(self.vocabulary, part, tiles, by_class)
             stats.append(one)
             found.append(by_class.over_ranks(together))
@@ -245,7 +245,7 @@ class StreamingHead:
             bytes_a_row += tile_bytes() + cut.TABLE_BYTES
         for part in replace(rows, self_conditioning=False).chunks(self._at_once(bytes_a_row)):
             by_class = ClassPass(classes, self.vocabulary, part)
-            tiles = reading.lenient_tiles(self.vocabulary, part, self._cuts.limits_of(part))
+            tiles = logit_tiles.lenient_tiles(self.vocabulary, part, self._cuts.limits_of(part))
             _, together = reading.read(self.vocabulary, part, tiles, by_class)
             found.append(by_class.over_ranks(together))
         return stats, ClassStats.concatenate(found)
@@ -269,7 +269,7 @@ class StreamingHead:
             ]
         else:
             parts = [
-                reading.read(self.vocabulary, part, reading.tiles_of(self.vocabulary, part))[0]
+                reading.read(self.vocabulary, part, logit_tiles.tiles_of(self.vocabulary, part))[0]
                 for part in rows.chunks(self._at_once(tile_bytes()))
             ]
         return CanvasStats.concatenate(parts)

@@ -81,6 +81,11 @@ class Vocabulary:
         """First id of every tile of this rank."""
         return range(self.first, self.first + len(self), sample.TILE)
 
+    def block(self) -> int:
+        """Columns of a tile as Triton's kernels take it: a power of two, at least 16."""
+        widest = min(sample.TILE, len(self))
+        return max(16, 1 << (widest - 1).bit_length())
+
     def capped(self, logits: Tensor) -> Tensor:
         """The softcap, in place."""
         if self.softcap is None:

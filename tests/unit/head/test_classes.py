@@ -15,7 +15,7 @@ from helpers.heads import assert_same_tokens, counted_readings, make_case, over_
 from vllm_diffusion.constrain.automaton.class_stats import ClassStats
 from vllm_diffusion.constrain.logits import LENIENCE, rewrite_logits
 from vllm_diffusion.constrain.rewrite import Rewrite
-from vllm_diffusion.head import kinds, native, reading, sample, stream
+from vllm_diffusion.head import kinds, logit_tiles, native, sample, stream
 
 
 @pytest.fixture(params=[16, 128, sample.TILE])
@@ -180,7 +180,7 @@ def test_rows_that_may_say_anything_are_read_once(monkeypatch: pytest.MonkeyPatc
 @for_each(at_once=[1, 3], rewrite=[False, True])
 def test_row_chunks_equal_the_whole(at_once: int, rewrite: bool) -> None:
     case, class_of = make_case(2, rewrite=rewrite), classes_of(700)
-    budget = at_once * (reading.tile_bytes() + stream.CLASS_BYTES * COUNT)
+    budget = at_once * (logit_tiles.tile_bytes() + stream.CLASS_BYTES * COUNT)
     _, whole = both(case, case.streaming(), class_of)
     _, chunked = both(case, case.streaming(budget), class_of)
     assert_tokens(chunked, whole)

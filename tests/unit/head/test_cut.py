@@ -19,7 +19,7 @@ from helpers.heads import (
 
 from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
 from vllm_diffusion.constrain.truncate import truncate
-from vllm_diffusion.head import cut, reading, sample
+from vllm_diffusion.head import cut, logit_tiles, sample
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
@@ -190,13 +190,13 @@ def test_the_id_on_the_limit_stays_where_products_round_by_their_rows(
 ) -> None:
     monkeypatch.setattr(sample, "TILE", 64)
     monkeypatch.setattr(cut, "LISTED", 1)
-    original = reading.tiles
+    original = logit_tiles.tiles
 
     def rounded(vocabulary: Any, hidden: Tensor, *rest: Any, **options: Any) -> Any:
         for number, first, logits in original(vocabulary, hidden, *rest, **options):
             yield number, first, logits - 1e-5 * len(hidden)
 
-    monkeypatch.setattr(reading, "tiles", rounded)
+    monkeypatch.setattr(logit_tiles, "tiles", rounded)
     two = Truncation(
         min_p=torch.zeros(40), top_k=torch.full((40,), 2), top_p=torch.ones(40), sorts=True
     )

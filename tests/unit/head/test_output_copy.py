@@ -12,7 +12,7 @@ from helpers.classes import classes_of
 from helpers.heads import Case, assert_same_tokens, make_case, over_ranks
 
 from vllm_diffusion.constrain.rewrite import Rewrite
-from vllm_diffusion.head import native, native_rescoring, reading
+from vllm_diffusion.head import logit_tiles, native, native_rescoring
 from vllm_diffusion.head.native_rescoring import MOST
 from vllm_diffusion.head.output_copy import HEAD_FORMS, QuantisedOutput
 from vllm_diffusion.head.rescoring import Rescoring
@@ -49,7 +49,7 @@ def quantised(case: Case, form: str = "int8", rescored: int = 16) -> StreamingHe
 
 
 def logits_of(head: StreamingHead, case: Case, rewrite: Rewrite | None = None) -> torch.Tensor:
-    tiles = reading.tiles(head.vocabulary, case.hidden, rewrite)
+    tiles = logit_tiles.tiles(head.vocabulary, case.hidden, rewrite)
     return torch.cat([logits.clone() for _, _, logits in tiles], dim=1)
 
 

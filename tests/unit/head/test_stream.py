@@ -19,7 +19,7 @@ from helpers.heads import (
 )
 
 from vllm_diffusion.constrain.rewrite import Rewrite
-from vllm_diffusion.head import kinds, reading, sample
+from vllm_diffusion.head import kinds, logit_tiles, sample
 from vllm_diffusion.head.reference import ReferenceHead
 
 TILES = [16, 128, sample.TILE]
@@ -88,7 +88,7 @@ def test_a_temperature_and_greedy_tokens_cost_no_row_a_rewrite(
     )
     asked = replace(case, rewrite=greedy)
     truth = asked.truth()
-    monkeypatch.setattr(reading, "TiledRewrite", None)
+    monkeypatch.setattr(logit_tiles, "TiledRewrite", None)
     ours = asked.streaming()(asked.rows())
     assert_same_tokens(ours, truth)
     free = replace(case, rewrite=None)
@@ -184,7 +184,7 @@ def test_bf16_products(seed: int) -> None:
 @for_each(at_once=[1, 3, 16])
 def test_row_chunks_equal_the_whole(at_once: int) -> None:
     case = make_case(2, rewrite=True)
-    budget = at_once * reading.TILE_COPIES * 4 * sample.TILE
+    budget = at_once * logit_tiles.TILE_COPIES * 4 * sample.TILE
     assert_same_tokens(case.streaming(budget)(case.rows()), case.truth())
 
 
