@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.denoise.constants import KINDS, declared
 
@@ -35,7 +35,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@for_each(page=PAGES)
 def test_links_lead_to_a_file_and_to_a_heading_of_it(page):
     broken = []
     for target, anchor in LINK.findall(outside_code(page)):
@@ -45,7 +45,7 @@ def test_links_lead_to_a_file_and_to_a_heading_of_it(page):
     assert broken == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@for_each(page=PAGES)
 def test_files_that_a_page_names_are_there(page):
     text = page.read_text()
     modules = {f"{name.replace('.', '/')}.py" for name in MODULE.findall(text)}

@@ -186,17 +186,15 @@ PLACES = {
 OPTIONAL = list(PLACES)[1:]
 
 
-@pytest.mark.parametrize(
-    "named",
-    [
-        [OPTIONAL[at] for at in chosen]
+@for_each(
+    named=[
+        chosen
         for size in range(len(OPTIONAL) + 1)
-        for chosen in itertools.combinations(range(len(OPTIONAL)), size)
-    ],
-    ids=lambda named: "+".join(named) or "nothing",
+        for chosen in itertools.combinations(OPTIONAL, size)
+    ]
 )
 def test_of_all_that_name_a_constant_the_strongest_wins(
-    named: list[str], monkeypatch: pytest.MonkeyPatch
+    named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(PRESETS, "served", {"max_steps": PLACES["preset of additional_config"]})
     monkeypatch.setitem(PRESETS, "asked", {"max_steps": PLACES["preset of the request"]})

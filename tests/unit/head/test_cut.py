@@ -76,10 +76,10 @@ def vocabulary(size: int = VOCAB) -> Vocabulary:
     return Vocabulary(output=nothing, embedding=nothing, size=size, softcap=None)
 
 
-CASES = [(seed, kind) for seed in range(8) for kind in ("plain", "ties", "masked")]
+SEEDS, KINDS = range(8), ("plain", "ties", "masked")
 
 
-@pytest.mark.parametrize(("seed", "kind"), CASES)
+@for_each(seed=SEEDS, kind=KINDS)
 def test_the_limit_of_a_row_keeps_what_truncation_keeps(seed: int, kind: str) -> None:
     logits, asked = random_logits(seed, kind), random_cut(seed)
     temperature = torch.linspace(0.3, 1.2, ROWS)
@@ -89,8 +89,7 @@ def test_the_limit_of_a_row_keeps_what_truncation_keeps(seed: int, kind: str) ->
     assert torch.equal((scaled >= limit[:, None]) & (scaled > -torch.inf), kept)
 
 
-@for_each(listed=[1, 5, 60, VOCAB])
-@pytest.mark.parametrize(("seed", "kind"), CASES)
+@for_each(listed=[1, 5, 60, VOCAB], seed=SEEDS, kind=KINDS)
 def test_a_list_that_says_it_is_complete_is(
     seed: int, kind: str, listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,18 +75,22 @@ def test_nan_is_noticed(where: str):
     assert matrix.has_nan()
 
 
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> int:
+    """The number of an instruction set that this processor has."""
+    compiled = native.library()
+    assert compiled is not None
+    number = native.ISAS.index(request.param)
+    if number > compiled.vd_best_isa():
+        pytest.skip(f"this processor has no {request.param}")
+    return number
+
+
 @needs_library
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("isa", range(len(native.ISAS)))
-@pytest.mark.parametrize("inputs", [16, 48, 2816])
+@for_each(form=FORMS, dtype=[torch.float32, torch.bfloat16], inputs=[16, 48, 2816])
 def test_the_compiled_part_gives_the_same_bits(
     form: str, dtype: torch.dtype, isa: int, inputs: int
 ):
-    compiled = native.library()
-    assert compiled is not None
-    if isa > compiled.vd_best_isa():
-        pytest.skip(f"this processor has no {native.ISAS[isa]}")
     matrix = random_packed(37, inputs, form=form)
     panel = torch.empty(29, inputs, dtype=dtype)
     native.unpack(native.pointers(matrix), 5, panel, isa=isa)
@@ -94,13 +98,8 @@ def test_the_compiled_part_gives_the_same_bits(
 
 
 @needs_library
-@pytest.mark.parametrize("isa", range(len(native.ISAS)))
-@pytest.mark.parametrize("inputs", [1, 7, 33])
+@for_each(inputs=[1, 7, 33])
 def test_odd_widths_of_fp8(isa: int, inputs: int):
-    compiled = native.library()
-    assert compiled is not None
-    if isa > compiled.vd_best_isa():
-        pytest.skip(f"this processor has no {native.ISAS[isa]}")
     matrix = random_packed(3, inputs, form="fp8")
     panel = torch.empty(3, inputs)
     native.unpack(native.pointers(matrix), 0, panel, isa=isa)
@@ -108,12 +107,7 @@ def test_odd_widths_of_fp8(isa: int, inputs: int):
 
 
 @needs_library
-@pytest.mark.parametrize("isa", range(len(native.ISAS)))
 def test_the_compiled_part_knows_every_code(isa: int):
-    compiled = native.library()
-    assert compiled is not None
-    if isa > compiled.vd_best_isa():
-        pytest.skip(f"this processor has no {native.ISAS[isa]}")
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     fp8 = PackedMatrix(codes=codes[None], group_scale=None, row_scale=torch.ones(1))
     fp4 = PackedMatrix(
