@@ -23,7 +23,7 @@ KEY: Final = "diffusion"
 
 
 def is_asked(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request asks for its telemetry."""
+    """Whether a client's request asks for its telemetry."""
     return bool((extra_args or {}).get(OPTION))
 
 
@@ -112,6 +112,15 @@ class Telemetry:
             "commit_forwards": self.commit_forwards,
             "rows": self.rows,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReports:
+    """What the metrics learn of one batch of outputs."""
+
+    reports: list[Report] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    """Tokens and forwards of every answer that is complete."""
 
 
 @dataclass(slots=True)

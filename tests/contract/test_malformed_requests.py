@@ -55,7 +55,7 @@ def test_other_bodies_are_let_through(body):
     refuse(body)
 
 
-def test_the_check_is_where_every_server_reads_its_bodies(monkeypatch):
+def test_the_check_is_where_every_server_reads_its_bodies():
     """vLLM builds its application by the function wrapped, and its routes depend on the other."""
     from fastapi import Depends, FastAPI
     from fastapi.testclient import TestClient
@@ -66,11 +66,9 @@ def test_the_check_is_where_every_server_reads_its_bodies(monkeypatch):
     assert "    init_exception_handler(app)\n" in inspect.getsource(launcher.build_app)
     assert "dependencies=[Depends(validate_json_request)]" in inspect.getsource(api_router)
     original = inspect.unwrap(launcher.init_exception_handler)
-    monkeypatch.setattr(launcher, "init_exception_handler", original)
-    malformed_requests.check_bodies()
     app = FastAPI()
     app.state.args = type("Args", (), {"log_error_stack": False})
-    launcher.init_exception_handler(app)
+    malformed_requests.check_bodies(original)(app)
 
     @app.post("/", dependencies=[Depends(validate_json_request)])
     async def take() -> str:
@@ -86,17 +84,15 @@ def test_the_check_is_where_every_server_reads_its_bodies(monkeypatch):
     assert client.post("/", content="{}", headers={"content-type": "text/plain"}).is_client_error
 
 
-def test_nesting_in_a_text_is_the_requests(monkeypatch):
+def test_nesting_in_a_text_is_the_requests():
     from vllm.exceptions import VLLMValidationError
-    from vllm.renderers.online_renderer import OnlineRenderer
 
     async def preprocess_chat(_self: Any, _request: Any) -> None:
         raise RecursionError
 
-    monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
-    malformed_requests.refuse_nested_texts()
+    render = malformed_requests.refuse_nested_texts(preprocess_chat)
     with pytest.raises(VLLMValidationError, match="nest too deep"):
-        asyncio.run(OnlineRenderer.preprocess_chat(None, None))
+        asyncio.run(render(None, None))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +125,9 @@ def test_a_schema_is_no_reason_to_refuse_a_request_and_stays_its_clients():
 def test_generate_is_told_by_name_what_is_checked_beside_the_parameters():
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from vllm_diffusion.patches.request_validation import _PASSED_ON
+    from vllm_diffusion.engine.admission import PASSED_ON
 
-    assert set(_PASSED_ON) <= set(inspect.signature(AsyncLLM.generate).parameters)
+    assert set(PASSED_ON) <= set(inspect.signature(AsyncLLM.generate).parameters)
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), NotImplementedError("no"), RuntimeError("x")])

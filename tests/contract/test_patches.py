@@ -22,7 +22,7 @@ from vllm_diffusion.constrain.outcomes import KeptByAutomaton
 from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.family import Family
-from vllm_diffusion.patches import canvas_text, constraint_compiling, cpu_kernels
+from vllm_diffusion.patches import completion_suffix, constraint_compiling, cpu_kernels
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.patches.worker_choice import STOCK_WORKER, TRITON_FREE_WORKER
 from vllm_diffusion.upstream import cpu_host, ledger, runner, torch_companions, versions
@@ -260,7 +260,7 @@ def test_a_server_says_what_it_knows_of_a_requests_thinking():
     assert {"reasoning_ended", "reasoning_parser_kwargs"} <= set(generate.parameters)
 
 
-def suffixed(monkeypatch, *, is_diffusion, **fields):
+def suffixed(*, is_diffusion, **fields):
     """What becomes of a request with a suffix, by the patched method on a renderer of no format."""
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.renderers.online_renderer import OnlineRenderer
@@ -268,9 +268,7 @@ def suffixed(monkeypatch, *, is_diffusion, **fields):
     async def preprocess_completion(request, **_):
         return request
 
-    original = inspect.unwrap(OnlineRenderer.render_completion)
-    monkeypatch.setattr(OnlineRenderer, "render_completion", original)
-    canvas_text.take_suffix()
+    render = completion_suffix.take_suffix(inspect.unwrap(OnlineRenderer.render_completion))
     renderer = types.SimpleNamespace(
         model_config=types.SimpleNamespace(is_diffusion=is_diffusion),
         renderer=types.SimpleNamespace(render_completion_suffix=lambda *_: None),
@@ -278,21 +276,21 @@ def suffixed(monkeypatch, *, is_diffusion, **fields):
         preprocess_completion=preprocess_completion,
     )
     request = CompletionRequest(prompt="a", **fields)
-    return asyncio.run(OnlineRenderer.render_completion(renderer, request))
+    return asyncio.run(render(renderer, request))
 
 
-def test_a_suffix_becomes_an_option_of_a_diffusion_model(monkeypatch):
-    taken = suffixed(monkeypatch, is_diffusion=True, suffix="b", vllm_xargs={"other": 1})
+def test_a_suffix_becomes_an_option_of_a_diffusion_model():
+    taken = suffixed(is_diffusion=True, suffix="b", vllm_xargs={"other": 1})
     assert taken.suffix is None
-    assert taken.vllm_xargs == {"other": 1, canvas_text.SUFFIX: "b"}
-    empty = suffixed(monkeypatch, is_diffusion=True, suffix="", echo=True)
+    assert taken.vllm_xargs == {"other": 1, completion_suffix.SUFFIX: "b"}
+    empty = suffixed(is_diffusion=True, suffix="", echo=True)
     assert (empty.suffix, empty.vllm_xargs) == (None, None)
-    refused = suffixed(monkeypatch, is_diffusion=True, suffix="b", echo=True)
+    refused = suffixed(is_diffusion=True, suffix="b", echo=True)
     assert refused == "suffix excludes echo"
 
 
-def test_another_model_keeps_its_answer_to_a_suffix(monkeypatch):
-    refused = suffixed(monkeypatch, is_diffusion=False, suffix="b")
+def test_another_model_keeps_its_answer_to_a_suffix():
+    refused = suffixed(is_diffusion=False, suffix="b")
     assert "only supported for models with FIM" in refused
 
 

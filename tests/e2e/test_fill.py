@@ -114,7 +114,7 @@ def test_a_draft_and_its_noise(client: OpenAI) -> None:
         ("chat/completions", {"vllm_xargs": {"diffusion_template": [99]}}, "needs 100 tokens"),
         ("chat/completions", {"vllm_xargs": {"diffusion_template": ["<eos>", 1]}}, "end an answer"),
         ("chat/completions", {"vllm_xargs": {"diffusion_template": "ab"}}, "a list of texts"),
-        ("chat/completions", {"vllm_xargs": {"diffusion_rows": 1}}, "unknown option"),
+        ("chat/completions", {"vllm_xargs": {"diffusion_admitted": 1}}, "unknown option"),
         ("responses", {"input": "a", "vllm_xargs": {"diffusion_template": [99]}}, "needs 100"),
     ],
 )

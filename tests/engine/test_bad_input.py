@@ -20,6 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm_diffusion.denoise.constants import CONSTANTS
 from vllm_diffusion.engine import refusals
 from vllm_diffusion.errors import CheckpointError, UnsupportedRunnerError
 from vllm_diffusion.request import options, parse
@@ -110,7 +111,7 @@ def test_everything_that_is_wrong_with_a_request_in_one_message(llm: LLM):
         "No text of the constraint can be written with allowed_token_ids",
         "diffusion_max_steps must be a positive integer, got '12'",
         "unknown option 'diffusion_canvas'",
-        "accepted: diffusion_preset, diffusion_max_steps, ",
+        "accepted: diffusion_preset, diffusion_canvas_length, diffusion_max_steps, ",
         "must not be below diffusion_t_min (9.0)",
     ):
         assert problem in message
@@ -173,8 +174,8 @@ def test_every_sampling_parameter_is_honoured_or_refused():
 def test_defaults_of_vllm_are_not_refused():
     assert parse.parse_params(SamplingParams()) == options.DiffusionParams()
     named = {field.name for field in fields(options.DiffusionParams)}
-    # Text is one field until the tokenizer has made rows of it.
-    assert named - {"text", "holes"} == set(options.OPTIONS.values()) - set(TEXTS)
+    # The texts are one field, and so are the constants of a rule.
+    assert named - {"text", "constants"} == set(options.OPTIONS.values()) - {*TEXTS, *CONSTANTS}
 
 
 # ---- checkpoints ----
@@ -213,7 +214,7 @@ def test_an_unknown_sampler_class(damaged: Path):
     change_generation_config(damaged, sampler_config={"_cls_name": "Other", "x": 1}, t_min="low")
     message = refused_config(damaged)
     assert "sampler_config must be of class EntropyBoundSamplerConfig, got 'Other'" in message
-    assert "t_min must be a finite number, got 'low'" in message
+    assert "t_min must be a finite number of at least 0, got 'low'" in message
 
 
 def test_the_way_out_of_a_missing_constant_works(damaged: Path):

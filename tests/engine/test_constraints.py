@@ -16,8 +16,8 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_diffusion import step
 from vllm_diffusion.constrain.automaton.walk import Walk
-from vllm_diffusion.engine import sampler
-from vllm_diffusion.engine.constraints.backend import ConstraintBackend, attached
+from vllm_diffusion.engine import carriers, sampler
+from vllm_diffusion.engine.constraints.backend import ConstraintBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ def test_the_automaton_is_sent_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     add = type(state).add_request
 
     def spy(self: Any, index: int, new: Any) -> None:
-        sent.append(attached(new))
+        sent.append(carriers.named_constraint(new))
         add(self, index, new)
 
     monkeypatch.setattr(type(state), "add_request", spy)

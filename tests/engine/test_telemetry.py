@@ -23,8 +23,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm import SamplingParams
 
+from vllm_diffusion.engine.committed import CommittedCanvases
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler
-from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import Emission, StopReason
 from vllm_diffusion.telemetry import KEY, OPTION, CanvasReport, Report, Telemetry
 

@@ -1,10 +1,23 @@
-"""vLLM's SamplingParams without vLLM."""
+"""vLLM's SamplingParams without vLLM, and rules that are served."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
+
+from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
+
+RULE = EntropyBoundConstants(
+    max_steps=48,
+    t_min=0.4,
+    t_max=0.8,
+    entropy_bound=0.1,
+    confidence_threshold=0.005,
+    stability_threshold=2,
+)
+FAST = replace(RULE, entropy_bound=0.5, t_max=0.6)
+RULES = ServedRules(default=RULE, presets={"reference": RULE, "fast": FAST})
 
 CONSTRAINT = SimpleNamespace(json="{}")
 """What stands for a constraint where nobody asks what it is."""

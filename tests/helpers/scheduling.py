@@ -28,7 +28,11 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_diffusion.denoise.constants import RuleConstants
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.scheduler import WholeCanvasMixin
+from vllm_diffusion.request.admitted import admitted
+from vllm_diffusion.request.options import read_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +45,8 @@ BLOCK = 16
 WINDOW = 32
 TEXT = 100
 """The token every canvas commits, unless a stop is planned."""
+NO_RULE = RuleConstants(max_steps=1)
+"""Of a request that nobody admitted; this worker follows no rule."""
 STOP = 101
 
 
@@ -99,8 +105,8 @@ class CountingWorker:
             self.slots.pop(gone, None)
         for new in scheduled.scheduled_new_reqs:
             assert new.prefill_token_ids is not None
-            options = new.sampling_params.extra_args or {}
-            fused = self.fuses and options.get("diffusion_fused_commit", True)
+            asked = carriers.admitted(new.sampling_params, NO_RULE).fused_commit
+            fused = self.fuses and asked is not False
             self.slots[new.req_id] = _Slot(
                 len(new.prefill_token_ids), new.num_computed_tokens, fused
             )
@@ -283,9 +289,12 @@ def drive(
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     worker.fuses = isinstance(scheduler, WholeCanvasMixin)
     worker.foreseen = depth > 1
+    rules = carriers.served(scheduler.vllm_config.model_config.hf_config).rules
     for request in requests:
         most = {"diffusion_max_steps": 1 if worker.cries_wolf else worker.steps}
         request.sampling_params.extra_args = most | (request.sampling_params.extra_args or {})
+        options, _ = read_options(request.sampling_params.extra_args)
+        carriers.put_admitted(request.sampling_params, admitted(options, rules))
         scheduler.add_request(request)
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
     for number in range(limit):

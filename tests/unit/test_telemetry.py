@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vllm_diffusion.request.options import admitted_params
+from vllm_diffusion.request.options import read_options
 from vllm_diffusion.telemetry import OPTION, CanvasReport, Meter, Report, Telemetry, is_asked
 
 CANVAS = CanvasReport(steps=3, stopped_by="settled", entropy=0.25, tokens=32)
@@ -90,4 +90,4 @@ def test_asking_is_an_option_of_a_request():
     assert not is_asked({OPTION: 0})
     assert not is_asked({})
     assert not is_asked(None)
-    assert admitted_params({OPTION: True}).telemetry
+    assert read_options({OPTION: True})[0].telemetry

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_diffusion.engine.committed import CommittedCanvases
 from vllm_diffusion.engine.step_rows import Told
-from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import CanvasBatch
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_diffusion.engine.committed import CommittedCanvases
 from vllm_diffusion.engine.step_rows import Told
-from vllm_diffusion.engine.telemetry import CommittedCanvases
 from vllm_diffusion.records import CanvasBatch
 
 if TYPE_CHECKING:

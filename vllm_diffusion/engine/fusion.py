@@ -46,21 +46,16 @@ and of the rows that commit it c count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion.config import fused_commit
-from vllm_diffusion.request.options import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
 SCHEDULER: Final = "vllm_diffusion.engine.scheduler.canvas_scheduler"
 """The scheduler that accounts for fused commits; another one would lose tokens."""
-
-_OPTION: Final = f"{PREFIX}fused_commit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +83,12 @@ class Fusion:
             foreseen=bool(scheduler.async_scheduling),
         )
 
-    def holds_for(self, extra_args: Mapping[str, Any] | None) -> bool:
-        """Whether the commits of a request with these options are fused."""
-        asked = (extra_args or {}).get(_OPTION)
+    def holds_for(self, asked: bool | None) -> bool:
+        """Whether the commits of a request are fused.
+
+        Args:
+            asked: what it says; None if it does not.
+        """
         return self.why_not is None and bool(self.served if asked is None else asked)
 
 

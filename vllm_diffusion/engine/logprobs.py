@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.head import Head
     from vllm_diffusion.records import CanvasBatch, Emission
-    from vllm_diffusion.request.options import DiffusionParams
+    from vllm_diffusion.request.admitted import Admitted
 
 _FEWEST: Final = 4
 """Rows of a canvas that are scored at least: products of fewer rows are rounded otherwise, and a
@@ -69,16 +69,16 @@ class CanvasLogprobs:
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[int, TokenScores] = {}
 
-    def admit(self, slot: int, sampling: Any, params: DiffusionParams) -> None:
+    def admit(self, slot: int, sampling: Any, admitted: Admitted) -> None:
         """Give the slot to a request, whatever its last owner asked for or still waits for."""
         self.release(slot)
         if sampling.num_logprobs is not None:
             ids = sampling.logprob_token_ids
-            limit = sampling.max_tokens if params.read_only else None
+            limit = sampling.max_tokens if admitted.read_only else None
             self._asked[slot] = _Asked(
                 count=sampling.num_logprobs,
                 ids=tuple(ids) if ids else None,
-                among=params.constrained,
+                among=admitted.constrained,
                 most=None if limit is None else max(limit, _FEWEST),
             )
 

@@ -31,7 +31,6 @@ from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.account import Account
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
-from vllm_diffusion.engine.constraints.backend import attached
 from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.granted import place_rows
@@ -43,7 +42,6 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.family import Conditioning
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
-from vllm_diffusion.request.options import admitted_params, requested_rule
 from vllm_diffusion.request.sampling import constraints, noise_seed
 from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.record import Recorder, trace_folder
@@ -192,26 +190,25 @@ class CanvasModelState(ModelState):
         """Give the request a slot; also called for requests that come back after preemption."""
         sampling = new_req_data.sampling_params
         self._slot_of[new_req_data.req_id] = req_index
-        params = admitted_params(sampling.extra_args)
+        admitted = carriers.admitted(sampling, self.rules.default)
         seed = request_seed(noise_seed(sampling), new_req_data.req_id)
-        rule = requested_rule(params, self.rules)
-        fused = self._fusion.holds_for(sampling.extra_args)
-        self.pool.admit(req_index, seed=seed, constants=rule, fused=fused)
-        self._account.admit(req_index, params.canvas_length)
-        asked, prompt_length = constraints(sampling, params), len(new_req_data.prompt_token_ids)
-        if params.noise_level is not None:
+        fused = self._fusion.holds_for(admitted.fused_commit)
+        self.pool.admit(req_index, seed=seed, constants=admitted.rule, fused=fused)
+        self._account.admit(req_index, admitted.canvas_length)
+        asked, prompt_length = constraints(sampling, admitted), len(new_req_data.prompt_token_ids)
+        if admitted.noise_level is not None:
             seed_canvas, first_step = begun_from_draft(
                 asked.seed_canvas,
                 pinned=asked.pinned,
-                level=params.noise_level,
+                level=admitted.noise_level,
                 seed=seed,
                 start=prompt_length,
-                steps=rule.max_steps,
+                steps=admitted.rule.max_steps,
             )
             asked = replace(asked, seed_canvas=seed_canvas, first_step=first_step)
         self.constraints.admit(req_index, asked, prompt_length=prompt_length)
         self._admit_constraint(req_index, new_req_data)
-        self.logprobs.admit(req_index, sampling, params)
+        self.logprobs.admit(req_index, sampling, admitted)
         if self._recorder is not None:
             self._recorder.begin(
                 self.pool,
@@ -225,7 +222,7 @@ class CanvasModelState(ModelState):
     def _admit_constraint(self, slot: int, new: NewRequestData) -> None:
         self.automata.release(slot)
         self.guards.release(slot)
-        if (named := attached(new)) is None:
+        if (named := carriers.named_constraint(new)) is None:
             return
         prompt_length = len(new.prompt_token_ids)
         written = new.prefill_token_ids[prompt_length:]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.diffusion_scheduler import (
     DiffusionAsyncScheduler,
@@ -33,11 +34,10 @@ from vllm.v1.request import RequestStatus
 
 from vllm_diffusion import grid
 from vllm_diffusion.engine import carriers
-from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar, attach
+from vllm_diffusion.engine.constraints.backend import ConstraintBackend, ConstraintGrammar
 from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
-from vllm_diffusion.request.options import admitted_params, requested_rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from vllm_diffusion.request.admitted import Admitted
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -64,6 +65,7 @@ class WholeCanvasMixin:
         super().__init__(*args, **kwargs)
         self._held: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
         self._meter = StepMeter()
+        self._admitted: WeakKeyDictionary[Request, Admitted] = WeakKeyDictionary()
         self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
         self._commit_alone: set[str] = set()
         self._guesses: dict[str, int] = {}
@@ -73,6 +75,18 @@ class WholeCanvasMixin:
         served = carriers.served(hf_config)
         self._family, self._rules = served.family, served.rules
         self._compile_for_canvases()
+
+    def add_request(self, request: Request) -> None:
+        """Take in a request, and what it asks for beside its sampling parameters."""
+        if (sampling := request.sampling_params) is not None:
+            if unread := carriers.unread_options(sampling):
+                logger.error(
+                    "Request %s entered the engine past its front end: %s are ignored.",
+                    request.request_id,
+                    ", ".join(unread),
+                )
+            self._admitted[request] = carriers.admitted(sampling, self._rules.default)
+        super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
@@ -107,6 +121,7 @@ class WholeCanvasMixin:
             scheduler_output,
             model_runner_output,
             self.requests,
+            self._admitted,
             committing=committing,
             everybody=self.log_stats,
         )
@@ -183,8 +198,8 @@ class WholeCanvasMixin:
             self._in_flight.append(StepInFlight(scheduled, drafts, {**self._guesses}, alone))
 
     def _fuses(self, request: Request) -> bool:
-        params = request.sampling_params
-        return params is not None and self._fusion.holds_for(params.extra_args)
+        admitted = self._admitted.get(request)
+        return admitted is not None and self._fusion.holds_for(admitted.fused_commit)
 
     def _owed(self, request: Request) -> int:
         """Tokens that a finished canvas gave and no forward has committed."""
@@ -204,9 +219,7 @@ class WholeCanvasMixin:
         if not steps[0].drafts.get(req_id):
             return False
         # One that began from a draft has fewer, which only the worker knows: it ends unforeseen.
-        params = admitted_params(request.sampling_params and request.sampling_params.extra_args)
-        most = requested_rule(params, self._rules).max_steps
-        return self._taken.get(req_id, 0) + 1 >= most
+        return self._taken.get(req_id, 0) + 1 >= self._admitted[request].rule.max_steps
 
     def _is_last(self: Any, request: Request, width: int) -> bool:
         """Whether the request needs no canvas behind one of this width."""
@@ -252,7 +265,8 @@ class WholeCanvasMixin:
             if asked is not None and isinstance(asked.grammar, ConstraintGrammar):
                 thinking = thinking_of(self.structured_output_manager, self.requests[new.req_id])
                 allowed = new.sampling_params.allowed_token_ids
-                attach(new, asked.grammar.for_worker(thinking, allowed))
+                named = asked.grammar.for_worker(thinking, allowed)
+                carriers.put_named_constraint(new, named)
 
     def _hold_cut_canvases(self: Any) -> None:
         # The running loop serves requests in this order and takes what fits, so walking the same

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
-    from vllm_diffusion.engine.telemetry import CommittedCanvases
+    from vllm_diffusion.engine.committed import CommittedCanvases
     from vllm_diffusion.records import CanvasBatch
 
 

@@ -10,8 +10,10 @@
     serving_config.py     what an architecture asks of vLLM's configuration
     adapter_requests.py   LoRA adapters are checked where a user asks for them
     adapter_layers.py     our manager of adapters and our experts in the worker
-    malformed_requests, media_errors, request_validation, structured_outputs, constraint_compiling,
-    canvas_text           a request is checked and completed where it enters
+    malformed_requests, media_errors, completion_suffix
+                          what the body of a request may hold
+    request_validation, request_entry, constraint_compiling
+                          a request is checked and admitted by `engine.admission`
     gemma_tools.py        tool calls in Gemma's format
     telemetry_*.py        telemetry in outputs, metrics and replies
 

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from fastapi import FastAPI, Request
 
@@ -32,12 +32,9 @@ _OBJECTS: Final = ("structured_outputs",)
 """Fields that vLLM asks for a member before it has looked whether they have any."""
 
 
-def check_bodies() -> None:
+def check_bodies(init_exception_handler: Callable[..., None]) -> Callable[..., None]:
     """Give every server the check: where `vllm.entrypoints.launchers.app` builds it."""
-    from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-
-    original = launcher.init_exception_handler
 
     # FastAPI reads what it must pass from the signature, which is that of the function wrapped.
     @functools.wraps(validate_json_request)
@@ -46,29 +43,24 @@ def check_bodies() -> None:
         if await raw_request.body():
             refuse(await raw_request.json())
 
-    @functools.wraps(original)
-    def init_exception_handler(app: FastAPI) -> None:
-        original(app)
+    def init(app: FastAPI) -> None:
+        init_exception_handler(app)
         app.dependency_overrides[validate_json_request] = checked
 
-    launcher.init_exception_handler = init_exception_handler
+    return init
 
 
-def refuse_nested_texts() -> None:
+def refuse_nested_texts(render: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """Make `OnlineRenderer.preprocess_chat` refuse what nests too deep for a prompt.
 
     The arguments of a call are JSON in a text, where nobody has counted levels, and what a chat
     template does with a tool is its own affair.
     """
     from vllm.exceptions import VLLMValidationError
-    from vllm.renderers.online_renderer import OnlineRenderer
 
-    original = OnlineRenderer.preprocess_chat
-
-    @functools.wraps(original)
-    async def preprocess_chat(self: Any, *args: Any, **kwargs: Any) -> Any:
+    async def rendered(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await original(self, *args, **kwargs)
+            return await render(self, *args, **kwargs)
         except RecursionError as error:
             raise VLLMValidationError(
                 "messages (the arguments of a call in them), tools or chat_template_kwargs nest "
@@ -76,7 +68,7 @@ def refuse_nested_texts() -> None:
                 parameter="messages",
             ) from error
 
-    OnlineRenderer.preprocess_chat = preprocess_chat
+    return rendered
 
 
 def refuse(body: object) -> None:

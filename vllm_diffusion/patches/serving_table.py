@@ -13,7 +13,7 @@ SERVING_PATCHES: Final = (
     Patch(
         name="malformed-bodies",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.entrypoints.launchers.app:init_exception_handler": (
                 "vllm_diffusion.patches.malformed_requests:check_bodies"
             )
@@ -27,36 +27,36 @@ SERVING_PATCHES: Final = (
     Patch(
         name="check-before-streaming",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.v1.engine.async_llm:AsyncLLM.generate": (
-                "vllm_diffusion.patches.request_validation:check_before_streaming"
+                "vllm_diffusion.patches.request_entry:check_before_streaming"
             )
         },
         why="a streamed request is checked only after its answer has begun with status 200, so a "
         "client's mistake arrives as an event in the stream, or as a broken connection.",
         upstream_reference="vllm/v1/engine/async_llm.py: AsyncLLM.generate",
         remove_when="vLLM checks a request before it starts to stream the answer",
-        needed="vllm_diffusion.patches.request_validation:generate_is_checked_late",
+        needed="vllm_diffusion.patches.request_entry:generate_is_checked_late",
     ),
     Patch(
         name="check-before-streaming-responses",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses."
             "_generate_with_builtin_tools": (
-                "vllm_diffusion.patches.request_validation:check_before_streaming_responses"
+                "vllm_diffusion.patches.request_entry:check_before_streaming_responses"
             )
         },
         why="the same for /v1/responses, which asks the engine from a generator of its own.",
         upstream_reference="vllm/entrypoints/openai/responses/serving.py: "
         "_generate_with_builtin_tools",
         remove_when="vLLM checks a request before it starts to stream the answer",
-        needed="vllm_diffusion.patches.request_validation:responses_are_checked_late",
+        needed="vllm_diffusion.patches.request_entry:responses_are_checked_late",
     ),
     Patch(
         name="nested-texts",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat": (
                 "vllm_diffusion.patches.malformed_requests:refuse_nested_texts"
             )
@@ -81,46 +81,34 @@ SERVING_PATCHES: Final = (
         needed="vllm_diffusion.patches.media_errors:links_are_internal_errors",
     ),
     Patch(
-        name="canvas-text",
+        name="request-admission",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
-                "vllm_diffusion.patches.canvas_text:write_rows"
+                "vllm_diffusion.patches.request_entry:admit_requests"
             )
         },
-        why="a template, suffix or draft comes as text in the request's options, and vLLM asks "
-        "nothing of ours where its tokenizer could turn that into ids.",
+        why="what a request asks for is known as a whole where it meets tokenizer, prompt and "
+        "limits: text on the canvas becomes ids there, a constraint fits behind the prompt or not, "
+        "and nothing of ours is asked.",
         upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
-        remove_when="a model class can complete its own requests with the tokenizer",
-        needed="vllm_diffusion.patches.canvas_text:requests_lack_a_hook",
-    ),
-    Patch(
-        name="constraint-room",
-        stage=Stage.SERVING,
-        installs={
-            "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
-                "vllm_diffusion.patches.constraint_compiling:send_compiled"
-            )
-        },
-        why="whether a constrained text fits behind its prompt is known only once the prompt is, "
-        "and vLLM asks nothing of ours there. The compiled constraint is sent from there too.",
-        upstream_reference="vllm/v1/engine/input_processor.py: process_inputs",
-        remove_when="a model class can check its own requests beside their prompts",
-        needed="vllm_diffusion.patches.canvas_text:requests_lack_a_hook",
+        remove_when="a model class can complete and check its own requests with tokenizer and "
+        "prompt",
+        needed="vllm_diffusion.patches.request_entry:requests_lack_a_hook",
     ),
     Patch(
         name="constraint-thinking",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.v1.engine.llm_engine:LLMEngine.add_request": (
-                "vllm_diffusion.patches.request_validation:check_thinking_offline"
+                "vllm_diffusion.patches.request_entry:check_thinking_offline"
             )
         },
         why="a request whose reasoning parser cannot say where its constraint begins ends the "
         "engine, from within the scheduler.",
         upstream_reference="vllm/v1/structured_output/__init__.py: _get_reasoner",
         remove_when="vLLM asks the reasoning parser before a request enters the engine",
-        needed="vllm_diffusion.patches.request_validation:thinking_is_unchecked_offline",
+        needed="vllm_diffusion.patches.request_entry:thinking_is_unchecked_offline",
     ),
     Patch(
         name="constraint-compile",
@@ -142,15 +130,15 @@ SERVING_PATCHES: Final = (
     Patch(
         name="completion-suffix",
         stage=Stage.SERVING,
-        installs={
+        wraps={
             "vllm.renderers.online_renderer:OnlineRenderer.render_completion": (
-                "vllm_diffusion.patches.canvas_text:take_suffix"
+                "vllm_diffusion.patches.completion_suffix:take_suffix"
             )
         },
         why="vLLM refuses a suffix unless the tokenizer has a format for it; a canvas needs none.",
         upstream_reference="vllm/renderers/online_renderer.py: render_completion",
         remove_when="a model class can say that it takes a suffix",
-        needed="vllm_diffusion.patches.canvas_text:suffix_is_refused",
+        needed="vllm_diffusion.patches.completion_suffix:suffix_is_refused",
     ),
     Patch(
         name="gemma-tools",

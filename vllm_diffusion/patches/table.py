@@ -114,30 +114,30 @@ PATCHES: Final = (
     Patch(
         name="request-validation",
         stage=Stage.PLUGIN,
-        installs={
+        wraps={
             "vllm.sampling_params:SamplingParams._validate_diffusion": (
-                "vllm_diffusion.patches.request_validation:check_requests_ourselves"
+                "vllm_diffusion.patches.request_validation:check_parameters"
             )
         },
         why="vLLM refuses parameters that a canvas can honour, such as seed, and lets others "
         "through that it then ignores.",
         upstream_reference="vllm/sampling_params.py: _validate_diffusion",
         remove_when="a model class can validate its own requests",
-        needed="vllm_diffusion.patches.request_validation:stock_check_refuses_seed",
+        needed="vllm_diffusion.patches.request_validation:seed_is_refused",
     ),
     Patch(
         name="structured-outputs",
         stage=Stage.PLUGIN,
-        installs={
+        wraps={
             "vllm.sampling_params:SamplingParams._validate_structured_outputs": (
-                "vllm_diffusion.patches.structured_outputs:take_constraints"
+                "vllm_diffusion.patches.request_validation:check_constraint"
             )
         },
         why="vLLM refuses every constraint of a diffusion model, since a mask that reads from left "
         "to right cannot constrain a canvas.",
         upstream_reference="vllm/sampling_params.py: _validate_structured_outputs",
         remove_when="a model class can say that it takes constraints, and check them",
-        needed="vllm_diffusion.patches.structured_outputs:diffusion_is_refused",
+        needed="vllm_diffusion.patches.request_validation:constraints_are_refused",
     ),
     Patch(
         name="serving-config",

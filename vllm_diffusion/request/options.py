@@ -12,19 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.constants import CONSTANTS, RuleConstants, ServedRules
 from vllm_diffusion.denoise.presets import PRESETS
-from vllm_diffusion.request.text import (
-    ROWS,
-    TEXT_OPTIONS,
-    TEXTS,
-    CanvasText,
-    Rows,
-    malformed_text,
-)
+from vllm_diffusion.request.text import TEXT_OPTIONS, TEXTS, CanvasText, malformed_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from vllm_diffusion.constrain.constraints import Holes
 
 PREFIX: Final = "diffusion_"
 """Every option of ours in ``extra_args`` / ``vllm_xargs`` starts with this."""
@@ -49,9 +40,7 @@ class DiffusionParams:
     constrained: bool = False
     """Only ``logprob_token_ids`` may be said."""
     text: CanvasText | None = None
-    """Text on the canvas, until it is rows: seed canvas, pins and ``holes``."""
-    holes: Holes | None = None
-    """Of a text with holes."""
+    """Text on the canvas."""
     noise_level: float | None = None
     """Share of noise in the draft or seed canvas; None: the seed canvas as it is."""
     fused_commit: bool | None = None
@@ -67,20 +56,6 @@ OPTIONS: Final = {
     for name in ("preset", "canvas_length", *CONSTANTS, *_LISTS, *_SWITCHES, *TEXT_OPTIONS)
 }
 """Names of the options as a client writes them, and of the fields they set."""
-
-
-def admitted_params(extra_args: Mapping[str, Any] | None) -> DiffusionParams:
-    """The options of a request that ``parse_params`` has let through; never raises.
-
-    For the worker, where an exception would end the engine, and where vLLM's own warm-up requests
-    arrive with whatever they like.
-    """
-    extra = extra_args or {}
-    params, _ = read_options(extra)
-    if (packed := extra.get(ROWS)) is None:
-        return params
-    rows = Rows.unpacked(packed)
-    return replace(params, seed_canvas=rows.seed_canvas, pinned=rows.pinned, holes=rows.holes)
 
 
 def requested_rule(params: DiffusionParams, served: ServedRules) -> RuleConstants:

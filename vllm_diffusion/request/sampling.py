@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm_diffusion.constrain.constraints import Constraints
 
 if TYPE_CHECKING:
-    from vllm_diffusion.request.options import DiffusionParams
+    from vllm_diffusion.request.admitted import Admitted
 
 GREEDY_SEED: Final = 0
 """The noise key of a request of temperature 0 that names no seed: its answer is always the same."""
@@ -36,20 +36,20 @@ def noise_seed(sampling: Any) -> int | None:  # noqa: ANN401
 
 def constraints(
     sampling: Any,  # noqa: ANN401
-    params: DiffusionParams,
+    admitted: Admitted,
 ) -> Constraints:
-    """What an admitted request changes in the distribution of its canvases; never raises.
+    """What an admitted request changes in the distribution of its canvases.
 
     Args:
         sampling: vLLM's ``SamplingParams``, completed with the model's and the tokenizer's ids.
-        params: its diffusion options.
+        admitted: what else it asks for.
     """
-    allowed = sampling.logprob_token_ids if params.constrained else sampling.allowed_token_ids
+    allowed = sampling.logprob_token_ids if admitted.constrained else sampling.allowed_token_ids
     until = dict.fromkeys(sampling.all_stop_token_ids, sampling.min_tokens)
-    if params.pinned:
+    if admitted.pinned:
         # An answer that stops before its last pin would lack it.
         ending = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
-        behind = max(params.pinned) + 1
+        behind = max(admitted.pinned) + 1
         until |= {token: max(behind, until.get(token, 0)) for token in ending}
     bad_words = tuple(tuple(word) for word in sampling.bad_words_token_ids or ())
     if sampling.structured_outputs is not None:
@@ -70,7 +70,7 @@ def constraints(
         presence=sampling.presence_penalty,
         early=tuple(sorted((token, last) for token, last in until.items() if last > 0)),
         bad_words=bad_words,
-        seed_canvas=params.seed_canvas,
-        pinned=params.pinned,
-        holes=params.holes,
+        seed_canvas=admitted.seed_canvas,
+        pinned=admitted.pinned,
+        holes=admitted.holes,
     )

@@ -4,31 +4,27 @@ r"""Text on a canvas: a template with holes, a suffix, a draft, and the rows of 
     suffix     "\n    return total"            what follows behind a hole of max_tokens
     draft      "The sky is green."             what the canvas begins with, partly noise
 
-Takes what stands in a request's ``extra_args`` and its tokenizer. Gives ``Rows``, which travel in
-``extra_args`` too, since text becomes ids where the tokenizer is: in the process that the client
-talks to. Imports no vLLM.
+Takes a text that stands in a request's options and the tokenizer. Gives ``Rows``: text becomes ids
+where the tokenizer is, in the process that the client talks to.
 """
 
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vllm_diffusion.constrain.constraints import Holes
 from vllm_diffusion.errors import ParamsError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
 
 TEXTS: Final = ("template", "suffix", "draft")
 """The options of a request that hold text, without their prefix."""
 
 TEXT_OPTIONS: Final = (*TEXTS, "noise_level")
 """All options that are read here."""
-
-ROWS: Final = "diffusion_rows"
-"""Where the rows stand in ``extra_args``. No option: a request that brings it is refused."""
 
 NOISE_LEVEL: Final = 0.5
 """Share of noise in a draft whose request names none."""
@@ -69,20 +65,6 @@ class Rows:
     seed_canvas: tuple[int, ...]  # from the first row of the answer on; -1 where a hole is
     pinned: tuple[int, ...] = ()
     holes: Holes | None = None
-
-    def packed(self) -> dict[str, Any]:
-        """As plain values, to send along with the request."""
-        return asdict(self)
-
-    @staticmethod
-    def unpacked(packed: Mapping[str, Any]) -> Rows:
-        """What ``packed`` has packed."""
-        holes = packed["holes"]
-        return Rows(
-            seed_canvas=tuple(packed["seed_canvas"]),
-            pinned=tuple(packed["pinned"]),
-            holes=None if holes is None else Holes(**holes),
-        )
 
 
 class Tokenizer(Protocol):

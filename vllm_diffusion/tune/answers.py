@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMClientError
 
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.errors import TuneError
-from vllm_diffusion.request.options import admitted_params, requested_rule
+from vllm_diffusion.request.options import read_options, requested_rule
 from vllm_diffusion.telemetry import OPTION as TELEMETRY
 from vllm_diffusion.tune.compare import Outcome, repeated_share
 
@@ -59,7 +59,7 @@ class Answerer:
 
     def rule(self, options: Mapping[str, Any]) -> RuleConstants:
         """The constants that these options are served with."""
-        return requested_rule(admitted_params(options), self._rules)
+        return requested_rule(read_options(options)[0], self._rules)
 
     def close(self) -> None:
         """End the engine and its processes."""

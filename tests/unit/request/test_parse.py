@@ -7,30 +7,18 @@ from typing import Any
 
 import pytest
 from helpers.cases import for_each
-from helpers.sampling import CONSTRAINT, Sampling
+from helpers.sampling import CONSTRAINT, FAST, RULE, RULES, Sampling
 
-from vllm_diffusion.denoise.constants import MAX_STEPS, EntropyBoundConstants, ServedRules
+from vllm_diffusion.denoise.constants import MAX_STEPS
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.request.options import DiffusionParams, admitted_params, requested_rule
+from vllm_diffusion.request.options import DiffusionParams, read_options, requested_rule
 from vllm_diffusion.request.parse import parse_params
 
 REFUSED: dict[str, Any] = {
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [1],
 }
-
-RULE = EntropyBoundConstants(
-    max_steps=48,
-    t_min=0.4,
-    t_max=0.8,
-    entropy_bound=0.1,
-    confidence_threshold=0.005,
-    stability_threshold=2,
-)
-
-FAST = replace(RULE, entropy_bound=0.5, t_max=0.6)
-RULES = ServedRules(default=RULE, presets={"reference": RULE, "fast": FAST})
 
 OPTIONS = (
     "diffusion_preset, "
@@ -75,7 +63,7 @@ def test_options_become_fields():
         "diffusion_telemetry": 1,
     }
     parsed = parse_params(Sampling(extra_args=extra), canvas_length=32, vocab_size=100, rules=RULES)
-    assert parsed == admitted_params(extra)
+    assert read_options(extra) == (parsed, [])
     assert parsed == DiffusionParams(
         preset="fast",
         canvas_length=3,
@@ -169,10 +157,11 @@ def test_the_request_is_not_changed():
     assert extra == {"diffusion_max_steps": 7, "other": [1]}
 
 
-def test_the_worker_reads_admitted_options_and_never_raises():
-    admitted = admitted_params({"diffusion_max_steps": 7, "diffusion_unheard_of": 1, "x": 2})
-    assert admitted == DiffusionParams(constants={"max_steps": 7})
-    assert admitted_params(None) == admitted_params({}) == DiffusionParams()
+def test_what_is_well_formed_is_read_whatever_else_is_wrong():
+    read, problems = read_options({"diffusion_max_steps": 7, "diffusion_unheard_of": 1, "x": 2})
+    assert read == DiffusionParams(constants={"max_steps": 7})
+    assert len(problems) == 1
+    assert read_options({}) == (DiffusionParams(), [])
 
 
 @for_each(value=[-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from helpers.sampling import CONSTRAINT, Sampling
+from helpers.sampling import CONSTRAINT, RULE, Sampling
 
 from vllm_diffusion.constrain.constraints import Constraints
-from vllm_diffusion.request.options import DiffusionParams
+from vllm_diffusion.request.admitted import Admitted
 from vllm_diffusion.request.sampling import GREEDY_SEED, constraints, noise_seed
+
+PLAIN = Admitted(rule=RULE)
 
 
 def test_a_default_request_changes_nothing_in_its_distribution():
-    assert constraints(Sampling(), DiffusionParams()) == Constraints()
+    assert constraints(Sampling(), PLAIN) == Constraints()
     # Stop ids matter to min_tokens alone.
     stopping = Sampling(all_stop_token_ids={1, 2}, eos_token_id=1)
-    assert constraints(stopping, DiffusionParams()) == Constraints()
+    assert constraints(stopping, PLAIN) == Constraints()
 
 
 def test_every_wish_of_a_request_reaches_its_constraints():
@@ -32,7 +34,7 @@ def test_every_wish_of_a_request_reaches_its_constraints():
         bad_words_token_ids=[[4], [4, 5]],
         allowed_token_ids=[1, 2, 2],
     )
-    assert constraints(sampling, DiffusionParams()) == Constraints(
+    assert constraints(sampling, PLAIN) == Constraints(
         temperature=0.5,
         top_p=0.9,
         top_k=7,
@@ -48,18 +50,18 @@ def test_every_wish_of_a_request_reaches_its_constraints():
 
 
 def test_an_answer_may_not_stop_before_its_last_pin():
-    params = DiffusionParams(seed_canvas=(1, 2, 3, 4), pinned=(2,))
+    admitted = Admitted(rule=RULE, seed_canvas=(1, 2, 3, 4), pinned=(2,))
     sampling = Sampling(
         eos_token_id=50, stop_token_ids=[51], all_stop_token_ids={50, 51, 52}, min_tokens=1
     )
-    assert constraints(sampling, params).early == ((50, 3), (51, 3), (52, 1))
+    assert constraints(sampling, admitted).early == ((50, 3), (51, 3), (52, 1))
     # With ignore_eos vLLM gives no EOS here: it ends nothing, so it may be said.
-    assert constraints(Sampling(all_stop_token_ids={50}), params).early == ()
+    assert constraints(Sampling(all_stop_token_ids={50}), admitted).early == ()
 
 
 def test_a_constrained_request_may_say_the_ids_it_asks_about():
-    params = DiffusionParams(constrained=True)
-    assert constraints(Sampling(logprob_token_ids=[3, 4]), params).allowed == (3, 4)
+    admitted = Admitted(rule=RULE, constrained=True)
+    assert constraints(Sampling(logprob_token_ids=[3, 4]), admitted).allowed == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +72,15 @@ def test_a_greedy_request_without_a_seed_has_a_constant_one(
     temperature: float, seed: int | None, key: int | None
 ):
     assert noise_seed(Sampling(temperature=temperature, seed=seed)) == key
-    assert (constraints(Sampling(temperature=temperature), DiffusionParams()).temperature == 0) == (
+    assert (constraints(Sampling(temperature=temperature), PLAIN).temperature == 0) == (
         temperature < 0.1
     )
 
 
 def test_bad_words_of_a_constrained_text_are_tokens_that_never_stand() -> None:
     words = {"bad_words_token_ids": [[7], [9]]}
-    free = constraints(Sampling(**words), DiffusionParams())
-    bound = constraints(Sampling(**words, structured_outputs=CONSTRAINT), DiffusionParams())
+    free = constraints(Sampling(**words), PLAIN)
+    bound = constraints(Sampling(**words, structured_outputs=CONSTRAINT), PLAIN)
     assert (free.bad_words, free.early) == (((7,), (9,)), ())
     assert bound.bad_words == ()
     assert [token for token, until in bound.early if until > 10**9] == [7, 9]

@@ -8,15 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.sampling import Sampling
 
 from vllm_diffusion.constrain.constraints import Holes
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.request.options import admitted_params
-from vllm_diffusion.request.parse import parse_params
-from vllm_diffusion.request.sampling import constraints
 from vllm_diffusion.request.text import (
-    ROWS,
     CanvasText,
     Frame,
     Rows,
@@ -206,31 +201,3 @@ def test_contradictions_are_all_named() -> None:
     two = problems(template=(1,), suffix="a", ignore_eos=True, min_tokens=3, read_only=True)
     assert "diffusion_template, diffusion_suffix each say" in two[0]
     assert two[1].endswith("excludes diffusion_read_only, ignore_eos, min_tokens=3")
-
-
-def test_rows_travel_with_the_request_and_become_its_constraints() -> None:
-    made = rows(template=("ab", 3))
-    params = admitted_params({ROWS: made.packed()})
-    assert Rows.unpacked(made.packed()) == made
-    assert (params.seed_canvas, params.pinned) == (made.seed_canvas, made.pinned)
-    assert params.holes == made.holes
-    drafted = admitted_params({ROWS: rows(draft="a").packed(), "diffusion_noise_level": 0.25})
-    assert drafted.noise_level == 0.25
-    assert drafted.holes is None
-
-    sampling = SimpleNamespace(
-        temperature=1.0, min_p=0, top_k=0, top_p=1, min_tokens=0, logit_bias=None,
-        repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0,
-        allowed_token_ids=None, bad_words_token_ids=None, all_stop_token_ids={END, TURN},
-        stop_token_ids=[TURN], eos_token_id=END, structured_outputs=None,
-    )  # fmt: skip
-    asked = constraints(sampling, params)
-    assert asked.holes == made.holes
-    # Nothing that ends an answer may stand in a hole.
-    assert {token for token, last in asked.early if last >= 5} == {END, TURN}
-
-
-def test_a_request_may_not_bring_rows_itself() -> None:
-    sampling = Sampling(extra_args={ROWS: rows(template=("ab", 3)).packed()})
-    with pytest.raises(ParamsError, match="unknown option 'diffusion_rows'"):
-        parse_params(sampling)

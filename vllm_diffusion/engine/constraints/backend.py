@@ -1,9 +1,8 @@
 """Constraints where vLLM asks for them: in the engine's own thread pool, off the hot path.
 
-    request -> compiled where it enters  ``engine.constraints.backend.check``
+    request -> compiled where it enters  ``engine.admission``
             -> received as such          ``ConstraintBackend``, asked by vLLM
-            -> sent with the request     ``attach``, when the worker does not know it
-            -> slots of the worker       ``attached``
+            -> sent with the request     a ``NamedConstraint``, when the worker does not know it
 
 vLLM's own net stays under it: every token that leaves is looked at once more on the host, and a
 request whose tokens break its constraint ends with an error. What vLLM does for models that write
@@ -12,11 +11,10 @@ token by token, a mask for every position, is never asked for.
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.v1.structured_output.backend_types import (
     StructuredOutputBackend,
@@ -32,7 +30,6 @@ from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of, rec
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 
     from vllm_diffusion.constrain.automaton.thinking import Thinking
@@ -40,9 +37,6 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.constraints.compiler import Kept, ParsedConstraint
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-_CARRIER: Final = "vllm_diffusion_constraint"
-"""Key in the ``extra_args`` that a worker sees; no client can send an object there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,26 +50,6 @@ class NamedConstraint:
     """What comes before it, where ``kept`` does not say so."""
 
 
-def attach(new: NewRequestData, named: NamedConstraint) -> None:
-    """Put a constraint beside the options of a request that goes to the worker.
-
-    The scheduler's own copy of the options stays as it is: a request is sent again after
-    preemption, and what its client may hold is not to be touched.
-    """
-    sampling = copy.copy(new.sampling_params)
-    assert sampling is not None
-    sampling.extra_args = {**(sampling.extra_args or {}), _CARRIER: named}
-    new.sampling_params = sampling
-
-
-def attached(new: NewRequestData) -> NamedConstraint | None:
-    """What ``attach`` put there."""
-    sampling = new.sampling_params
-    extra = sampling.extra_args if sampling is not None else None
-    named = (extra or {}).get(_CARRIER)
-    return named if isinstance(named, NamedConstraint) else None
-
-
 class ConstraintGrammar(StructuredOutputGrammar):
     """The constraint of one request on the host: what vLLM asks of a grammar.
 
@@ -86,7 +60,7 @@ class ConstraintGrammar(StructuredOutputGrammar):
     def for_worker(
         self, thinking: Thinking | None, allowed: Collection[int] | None
     ) -> NamedConstraint:
-        """What the worker gets, see ``attach``.
+        """What the worker gets.
 
         Args:
             thinking: of the request, before its first token.

@@ -15,9 +15,13 @@ from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.packed import unpacked
 from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton, KeptByParser, Refused
-from vllm_diffusion.engine.constraints.compiler import compiling, source_of, vocabulary_for
+from vllm_diffusion.engine.constraints.compiler import (
+    as_sent,
+    compiling,
+    source_of,
+    vocabulary_for,
+)
 from vllm_diffusion.errors import ConstraintError
-from vllm_diffusion.request.options import admitted_params
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.constrain.automaton.record import TokenAutomaton
     from vllm_diffusion.constrain.outcomes import ConstraintSource, Outcome
+    from vllm_diffusion.request.options import DiffusionParams
 
 _compiled: ContextVar[tuple[ConstraintSource, Outcome] | None] = ContextVar(
     "compiled", default=None
@@ -94,13 +99,30 @@ def constraint_for(
     return outcome
 
 
-def constraint_problems(
+def sent_constraint(
     sampling: Any, model: ModelConfig, config: StructuredOutputsConfig, tokenizer: Any
+) -> str:
+    """What keeps a request's constraint, as it is sent to the engine.
+
+    Raises:
+        ConstraintError: nothing does.
+    """
+    kept = constraint_for(sampling, model, config, tokenizer)
+    return as_sent(kept, constraint_source(sampling, model, config).end_ids)
+
+
+def constraint_problems(
+    sampling: Any,
+    params: DiffusionParams,
+    model: ModelConfig,
+    config: StructuredOutputsConfig,
+    tokenizer: Any,
 ) -> list[str]:
     """Everything wrong with a constraint, whatever the prompt.
 
     Args:
         sampling: with a constraint, completed.
+        params: the request's options.
         model: the engine's.
         config: the engine's.
         tokenizer: the engine's.
@@ -112,7 +134,6 @@ def constraint_problems(
             f"those: {reprlib.repr(words)}"
         )
     limit, allowed = _limit(sampling, model), sampling.allowed_token_ids
-    params = admitted_params(sampling.extra_args)
     pins = {at: params.seed_canvas[at] for at in params.pinned if at < len(params.seed_canvas)}
     pins = {at: token for at, token in pins.items() if at < limit}
     try:
@@ -152,6 +173,31 @@ def _broken_promises(
     if Walk(automaton).can_hold(known, limit):
         return []
     return ["no text of the constraint has the tokens that diffusion_pinned holds"]
+
+
+def no_room_behind(
+    prompt_length: int,
+    sampling: Any,
+    model: ModelConfig,
+    config: StructuredOutputsConfig,
+    tokenizer: Any,
+    *,
+    before: int = 0,
+) -> str | None:
+    """Why no text of a constraint can be complete behind a prompt, if that is so.
+
+    Args:
+        prompt_length: tokens.
+        sampling: with a constraint, completed.
+        model: the engine's.
+        config: the engine's.
+        tokenizer: the engine's.
+        before: tokens that come first, those of its thinking.
+    """
+    left = model.max_model_len - prompt_length
+    limit = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
+    kept = constraint_for(sampling, model, config, tokenizer)
+    return no_room(kept, limit, longest=_longest(model, tokenizer), before=before)
 
 
 def no_room(

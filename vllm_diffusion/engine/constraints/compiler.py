@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakValueDictionary
 
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import check_json_nesting
 from vllm.v1.structured_output.request import get_structured_output_key
 
 from vllm_diffusion.constrain.automaton.packed import unpacked
@@ -71,6 +74,21 @@ _SENT: Final = "vllm-diffusion"
 
 _received: WeakValueDictionary[str, Kept] = WeakValueDictionary()
 """Those that some request obeys: equal ones are kept once."""
+
+
+def as_text(asked: StructuredOutputsParams) -> StructuredOutputsParams:
+    """The same constraint, a JSON schema as text: that is looked at, copied and sent many times.
+
+    Raises:
+        VLLMValidationError: it is nested too deep, or asks for nothing.
+    """
+    check_json_nesting(asked.json)
+    check_json_nesting(asked.structural_tag, structural_tag=True)
+    if asked.json_object is False:
+        raise VLLMValidationError("structured_outputs.json_object is true or left out, not false")
+    if asked.json is None or isinstance(asked.json, str):
+        return asked
+    return replace(asked, json=json.dumps(asked.json))
 
 
 def source_of(
