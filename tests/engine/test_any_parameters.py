@@ -19,7 +19,7 @@ from helpers.random_requests import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_diffusion.patches.telemetry_outputs import telemetry_of
+from vllm_diffusion.engine import carriers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def assert_promises(asked: SamplingParams, answer: CompletionOutput, llm: LLM) -
     assert len(tokens) <= asked.max_tokens
     if asked.structured_outputs is None:
         assert len(tokens) >= asked.min_tokens
-    assert ("diffusion_telemetry" in extra) == (telemetry_of(answer) is not None)
+    assert ("diffusion_telemetry" in extra) == (carriers.telemetry_of(answer) is not None)
     given_ids = {at: extra["diffusion_seed_canvas"][at] for at in extra.get("diffusion_pinned", ())}
     for at, token in given_ids.items():
         # Only a stop string may end an answer before its last pin.

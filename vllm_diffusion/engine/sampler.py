@@ -24,6 +24,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.canvases import canvases_of, tell
 from vllm_diffusion.engine.granted import granted_rows, settle
 from vllm_diffusion.engine.step_rows import StepRows
@@ -138,15 +139,15 @@ class CanvasSampler:
         told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
         if granted is not None and emission is not None:
             settle(granted, self.pool, emission, told.rejected, self.req_states.draft_tokens)
-        return SamplerOutput(
+        output = SamplerOutput(
             sampled_token_ids=told.tokens,
             logprobs_tensors=scored,
             num_nans=None,
             num_sampled=told.gained,
             num_rejected=told.rejected,
-            # vLLM's one optional output that is read back as it comes, see CommittedCanvases.
-            sampling_mask_tensors=told.committed,
         )
+        carriers.put_committed(output, told.committed)
+        return output
 
     def _advance(
         self,

@@ -8,13 +8,16 @@ own logger, which is made after it, unregisters every metric whose name begins w
 from __future__ import annotations
 
 import inspect
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import Counter, Histogram
 
 from vllm_diffusion.denoise.constants import MAX_STEPS
-from vllm_diffusion.patches.telemetry_outputs import IterationReports, reports_of
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.records import StopReason
+
+if TYPE_CHECKING:
+    from vllm_diffusion.telemetry import IterationReports
 
 LABELS: Final = ["model_name", "engine"]
 
@@ -52,7 +55,7 @@ def count_canvases(logger: Any) -> type:
             super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
             if self._canvases is None or iteration_stats is None:
                 return
-            if (seen := reports_of(iteration_stats)) is not None:
+            if (seen := carriers.iteration_reports(iteration_stats)) is not None:
                 self._canvases.observe(seen, engine_idx)
 
     return CanvasPrometheusStatLogger

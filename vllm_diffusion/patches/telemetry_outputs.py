@@ -1,7 +1,7 @@
 """The front end takes reports on canvases off the engine's outputs, for answers and for metrics.
 
 vLLM passes what the scheduler knows to the client in records of fixed fields. A report travels in
-the one free field (`engine.telemetry`) and is taken off here, before anyone else looks at it. If
+the one free field (`engine.carriers`) and is taken off here, before anyone else looks at it. If
 the request asked for it, its `CompletionOutput` then carries a `telemetry.Telemetry` as the
 attribute `diffusion`. That is the same object from the first chunk to the last: vLLM merges chunks
 that a slow client lets pile up field by field, and it must not matter which one survives.
@@ -13,19 +13,11 @@ import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_diffusion.telemetry import KEY, Report, Telemetry
+from vllm_diffusion.engine import carriers
+from vllm_diffusion.telemetry import IterationReports, Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class IterationReports:
-    """What the metrics learn from one batch of outputs."""
-
-    reports: list[Report] = field(default_factory=list)
-    finished: list[tuple[int, int]] = field(default_factory=list)
-    """Tokens and forwards of every answer that became complete."""
 
 
 @dataclass(slots=True)
@@ -53,7 +45,7 @@ def take_reports_off(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
         seen = IterationReports()
         states = {}
         for output in engine_core_outputs:
-            if (report := _take_off(output)) is None:
+            if (report := carriers.take_report(output)) is None:
                 continue
             seen.reports.append(report)
             if (state := self.request_states.get(output.request_id)) is not None:
@@ -69,7 +61,7 @@ def take_reports_off(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
                 if request_id not in self.request_states:
                     tokens = state.detokenizer.num_output_tokens()
                     seen.finished.append((tokens, telemetry.forwards))
-            _add(iteration_stats, seen)
+            carriers.put_iteration_reports(iteration_stats, seen)
         return processed
 
     return reading
@@ -82,22 +74,10 @@ def tell_in_completions(new_completion: Callable[..., Any]) -> Callable[..., Any
         output = new_completion(self, *args, **kwargs)
         collected: _Collected | None = vars(self).get(_STATE)
         if collected is not None and collected.asked:
-            vars(output)[KEY] = collected.telemetry
+            carriers.put_telemetry(output, collected.telemetry)
         return output
 
     return telling
-
-
-def telemetry_of(completion: Any) -> Telemetry | None:
-    """The telemetry of a vLLM `CompletionOutput`, None if its request did not ask."""
-    telemetry: Telemetry | None = vars(completion).get(KEY)
-    return telemetry
-
-
-def reports_of(iteration_stats: Any) -> IterationReports | None:
-    """What `process_outputs` added to vLLM's `IterationStats`."""
-    seen: IterationReports | None = vars(iteration_stats).get(KEY)
-    return seen
 
 
 def outputs_have_no_free_field() -> bool:
@@ -113,19 +93,3 @@ def _free_fields(record: type) -> set[str]:
     """Names of the fields that are dictionaries of anything."""
     kinds = inspect.get_annotations(record, eval_str=True)
     return {name for name, kind in kinds.items() if dict[str, Any] in (kind, *get_args(kind))}
-
-
-def _take_off(output: Any) -> Report | None:
-    params = output.kv_transfer_params
-    if not params or KEY not in params:
-        return None
-    report = Report.from_wire(params[KEY])
-    output.kv_transfer_params = {name: params[name] for name in params if name != KEY} or None
-    return report
-
-
-def _add(iteration_stats: Any, seen: IterationReports) -> None:
-    # vLLM hands the outputs of one iteration over in slices.
-    known: IterationReports = vars(iteration_stats).setdefault(KEY, IterationReports())
-    known.reports.extend(seen.reports)
-    known.finished.extend(seen.finished)

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.patches.telemetry_outputs import telemetry_of
+from vllm_diffusion.engine.carriers import telemetry_of
 from vllm_diffusion.telemetry import KEY, Telemetry, is_asked
 
 if TYPE_CHECKING:
