@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
+from vllm_diffusion.engine import carriers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,7 @@ def test_the_rule_of_a_preset_reaches_the_slot_that_it_is_served_in(
     assert len(answers(llm, options(preset=name))[0]) == 2 * CANVAS
     (slot,) = slots
     held = {
-        constant: float(getattr(state.pool, constant)[slot])
+        constant: float(getattr(state.pool.constants, constant)[slot])
         for constant in ("entropy_bound", "hold_threshold", "doubt_threshold")
     }
     rule = asdict(state.rules.presets[name])
@@ -104,11 +105,12 @@ def test_a_preset_changes_the_steps_of_its_request_and_nothing_of_its_neighbours
 ) -> None:
     llm = engine()
     # A rule that differs in every constant, whatever the shipped presets are.
-    state = state_of(llm)
+    config = llm.llm_engine.model_config.hf_config
+    served = carriers.served(config)
     rule = {"max_steps": 5, "t_min": 0.1, "t_max": 0.7, "entropy_bound": 2.0}
-    changed = dict(state.rules.presets)
-    changed["fast"] = type(state.rules.default)(**asdict(state.rules.default) | rule)
-    monkeypatch.setitem(state.rules.presets, "fast", changed["fast"])
+    fast = replace(served.rules.default, **rule)
+    rules = replace(served.rules, presets=served.rules.presets | {"fast": fast})
+    monkeypatch.setattr(config, "vllm_diffusion", replace(served, rules=rules).to_dict())
     crowd = [{}, options(preset="fast"), options(preset=REFERENCE), options(preset="fast")]
     alone = [answers(llm, request)[0] for request in crowd]
     assert answers(llm, *crowd) == alone
