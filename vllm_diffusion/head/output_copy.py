@@ -1,12 +1,12 @@
-"""The output matrix in fewer bits, for the logits that decide little: opt-in, an approximation.
+"""A copy of the output matrix in fewer bits, for most logits of a row: opt-in, an approximation.
 
-Tiles are read from a copy of the matrix. While they are, the ``RESCORED`` best ids of every row get
-the logits of the matrix itself, see ``rescoring``: these decide what a row's best token is and,
-where the row is sure of it, nearly all of its entropy. What the copy rounds is the rest, which is
-many and small. Soft embeddings are means of the matrix itself.
+Logits are computed from the copy, tile by tile. The ``RESCORED`` best ids of every row get the
+exact logits of the matrix instead, see ``rescoring``. They decide a row's best token and, where the
+row is sure of it, nearly all of its entropy. Only the many small logits stay approximate. Soft
+embeddings are computed from the matrix itself.
 
-On a GPU ``chunks`` reads fp8 alone, for rows whose logits are what they are; all other rows are
-read from the matrix.
+On a GPU ``chunks`` uses fp8 alone, and only for rows whose logits nothing rewrites. All other rows
+use the matrix.
 """
 
 from __future__ import annotations

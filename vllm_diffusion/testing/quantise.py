@@ -8,7 +8,7 @@ linear layers that stay plain are listed under `ignore`.
 
 Weights are rounded to nearest, without calibration. A row of FP8 has the scale of its largest
 weight, a group of NVFP4 the one with the smallest squared error. NVFP4 asks for a scale of the
-activations too: every matrix gets that of `ACTIVATION_PEAK`. Nothing here reads it on a CPU.
+activations too: every matrix gets that of `ACTIVATION_PEAK`. On a CPU nothing reads it.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 On a layer with window W, the rows of a canvas at positions [L, L + C) all see the keys
 [max(0, L - W + 1), L + C); causal rows see the last W keys, and all of their image where they lie
-in one (Transformers' ``diffusion_gemma``). vLLM slides its own window past every row of a
-non-causal sequence, but its kernels also know "(causal and window) or range": a canvas is a range.
+in one. vLLM slides its own window past every row of a non-causal sequence, but its kernels also
+know "(causal and window) or range": a canvas is a range.
 
     TRITON_ATTN   reads a list of ranges per sequence. A second mask, over V, knows no ranges: it
                   zeroes values SLIDING_WINDOW or further from the first row of a query block. So

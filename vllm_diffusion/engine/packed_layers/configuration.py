@@ -1,9 +1,9 @@
-"""Which layers of a quantised checkpoint run here on a CPU host.
+"""Which layers of a quantised checkpoint are ours on a CPU host, and which vLLM's.
 
-vLLM 0.32 has no NVFP4 kernel for CPUs and no experts in FP8 by channel. Here NVFP4, of
-compressed-tensors and of Model Optimizer, and FP8 by channel are weights only, see
-`layers`. Whatever else a checkpoint asks for goes to vLLM. Nothing of vLLM is replaced:
-the model class hands its layers a configuration of here in place of the one vLLM read.
+vLLM 0.32 has no NVFP4 kernel for CPUs and no experts in FP8 by channel. Ours keep the weights of
+both packed and leave activations as they are, see `layers`: NVFP4 of compressed-tensors and of
+Model Optimizer, and FP8 by channel. Every other scheme is left to vLLM. No patch is needed: the
+model class gives its layers our configuration in place of the one that vLLM read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _REFUSALS: Final = (AssertionError, NotImplementedError, RuntimeError, ValueErro
 
 
 def adopt(config: QuantizationConfig | None) -> None:
-    """Turn what vLLM read into a configuration of here, in place, on a CPU host."""
+    """Turn the configuration that vLLM read into ours, in place; does nothing on a GPU."""
     ours = {CompressedTensorsConfig: HostQuantisation, ModelOptNvFp4Config: HostOptimizer}
     if current_platform.is_cpu() and type(config) in ours:
         config.__class__ = ours[type(config)]
 
 
 def is_released(config: QuantizationConfig | None) -> bool:
-    """Whether a checkpoint is quantised in forms whose parts are known, and in no other."""
+    """Whether every scheme of a checkpoint is a released one, whose tensors we know by name."""
     if isinstance(config, HostOptimizer):
         return True
     if not isinstance(config, CompressedTensorsConfig):
@@ -53,7 +53,7 @@ def is_released(config: QuantizationConfig | None) -> bool:
 
 
 class HostQuantisation(CompressedTensorsConfig):
-    """What a checkpoint of compressed-tensors says, for the layers of a model on a CPU."""
+    """The configuration of a compressed-tensors checkpoint, for layers on a CPU."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer stores and uses its weights.
@@ -72,7 +72,7 @@ class HostQuantisation(CompressedTensorsConfig):
             raise _refused(prefix, described(schemes), error) from error
 
     def _schemes(self, layer: nn.Module, prefix: str) -> list[dict[str, Any] | None]:
-        """The schemes of a layer's matrices; none of a layer that this does not decide about."""
+        """The schemes of a layer's matrices; empty for a layer that is left to vLLM."""
         if isinstance(layer, RoutedExperts):
             names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
             # In the file every expert is three linear layers, and that is what a scheme targets.
@@ -84,7 +84,7 @@ class HostQuantisation(CompressedTensorsConfig):
 
 
 class HostOptimizer(ModelOptNvFp4Config):
-    """What a checkpoint of Model Optimizer in NVFP4 says, for the layers of a model on a CPU."""
+    """The configuration of a Model Optimizer checkpoint in NVFP4, for layers on a CPU."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer stores and uses its weights.

@@ -1,7 +1,7 @@
-"""Layers of a quantised checkpoint on a CPU host: matrices stay packed, activations as they are.
+"""Linear layers and experts of a quantised checkpoint on a CPU host, with packed matrices.
 
-Where the C++ part is not built, or in float16, matrices are dequantised when they are loaded and
-run as plain ones. `configuration` says which layers of a checkpoint are these.
+Activations are not quantised. Where the C++ part is not built, or in float16, matrices are
+dequantised when they are loaded and run as plain ones. `configuration` chooses the layers.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 def tower_config(model_config: ModelConfig) -> Any | None:
     """The vision tower's config; None where the checkpoint has no tower.
 
-    Transformers from 5.24 on describes a tower of its own making where config.json has none, so
-    the file is asked.
+    Where config.json has no tower, Transformers from 5.24 on makes one up, so the file decides.
     """
     described = model_config.hf_config.vision_config
     source = model_config.hf_config_path or model_config.model
@@ -34,7 +33,7 @@ def _file_has_tower(source: str, revision: str | None) -> bool:
 
 
 class DiffusionGemmaProcessingInfo(Gemma4ProcessingInfo):
-    """Gemma 4's processing facts for a checkpoint without an audio tower, maybe of text alone."""
+    """What Gemma 4's processor is told: no audio tower, and maybe no vision tower."""
 
     def get_hf_config(self) -> DiffusionGemmaConfig:
         """The checkpoint's config; raises if it is of another model."""
@@ -51,7 +50,7 @@ class DiffusionGemmaProcessingInfo(Gemma4ProcessingInfo):
         super().validate_num_items(modality, num_items)
 
     def has_audio(self) -> bool:
-        """DiffusionGemma hears nothing."""
+        """There is no audio tower."""
         return False
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
