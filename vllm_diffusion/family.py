@@ -69,6 +69,9 @@ class Family:
     """Ids that end an answer."""
     tools: str | None = None
     """Maker of the grammar of tool calls, ``module:name``; None where the family has no form."""
+    adapters: str | None = None
+    """What LoRA adapters change, an ``engine.lora.form.AdapterForm`` by the name ``module:object``;
+    None where none are served."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a config that is written as JSON."""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.served import served_config
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
@@ -48,7 +49,7 @@ def source(name: str) -> str:
 
 
 def test_the_runner_asks_its_manager_for_nothing_that_ours_lacks() -> None:
-    from vllm_diffusion.engine.lora.rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.slots import CanvasAdapters
 
     asked = {
         name
@@ -218,6 +219,7 @@ def test_experts_that_no_adapter_changes_keep_their_kernel(
         model="tiny",
         is_diffusion=diffusion,
         quantization=None,
+        hf_config=served_config(),
         hf_text_config=build_model(TinySpec()).config.text_config,
     )
     config = SimpleNamespace(model_config=model, lora_config=LoRAConfig(target_modules=targets))

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from vllm_diffusion.errors import CheckpointError
-from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
+from vllm_diffusion.models.diffusion_gemma.adapter_form import FORM
 from vllm_diffusion.models.diffusion_gemma.weights import unquantised, whole
 from vllm_diffusion.testing.quantise import WEIGHTS, quantise_checkpoint
 
@@ -51,7 +51,7 @@ def stored(
 
 @pytest.fixture(scope="module")
 def modules(tiny_checkpoint: Path) -> list[str]:
-    return list(adaptable(AutoConfig.from_pretrained(tiny_checkpoint).text_config))
+    return list(FORM.matrices(AutoConfig.from_pretrained(tiny_checkpoint).text_config))
 
 
 @pytest.fixture

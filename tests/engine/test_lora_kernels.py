@@ -267,14 +267,18 @@ def test_kernels_find_the_rows_of_every_slot_and_vllms_own_metadata_says_the_sam
 
 def make_adapters(text_config, device):
     """Two adapters, 7 and 9, of a model without layers."""
+    from helpers.served import served_config
     from vllm.config.lora import LoRAConfig
 
-    from vllm_diffusion.engine.lora.rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.slots import CanvasAdapters
 
     config = types.SimpleNamespace(
         lora_config=LoRAConfig(max_loras=SLOTS // 2, max_lora_rank=RANK, lora_dtype=torch.float16),
         model_config=types.SimpleNamespace(
-            model="tiny", quantization=None, hf_text_config=text_config
+            model="tiny",
+            quantization=None,
+            hf_config=served_config(),
+            hf_text_config=text_config,
         ),
         scheduler_config=types.SimpleNamespace(max_num_batched_tokens=36),
     )
@@ -326,11 +330,11 @@ def test_no_row_is_read_on_the_host_and_no_tensor_is_on_the_wrong_side(monkeypat
     """Fake tensors of another device: what mixes devices, or waits for a value, raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-    from vllm_diffusion.engine.lora import rows as lora_rows
+    from vllm_diffusion.engine.lora import slots as lora_slots
 
     # A CPU worker that ran in this process has replaced vLLM's by one that copies to no device.
     monkeypatch.setattr(
-        lora_rows, "async_tensor_h2d", lambda data, device: torch.from_numpy(data).to(device)
+        lora_slots, "async_tensor_h2d", lambda data, device: torch.from_numpy(data).to(device)
     )
     with FakeTensorMode():
         adapters = make_adapters(text_config, torch.device("meta"))

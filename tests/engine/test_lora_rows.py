@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.served import FAMILY, served_config
 from torch import nn
 from vllm.config.lora import LoRAConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -15,16 +17,20 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_diffusion.engine.lora import admission as lora
-from vllm_diffusion.engine.lora import rows as lora_rows
+from vllm_diffusion.engine.lora import slots as lora_slots
 from vllm_diffusion.engine.lora.experts import AdaptedExperts
-from vllm_diffusion.engine.lora.rows import AdapterRows, CanvasAdapters
+from vllm_diffusion.engine.lora.rows import AdapterRows
+from vllm_diffusion.engine.lora.slots import CanvasAdapters
 from vllm_diffusion.errors import AdapterError, ConfigError
-from vllm_diffusion.models.diffusion_gemma.testing.adapters import write_adapter
+from vllm_diffusion.models.diffusion_gemma.adapter_form import DiffusionGemmaAdapters
+from vllm_diffusion.models.diffusion_gemma.testing.adapters import DECODER, write_adapter
 from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from vllm_diffusion.engine.lora.form import Located
 
 pytestmark = pytest.mark.vllm
 
@@ -44,6 +50,7 @@ def make() -> Callable[..., CanvasAdapters]:
             model_config=SimpleNamespace(
                 model="tiny",
                 quantization=None,
+                hf_config=served_config(),
                 hf_text_config=build_model(TinySpec()).config.text_config,
             ),
         )
@@ -79,6 +86,31 @@ def test_rows_are_text_until_they_are_placed(
     ]
 
 
+class OneTree(DiffusionGemmaAdapters):
+    """Adapters whose factors are for text and canvas rows alike."""
+
+    row_kinds = ("any",)
+
+    def names(self, folder: Path, config: Any) -> Callable[[str], Located | None]:
+        meaning = super().names(folder, config)
+        return lambda module: (place := meaning(module)) and place._replace(kinds=self.row_kinds)
+
+
+def test_rows_share_a_slot_where_they_share_their_factors(
+    make: Callable[..., CanvasAdapters],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lora, "adapter_form", lambda _: OneTree())
+    folder = write_adapter(tmp_path, tiny_checkpoint, only=("q_proj",), trees=(DECODER,))
+    adapters = make()
+    activate(adapters, folder, 7, 7, 0, 9)
+    adapters.place(torch.tensor([False, True, True, True])[:, None], torch.tensor([1]))
+    assert slots(adapters) == {0: [0, 1], 1: [3]}
+    assert {kind: len(paths) for kind, paths in adapters._loaded[7].items()} == {"any": 3}
+
+
 def test_what_was_used_longest_ago_loses_its_slot(
     make: Callable[..., CanvasAdapters], folder: Path
 ) -> None:
@@ -109,9 +141,9 @@ def test_an_adapter_is_loaded_in_place_when_asked_and_not_with_every_forward(
     make: Callable[..., CanvasAdapters], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    stock = lora_rows.read_adapter
+    stock = lora_slots.read_adapter
     monkeypatch.setattr(
-        lora_rows, "read_adapter", lambda path, *rest: (read.append(path), stock(path, *rest))[1]
+        lora_slots, "read_adapter", lambda path, *rest: (read.append(path), stock(path, *rest))[1]
     )
     adapters = make()
     request = LoRARequest("adapter", 1, str(folder), load_inplace=True)
@@ -221,13 +253,14 @@ def test_an_option_that_is_not_served_is_refused(option: str) -> None:
 def serving(**changes: object) -> SimpleNamespace:
     """What `check_host` reads of a configuration."""
     given = {"experts": False, "dtype": torch.bfloat16, "lora_dtype": "auto", "quantization": None}
-    given |= changes
+    given |= {"family": FAMILY} | changes
     return SimpleNamespace(
         lora_config=LoRAConfig(lora_dtype=given["lora_dtype"]),
         model_config=SimpleNamespace(
             model="tiny",
             dtype=given["dtype"],
             quantization=given["quantization"],
+            hf_config=served_config(given["family"]),
             hf_text_config=build_model(TinySpec()).config.text_config,
         ),
         parallel_config=SimpleNamespace(enable_expert_parallel=given["experts"]),
@@ -239,6 +272,11 @@ def test_a_host_without_served_adapters_says_so(monkeypatch: pytest.MonkeyPatch)
     lora.check_host(SimpleNamespace(lora_config=None, model_config=None))
     with pytest.raises(ConfigError, match="only on GPUs and on CPU hosts"):
         lora.check_host(serving())
+
+
+def test_a_family_without_adapters_says_so() -> None:
+    with pytest.raises(ConfigError, match="enable_lora is not supported for diffusion_gemma"):
+        lora.check_host(serving(family=replace(FAMILY, adapters=None)))
 
 
 def test_experts_on_ranks_of_their_own_are_not_adapted() -> None:

@@ -72,9 +72,9 @@ class CanvasServing(VerifyAndUpdateConfig):
         refuse_inert_options(vllm_config)
         refuse_data_parallel_experts(vllm_config)
         check_options(vllm_config.lora_config)
-        check_host(vllm_config)
         tell_unread_overrides(vllm_config.model_config)
         served, origins = publish(vllm_config, module, canvas)
+        check_host(vllm_config)
         refuse_cut_canvases(scheduler, canvas)
         settle_scheduler(vllm_config, canvas, asked_seqs)
         logger.info(

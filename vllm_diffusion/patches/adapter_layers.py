@@ -23,7 +23,7 @@ def bring_manager(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_ours(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
         if not is_diffusion(vllm_config):
             return load(self, model, vllm_config, device)
-        from vllm_diffusion.engine.lora.rows import CanvasAdapters
+        from vllm_diffusion.engine.lora.slots import CanvasAdapters
 
         self.lora_manager = model.adapters = CanvasAdapters(model, vllm_config, device)
         return model

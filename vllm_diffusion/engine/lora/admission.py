@@ -2,33 +2,30 @@
 
 An adapter that a worker cannot load would end the engine, since vLLM loads it in the step that
 needs it first. So it is checked here, where a refusal is an answer. The worker's side is
-``engine.lora.admission.rows``.
+``engine.lora.slots``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_diffusion.engine import carriers
+from vllm_diffusion.engine.lora.form import AdapterBase
+from vllm_diffusion.engine.lora.peft import CONFIG, WEIGHTS, check_adapter
 from vllm_diffusion.errors import AdapterError, ConfigError
-from vllm_diffusion.models.diffusion_gemma.adapter import (
-    CONFIG,
-    WEIGHTS,
-    AdapterBase,
-    Coverage,
-    adaptable,
-    check_adapter,
-)
-from vllm_diffusion.models.diffusion_gemma.adapter_names import SHARED, placed_at
 from vllm_diffusion.upstream.cpu_host import adapters_are_served, is_triton_free_cpu
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.lora import LoRAConfig
     from vllm.lora.request import LoRARequest
+
+    from vllm_diffusion.engine.lora.form import AdapterForm
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -70,6 +67,7 @@ def check_host(vllm_config: VllmConfig) -> None:
             "enable_lora is not supported for a diffusion model on this host, only on GPUs and on "
             "CPU hosts without a Triton backend: merge the adapter into the checkpoint instead."
         )
+    adapter_form(model)
     if vllm_config.parallel_config.enable_expert_parallel and adapts_experts(model, lora):
         raise ConfigError(
             "enable_expert_parallel does not go with adapters of experts: add "
@@ -89,12 +87,28 @@ def check_host(vllm_config: VllmConfig) -> None:
         )
 
 
+def adapter_form(model: ModelConfig) -> AdapterForm:
+    """How adapters of the served family are written.
+
+    Raises:
+        ConfigError: none are served.
+    """
+    family = carriers.served(model.hf_config).family
+    if family.adapters is None:
+        raise ConfigError(
+            f"enable_lora is not supported for {family.name}: merge the adapter into the "
+            "checkpoint instead."
+        )
+    form: AdapterForm = resolve_name(family.adapters)
+    return form
+
+
 def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
     """What an adapter has to fit."""
-    return AdapterBase(
+    return AdapterBase.of(
+        adapter_form(model),
+        model.hf_text_config,
         name=model.model,
-        shapes=adaptable(model.hf_text_config),
-        experts=model.hf_text_config.num_experts,
         max_rank=lora.max_lora_rank,
         targets=None if lora.target_modules is None else frozenset(lora.target_modules),
         fixed_experts=model.quantization is not None,
@@ -104,9 +118,7 @@ def adapter_base(model: ModelConfig, lora: LoRAConfig) -> AdapterBase:
 def adapts_experts(model: ModelConfig, lora: LoRAConfig) -> bool:
     """Whether an adapter may change the experts of some layer."""
     base = adapter_base(model, lora)
-    return any(
-        placed_at(module)[0].endswith(".experts") for module in base.shapes if base.serves(module)
-    )
+    return any(matrix.experts and base.serves(name) for name, matrix in base.matrices.items())
 
 
 def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) -> None:
@@ -125,31 +137,10 @@ def check_request(request: LoRARequest, model: ModelConfig, lora: LoRAConfig) ->
         return
     passed = (folder, *times, base.name, base.max_rank, base.targets)
     if passed not in _fitting:
-        _tell(request.lora_name, check_adapter(folder, base))
+        coverage = check_adapter(folder, base)
+        if (remark := base.form.remark(request.lora_name, coverage)) is not None:
+            logger.log(remark.level, remark.text)
         _fitting.add(passed)
-
-
-def _tell(name: str, coverage: Coverage) -> None:
-    """Say which rows an adapter leaves as they are, or that one set of factors serves all."""
-    if not coverage.text:
-        logger.warning(
-            "The adapter %r has factors of the decoder alone: rows of prompts and commits run "
-            'unadapted. Where it was trained on one stack of layers, add "%s": true to its %s.',
-            name,
-            SHARED,
-            CONFIG,
-        )
-    elif not coverage.canvas:
-        logger.warning(
-            "The adapter %r has factors of the encoder alone: rows of canvases run unadapted.", name
-        )
-    elif coverage.shared:
-        logger.info(
-            "The adapter %r, made for %s, is of one stack of layers: its factors serve rows of "
-            "prompts, commits and canvases.",
-            name,
-            coverage.made_for,
-        )
 
 
 def _changed(folder: Path) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
             w2: [E, H, I].
             topk_weights: [R, k].
             topk_ids: [R, k] experts of a row.
-            activation: of the gate; Gemma's is the only one.
+            activation: of the gate; gelu by tanh is the only one that is built.
             others: quantisation scales and workspaces, of no use here.
             more: the same.
         """

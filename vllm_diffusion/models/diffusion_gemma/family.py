@@ -20,6 +20,7 @@ def declare(config: Any, generation: Mapping[str, Any]) -> Family:
         name="diffusion_gemma",
         rule="entropy_bound",
         conditioning=Conditioning.SELF,
+        adapters="vllm_diffusion.models.diffusion_gemma.adapter_form:FORM",
         ends=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
     )
 

@@ -42,7 +42,7 @@ from vllm_diffusion.engine.packed_layers.configuration import adopt, is_released
 from vllm_diffusion.engine.packed_layers.layers import describe
 from vllm_diffusion.head.sample import TILE
 from vllm_diffusion.head.vocabulary import Vocabulary
-from vllm_diffusion.models.diffusion_gemma.adapter import adaptable
+from vllm_diffusion.models.diffusion_gemma.adapter_form import FORM
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import (
     DiffusionGemmaProcessingInfo,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
-    from vllm_diffusion.engine.lora.rows import CanvasAdapters
+    from vllm_diffusion.engine.lora.slots import CanvasAdapters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -134,7 +134,7 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
         # Where ranks read their experts alone, nobody sees them all.
         filtered = vllm_config.parallel_config.enable_ep_weight_filter
         self.expected_experts: int | None = None if filtered else text_config.num_experts
-        self.expected_modules: tuple[str, ...] = tuple(adaptable(text_config))
+        self.expected_modules: tuple[str, ...] = tuple(FORM.matrices(text_config))
         self.source: str = vllm_config.model_config.model
         self.loads: int = 0
         self.model_dtype = vllm_config.model_config.dtype

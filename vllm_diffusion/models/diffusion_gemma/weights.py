@@ -144,21 +144,21 @@ def whole(
 ) -> Iterator[tuple[str, Tensor]]:
     """The same weights; raises `CheckpointError` where parts are missing or do not belong together.
 
-    vLLM holds q, k and v, gate and up, and a layer's experts as one parameter each, which counts as
-    loaded when a part of it was: the rest, weights or scales, would stay whatever memory held. On a
-    scale of another shape it asserts.
+    vLLM holds q, k and v, gate and up, and a layer's experts as one parameter each, and counts it
+    as loaded when a part of it was. The rest, weights or scales, would keep whatever the memory
+    held. A scale of another shape ends in an assertion of vLLM's.
 
     Args:
         weights: by the names in the file.
         source: for the message.
-        modules: the matrices there have to be, named as in `adapter.adaptable`.
+        modules: the matrices there have to be, named as in `adapter_form`.
         experts: how many every layer has; None where the file may be read in part, by rank.
     """
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in weights:
         module, _, part = name.rpartition(".")
         if part in _PARTS:
-            # Without memory: a matrix may be gigabytes.
+            # Shape and dtype are enough: a matrix may be gigabytes.
             found[module][part] = weight.to("meta")
             if misfit := _misfit(module, found[module]):
                 raise CheckpointError(

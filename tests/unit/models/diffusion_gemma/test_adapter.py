@@ -11,16 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_diffusion.engine.lora.form import AdapterBase
+from vllm_diffusion.engine.lora.peft import CONFIG, WEIGHTS, check_adapter, read_adapter
 from vllm_diffusion.errors import AdapterError
-from vllm_diffusion.models.diffusion_gemma.adapter import (
-    CONFIG,
-    WEIGHTS,
-    AdapterBase,
-    adaptable,
-    check_adapter,
-    read_adapter,
-)
-from vllm_diffusion.models.diffusion_gemma.adapter_names import placed_at
+from vllm_diffusion.models.diffusion_gemma.adapter_form import CANVAS, FORM, TEXT
 from vllm_diffusion.models.diffusion_gemma.testing.adapters import (
     DECODER,
     ENCODER,
@@ -34,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from vllm_diffusion.models.diffusion_gemma.adapter import Adapter, Factors
+    from vllm_diffusion.engine.lora.peft import Adapter, Factors, Parts
 
 RANK = 4
 FULL_LAYER = 2
@@ -44,7 +38,7 @@ FP32 = torch.float32
 @pytest.fixture(scope="module")
 def base() -> AdapterBase:
     config = build_model(TinySpec()).config.text_config
-    return AdapterBase("tiny", adaptable(config), experts=config.num_experts, max_rank=RANK)
+    return AdapterBase.of(FORM, config, name="tiny", max_rank=RANK)
 
 
 @pytest.fixture
@@ -87,28 +81,26 @@ def test_every_linear_of_transformers_can_be_adapted_and_no_other(base: AdapterB
         for name, weight in decoder.named_parameters()
         if ".experts." in name
     }
-    assert base.shapes == linears | experts
+    shapes = {name: matrix.shape for name, matrix in base.matrices.items()}
+    assert shapes == linears | experts
 
 
 def test_factors_are_placed_by_kind_of_row(base: AdapterBase, write: Callable[..., Path]) -> None:
     folder = write(alike=False)
     adapter = read_adapter(folder, base, FP32)
-    assert set(adapter.canvas) - set(adapter.text) == {
+    assert set(adapter[CANVAS]) - set(adapter[TEXT]) == {
         "self_conditioning.gate_up_proj",
         "self_conditioning.down_proj",
     }
-    sides: dict[str, Mapping[str, tuple[Factors | None, ...]]] = {
-        ENCODER: adapter.text,
-        DECODER: adapter.canvas,
-    }
+    sides: dict[str, Mapping[str, Parts]] = {ENCODER: adapter[TEXT], DECODER: adapter[CANVAS]}
     for tree, side in sides.items():
-        for name, change in changes(folder, tree, base.experts).items():
-            path, index = placed_at(name.removesuffix(".weight"))
-            torch.testing.assert_close(product(side[path][index]), change)
+        for name, change in changes(folder, tree, TinySpec().experts).items():
+            matrix = base.matrices[name.removesuffix(".weight")]
+            torch.testing.assert_close(product(side[matrix.path][matrix.part]), change)
 
 
 def test_keys_of_a_full_layer_are_its_values(base: AdapterBase, write: Callable[..., Path]) -> None:
-    canvas = read_adapter(write(only=("k_proj",)), base, FP32).canvas
+    canvas = read_adapter(write(only=("k_proj",)), base, FP32)[CANVAS]
     queries, keys, values = canvas[f"model.layers.{FULL_LAYER}.self_attn.qkv_proj"]
     assert queries is None
     assert keys is values
@@ -120,7 +112,7 @@ def test_one_tensor_of_the_experts_leaves_the_other_unchanged(
     base: AdapterBase, write: Callable[..., Path], name: str
 ) -> None:
     folder = write(only=(f"experts.{name}",))
-    both = read_adapter(folder, base, FP32).text["model.layers.0.experts"]
+    both = read_adapter(folder, base, FP32)[TEXT]["model.layers.0.experts"]
     changed = [bool(product(part).any()) for part in both]
     assert changed == [name == "gate_up_proj", name == "down_proj"]
 
@@ -129,8 +121,8 @@ def test_one_tree_alone_leaves_the_other_the_base_model(
     base: AdapterBase, write: Callable[..., Path]
 ) -> None:
     adapter: Adapter = read_adapter(write(trees=(DECODER,)), base, FP32)
-    assert not adapter.text
-    assert adapter.canvas
+    assert not adapter[TEXT]
+    assert adapter[CANVAS]
 
 
 AUTOMODEL = "automodel_peft_config.json"
@@ -160,9 +152,9 @@ def test_factors_of_one_stack_serve_both_kinds_of_row(
         bare = {name.removeprefix("base_model.model."): each for name, each in factors.items()}
         save_file(bare, folder / WEIGHTS)
     coverage = check_adapter(folder, base)
-    assert (coverage.text, coverage.canvas, coverage.shared) == (True, True, True)
+    assert (coverage.kinds, coverage.shared) == ({TEXT, CANVAS}, True)
     one = read_adapter(folder, base, FP32)
-    for ours, theirs in ((one.text, alike.text), (one.canvas, alike.canvas)):
+    for ours, theirs in ((one[kind], alike[kind]) for kind in (TEXT, CANVAS)):
         assert ours.keys() == theirs.keys()
         for path, parts in ours.items():
             for part, same in zip(parts, theirs[path], strict=True):
@@ -175,7 +167,7 @@ def test_what_a_user_says_of_the_stack_wins(base: AdapterBase, write: Callable[.
     folder = write(trees=(DECODER,), options={"shared_stack": False})
     (folder / AUTOMODEL).write_text("{}")
     coverage = check_adapter(folder, base)
-    assert (coverage.text, coverage.canvas, coverage.shared) == (False, True, False)
+    assert (coverage.kinds, coverage.shared) == ({CANVAS}, False)
     assert "shared_stack must be true or false, got 'yes'" in problem(
         write(options={"shared_stack": "yes"}), base
     )
@@ -202,7 +194,7 @@ def test_the_scale_is_pefts(
     base: AdapterBase, write: Callable[..., Path], options: dict[str, Any], scale: float
 ) -> None:
     folder = write(only=("layers.0.mlp.down_proj",), options=options)
-    [factors] = read_adapter(folder, base, FP32).text["model.layers.0.mlp.down_proj"]
+    [factors] = read_adapter(folder, base, FP32)[TEXT]["model.layers.0.mlp.down_proj"]
     file = load_file(folder / WEIGHTS)
     b = file[f"base_model.model.{ENCODER}layers.0.mlp.down_proj.lora_B.weight"]
     assert factors is not None
@@ -211,7 +203,7 @@ def test_the_scale_is_pefts(
 
 def test_a_rank_of_its_own_is_pefts(base: AdapterBase, write: Callable[..., Path]) -> None:
     folder = write(rank=2, only=("mlp",), options={"r": 3, "rank_pattern": {"mlp.*": 2}})
-    [factors] = read_adapter(folder, base, FP32).text["model.layers.0.mlp.down_proj"]
+    [factors] = read_adapter(folder, base, FP32)[TEXT]["model.layers.0.mlp.down_proj"]
     assert factors is not None
     assert factors.a.shape[0] == 2
 
