@@ -25,7 +25,7 @@ import _report
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary
-from vllm_diffusion.constrain.language.gemma_calls import CallTokens, Function, asked_calls
+from vllm_diffusion.constrain.language.calls import AskedCalls, Function
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.testing.tool_lists import browser, code_host, file_system, words
 
@@ -107,14 +107,15 @@ sum ::= sum [+*/-] atom | atom
 atom ::= [0-9]+ | "(" sum ")"
 """
 
-_CALL_TOKENS = CallTokens(begin=2, end=3, quote=4)
+TOOL_FORM = "vllm_diffusion.models.diffusion_gemma.tools.calls:call_grammar"
+_CALL_TOKENS = {"begin": 2, "end": 3, "quote": 4}
 
 
 def _calls(tools: list[dict[str, Any]]) -> tuple[str, str]:
     """Required calls of tools in Gemma's form."""
-    functions = [Function(**tool, strict=False) for tool in tools]
-    asked = asked_calls(functions, _CALL_TOKENS, required=True, several=True)
-    tag = {"type": "structural_tag", "format": {"type": "grammar", "grammar": asked}}
+    functions = tuple(Function(**tool, strict=False) for tool in tools)
+    asked = AskedCalls(functions=functions, tokens=_CALL_TOKENS, required=True, several=True)
+    tag = {"type": "structural_tag", "format": {"type": "grammar", "grammar": asked.as_text()}}
     return "structural_tag", json.dumps(tag)
 
 
@@ -238,7 +239,9 @@ def main() -> None:
         for _ in range(1 if options.quick else 5):
             begin = time.perf_counter(), time.process_time()
             try:
-                automaton = compile_constraint(kind, text, vocabulary=vocabulary, end_ids=[END])
+                automaton = compile_constraint(
+                    kind, text, vocabulary=vocabulary, end_ids=[END], tool_form=TOOL_FORM
+                )
             except ConstraintError as error:
                 print(f"{name}: {error}")
                 break

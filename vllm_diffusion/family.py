@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.head.vocabulary import Vocabulary
+    from vllm_diffusion.upstream.ledger import Patch
 
 
 class Text(StrEnum):
@@ -68,7 +69,8 @@ class Family:
     ends: tuple[int, ...] = ()
     """Ids that end an answer."""
     tools: str | None = None
-    """Maker of the grammar of tool calls, ``module:name``; None where the family has no form."""
+    """What makes the grammar of tool calls, a ``constrain.language.calls.CallMaker`` by the name
+    ``module:function``; None where the family has no form of its own."""
     adapters: str | None = None
     """What LoRA adapters change, an ``engine.lora.form.AdapterForm`` by the name ``module:object``;
     None where none are served."""
@@ -93,6 +95,8 @@ class FamilyModule(Protocol):
 
     MODEL: str
     """The model class, ``module:name``."""
+    PATCHES: tuple[Patch, ...]
+    """What the family changes in vLLM; they stand in the table of ``patches`` with the others."""
 
     def declare(self, config: Any, generation: Mapping[str, Any]) -> Family:  # noqa: ANN401
         """What a checkpoint is, from its config and generation config.

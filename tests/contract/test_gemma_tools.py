@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from helpers.spelling import Walk
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import vocabulary_of
 from vllm_diffusion.errors import ConstraintError
+from vllm_diffusion.models.diffusion_gemma.patches import PATCHES
 from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer
-from vllm_diffusion.patches.gemma_tools import constrain_calls, type_arguments
+from vllm_diffusion.upstream import ledger
 
 pytestmark = pytest.mark.vllm
 
@@ -46,16 +48,12 @@ def tokenizer() -> Any:
 
 @pytest.fixture(autouse=True)
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The patch, taken back at the end."""
-    from vllm.parser.gemma4 import Gemma4Parser
-    from vllm.tool_parsers.gemma4_engine_tool_parser import Gemma4EngineToolParser
-
-    # What is there now, own or inherited, comes back by monkeypatch.
-    for name in ("structural_tag_model", "get_structural_tag"):
-        monkeypatch.setattr(Gemma4EngineToolParser, name, getattr(Gemma4EngineToolParser, name))
-    monkeypatch.setattr(Gemma4Parser, "_fix_arg_types", Gemma4Parser._fix_arg_types)
-    constrain_calls()
-    type_arguments()
+    """The patches, taken back at the end."""
+    for patch in PATCHES:
+        for target, wrap in patch.wraps.items():
+            place = ledger.place_of(target)
+            changed = ledger.replacement(place.value, resolve_name(wrap))
+            monkeypatch.setattr(place.owner, place.attribute, changed)
 
 
 def tool(name: str = "weather", **fields: Any) -> dict[str, Any]:
@@ -82,6 +80,7 @@ def automaton_of(request: Any) -> Any:
         request.structured_outputs.structural_tag,
         vocabulary=vocabulary_of(tokenizer(), 512),
         end_ids=[1],
+        tool_form="vllm_diffusion.models.diffusion_gemma.tools.calls:call_grammar",
     )
 
 

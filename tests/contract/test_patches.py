@@ -15,13 +15,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from helpers.served import served_config
 from vllm.config import StructuredOutputsConfig
 
-from vllm_diffusion.config import Served
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton
-from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
-from vllm_diffusion.engine import carriers
-from vllm_diffusion.family import Family
 from vllm_diffusion.patches import completion_suffix, constraint_compiling, cpu_kernels
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.patches.worker_choice import STOCK_WORKER, TRITON_FREE_WORKER
@@ -29,22 +26,6 @@ from vllm_diffusion.upstream import cpu_host, ledger, runner, torch_companions, 
 from vllm_diffusion.upstream.ledger import Stage
 
 pytestmark = pytest.mark.vllm
-
-RULE = EntropyBoundConstants(
-    max_steps=48,
-    t_min=0.4,
-    t_max=0.8,
-    entropy_bound=0.1,
-    confidence_threshold=0.005,
-    stability_threshold=1,
-)
-SERVED = Served(
-    canvas_length=16,
-    rules=ServedRules(default=RULE, presets={}),
-    family=Family(name="x", rule="entropy_bound"),
-    head_memory_mb=1,
-    head_weights=None,
-)
 
 ALL = {patch.name: patch for patch in PATCHES}
 CPU_HOST = [
@@ -319,13 +300,11 @@ def test_a_constraint_compiles_beside_the_event_loop(monkeypatch, is_diffusion):
     monkeypatch.setattr(constraint_check, "compiling", compiling)
     monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
     render = constraint_compiling.compile_beside(preprocess_chat)
-    hf_config = types.SimpleNamespace()
-    carriers.put_served(hf_config, SERVED)
     model = types.SimpleNamespace(
         is_diffusion=is_diffusion,
         max_model_len=50,
         get_vocab_size=lambda: 9,
-        hf_config=hf_config,
+        hf_config=served_config(),
     )
     told = StructuredOutputsConfig()
     config = types.SimpleNamespace(model_config=model, structured_outputs_config=told)
@@ -364,7 +343,11 @@ def test_checks_look_at_what_their_own_request_had_compiled(monkeypatch):
 
     monkeypatch.setattr(constraint_check, "compiling", compiling)
     monkeypatch.setattr(constraint_check, "vocabulary_for", lambda *_: None)
-    model = types.SimpleNamespace(max_model_len=50, get_vocab_size=lambda: 9)
+    model = types.SimpleNamespace(
+        max_model_len=50,
+        get_vocab_size=lambda: 9,
+        hf_config=served_config(),
+    )
     engine = model, StructuredOutputsConfig(), None
 
     def sampling(regex):
@@ -545,6 +528,7 @@ TWICE = """
 from vllm.config.vllm import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 from vllm_diffusion.upstream import ledger
+from vllm_diffusion.patches import completion_suffix, constraint_compiling, cpu_kernels
 from vllm_diffusion.patches.table import PATCHES
 rows = [p for p in PATCHES if p.name.startswith("cpu-") or p.name == "runner-refusal"]
 stock = dict(vars(VllmConfig))
@@ -584,6 +568,7 @@ CONFIGURE = """
 import json, os, sys
 from vllm import EngineArgs
 from vllm_diffusion.upstream import ledger, runner
+from vllm_diffusion.patches import completion_suffix, constraint_compiling, cpu_kernels
 from vllm_diffusion.patches.table import PATCHES
 patched, models = sys.argv[1], sys.argv[2:]
 if patched == "patched":

@@ -166,6 +166,7 @@ def _name(source: ConstraintSource, fingerprint: str) -> str:
         source.kind,
         source.any_whitespace,
         source.whitespace_pattern,
+        source.tool_form,
         source.end_ids,
         fingerprint,
     )

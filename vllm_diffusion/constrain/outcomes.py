@@ -36,6 +36,8 @@ class ConstraintSource:
     """Between the parts of JSON values as pretty printers write; else none."""
     whitespace_pattern: str | None = None
     """A regular expression for that white space, instead."""
+    tool_form: str | None = None
+    """What makes the grammar of tool calls, as the served family declares it: "module:function"."""
     end_ids: tuple[int, ...]
     """Tokens that end a complete text, ascending."""
 
@@ -124,6 +126,7 @@ def _read(source: ConstraintSource) -> Grammar:
         source.text,
         any_whitespace=source.any_whitespace,
         whitespace_pattern=source.whitespace_pattern,
+        tool_form=source.tool_form,
     )
 
 

@@ -21,3 +21,8 @@ FAMILIES: Final = {
 def family_module(architecture: str) -> FamilyModule:
     """The module that declares the family of an architecture of ``FAMILIES``."""
     return cast("FamilyModule", import_module(FAMILIES[architecture]))
+
+
+def family_modules() -> list[FamilyModule]:
+    """Those of all families, each once."""
+    return [cast("FamilyModule", import_module(name)) for name in dict.fromkeys(FAMILIES.values())]

@@ -14,7 +14,6 @@
                           what the body of a request may hold
     request_validation, request_entry, constraint_compiling
                           a request is checked and admitted by `engine.admission`
-    gemma_tools.py        tool calls in Gemma's format
     telemetry_*.py        telemetry in outputs, metrics and replies
 
 Facts about vLLM and the host are in ``upstream``. Importing this package or the table imports

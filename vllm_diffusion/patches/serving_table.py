@@ -141,33 +141,6 @@ SERVING_PATCHES: Final = (
         needed="vllm_diffusion.patches.completion_suffix:suffix_is_refused",
     ),
     Patch(
-        name="gemma-tools",
-        stage=Stage.SERVING,
-        installs={
-            "vllm.tool_parsers.gemma4_engine_tool_parser:Gemma4EngineToolParser."
-            "get_structural_tag": "vllm_diffusion.patches.gemma_tools:constrain_calls"
-        },
-        why="vLLM enforces required, named and strict calls in other formats; in Gemma's it leaves "
-        "them to the model.",
-        upstream_reference="xgrammar/builtin_structural_tag.py: _get_gemma_4_structural_tag",
-        remove_when="vLLM has a structural tag for gemma_4",
-        needed="vllm_diffusion.patches.gemma_tools:calls_are_free",
-    ),
-    Patch(
-        name="gemma-arguments",
-        stage=Stage.SERVING,
-        installs={
-            "vllm.parser.gemma4:Gemma4Parser._fix_arg_types": (
-                "vllm_diffusion.patches.gemma_tools:type_arguments"
-            )
-        },
-        why="an argument comes back as text, against the tool's schema, if its type is behind a "
-        "$ref, given by a constant, or of a member that properties do not name.",
-        upstream_reference="vllm/tool_parsers/utils.py: extract_types_from_schema",
-        remove_when="vLLM follows the whole schema for the types of arguments",
-        needed="vllm_diffusion.patches.gemma_tools:arguments_are_texts",
-    ),
-    Patch(
         name="adapter-check",
         stage=Stage.SERVING,
         wraps={

@@ -6,6 +6,7 @@ its own here; add a row that names both; and a contract test of the target's sig
 importing the table imports no wrapper, no vLLM and no torch.
 
 The rows of a serving process, which check requests and complete answers, are in `serving_table.py`.
+A family brings its own, in its folder below `models`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
+from vllm_diffusion.models import family_modules
 from vllm_diffusion.patches.serving_table import SERVING_PATCHES
 from vllm_diffusion.upstream.cpu_host import adapters_are_served, is_triton_free_cpu
 from vllm_diffusion.upstream.ledger import Patch, Stage
@@ -153,6 +155,7 @@ PATCHES: Final = (
         needed="vllm_diffusion.patches.serving_config:hooks_are_in_a_table",
     ),
     *SERVING_PATCHES,
+    *(patch for family in family_modules() for patch in family.PATCHES),
     # ---- in the worker of a diffusion model ----
     Patch(
         name="placeholder-next-power-of-2",

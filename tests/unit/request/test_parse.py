@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from helpers.cases import for_each
-from helpers.cases import for_each
 from helpers.sampling import CONSTRAINT, FAST, RULE, RULES, Sampling
 
 from vllm_diffusion.denoise.constants import MAX_STEPS

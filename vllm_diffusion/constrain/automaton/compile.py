@@ -32,6 +32,7 @@ def compile_constraint(
     end_ids: Sequence[int],
     any_whitespace: bool = True,
     whitespace_pattern: str | None = None,
+    tool_form: str | None = None,
     room: int | None = None,
     limits: Limits | None = None,
 ) -> TokenAutomaton:
@@ -45,6 +46,7 @@ def compile_constraint(
         end_ids: the tokens that end an output; at least one.
         any_whitespace: between the parts of JSON values as pretty printers write; else none.
         whitespace_pattern: a regular expression for that white space, instead.
+        tool_form: for structural tags of tool calls, see ``language.tags``.
         room: most bytes that a text can have. Bounds beyond it are dropped, so the automaton
             also accepts longer texts that violate the constraint. None: any number.
         limits: on the size of the automaton.
@@ -54,7 +56,11 @@ def compile_constraint(
         AutomatonError: it is valid, but too large for an automaton.
     """
     grammar = grammar_of(
-        kind, text, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
+        kind,
+        text,
+        any_whitespace=any_whitespace,
+        whitespace_pattern=whitespace_pattern,
+        tool_form=tool_form,
     )
     return compile_grammar(
         fitting(grammar, room), vocabulary=vocabulary, end_ids=end_ids, limits=limits

@@ -7,8 +7,8 @@
     regex        regular expressions; regular, what several of them ask for together
     ebnf         EBNF and Lark
     tags         structural tags
-    gemma_calls  tool calls in Gemma's own form: schema once more, with gemma_text for json_text;
-                 typed reads what comes of them
+    calls        tool calls in the form of a family: schema once more, with the family's layout for
+                 json_text; typed reads what comes of them
 
 `literals` is the smallest automaton of a list of texts, `room` what a text of limited length cannot
 reach. `written` gives a grammar back as EBNF, for a parser. docs/structured_output.md says what is

@@ -25,6 +25,7 @@ def grammar_of(
     *,
     any_whitespace: bool = True,
     whitespace_pattern: str | None = None,
+    tool_form: str | None = None,
 ) -> Grammar:
     """The rules of a constraint.
 
@@ -34,6 +35,7 @@ def grammar_of(
             EBNF or Lark, the structural tag; nothing for ``json_object``.
         any_whitespace: between the parts of JSON values as pretty printers write; else none.
         whitespace_pattern: a regular expression for that white space, instead.
+        tool_form: for structural tags of tool calls, see ``tags.structural_tag``.
 
     Raises:
         ConstraintError: it is malformed, not supported, or nested too deep to be read.
@@ -43,12 +45,14 @@ def grammar_of(
         json_schema, any_whitespace=any_whitespace, whitespace_pattern=whitespace_pattern
     )
     try:
-        return _read(kind, source, json_of)
+        return _read(kind, source, json_of, tool_form)
     except RecursionError:
         raise ConstraintError("The constraint is nested too deep.") from None
 
 
-def _read(kind: str, source: str, json_of: Callable[[str], Grammar]) -> Grammar:
+def _read(
+    kind: str, source: str, json_of: Callable[[str], Grammar], tool_form: str | None
+) -> Grammar:
     match kind:
         case "json":
             return json_of(source)
@@ -61,7 +65,7 @@ def _read(kind: str, source: str, json_of: Callable[[str], Grammar]) -> Grammar:
         case "grammar":
             return ebnf(source)
         case "structural_tag":
-            return structural_tag(source, json_of)
+            return structural_tag(source, json_of, tool_form=tool_form)
     raise ConstraintError(f"A constraint is one of {', '.join(KINDS)}, not {kind!r}.")
 
 

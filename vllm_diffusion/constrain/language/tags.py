@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from vllm_diffusion.constrain.language.calls import MARK_OF_CALLS, AskedCalls, maker_of
 from vllm_diffusion.constrain.language.ebnf import ebnf
-from vllm_diffusion.constrain.language.gemma_calls import MARK_OF_CALLS, call_grammar
 from vllm_diffusion.constrain.language.regex import regex
 from vllm_diffusion.constrain.language.schema import json_schema
 from vllm_diffusion.constrain.language.syntax import (
@@ -34,12 +34,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 
-def structural_tag(tag: str, json_of: Callable[[str], Grammar] = json_schema) -> Grammar:
+def structural_tag(
+    tag: str,
+    json_of: Callable[[str], Grammar] = json_schema,
+    *,
+    tool_form: str | None = None,
+) -> Grammar:
     """The grammar of a structural tag.
 
     Args:
         tag: its JSON text.
         json_of: what reads the JSON schemas between tags.
+        tool_form: what makes the grammar of tool calls, see ``calls.maker_of``; None: such a tag is
+            malformed. Never of the request: what it names is imported.
 
     Raises:
         ConstraintError: it is malformed.
@@ -51,8 +58,9 @@ def structural_tag(tag: str, json_of: Callable[[str], Grammar] = json_schema) ->
         parsed = json.loads(tag)
         if "structures" in parsed:
             return _Tags(json_of).grammar(_of_old(parsed))
-        if str(parsed["format"].get("grammar", "")).startswith(MARK_OF_CALLS):
-            return call_grammar(parsed["format"]["grammar"])
+        asked = str(parsed["format"].get("grammar", ""))
+        if tool_form is not None and asked.startswith(MARK_OF_CALLS):
+            return maker_of(tool_form)(AskedCalls.of_text(asked))
         xgrammar.Grammar.from_structural_tag(tag)
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConstraintError(f"This is not a structural tag: {error}") from error

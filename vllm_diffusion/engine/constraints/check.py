@@ -15,6 +15,7 @@ from vllm_diffusion.constrain.automaton.allowed import restricted
 from vllm_diffusion.constrain.automaton.packed import unpacked
 from vllm_diffusion.constrain.automaton.walk import Walk
 from vllm_diffusion.constrain.outcomes import KeptByAutomaton, KeptByParser, Refused
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.constraints.compiler import (
     as_sent,
     compiling,
@@ -45,7 +46,8 @@ def constraint_source(
     """A request's constraint, with the tokens that end a text of it."""
     # Others are refused by vLLM's own check, which comes later.
     ends = {token for token in sampling.all_stop_token_ids if 0 <= token < model.get_vocab_size()}
-    return source_of(sampling.structured_outputs, ends, config)
+    tool_form = carriers.served(model.hf_config).family.tools
+    return source_of(sampling.structured_outputs, ends, config, tool_form=tool_form)
 
 
 def asked_for(

@@ -92,7 +92,11 @@ def as_text(asked: StructuredOutputsParams) -> StructuredOutputsParams:
 
 
 def source_of(
-    asked: StructuredOutputsParams, end_ids: Collection[int], config: StructuredOutputsConfig
+    asked: StructuredOutputsParams,
+    end_ids: Collection[int],
+    config: StructuredOutputsConfig,
+    *,
+    tool_form: str | None = None,
 ) -> ConstraintSource:
     """What a request asks for.
 
@@ -100,6 +104,7 @@ def source_of(
         asked: its constraint.
         end_ids: tokens that end a complete text, and stand nowhere else in it.
         config: how the engine was asked to read constraints.
+        tool_form: what makes the grammar of tool calls, see ``Family.tools``.
     """
     kind, text = get_structured_output_key(asked)
     return ConstraintSource(
@@ -107,6 +112,7 @@ def source_of(
         text=text,
         any_whitespace=not (config.disable_any_whitespace or asked.disable_any_whitespace),
         whitespace_pattern=asked.whitespace_pattern,
+        tool_form=tool_form,
         end_ids=tuple(sorted(end_ids)),
     )
 

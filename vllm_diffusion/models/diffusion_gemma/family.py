@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.family import Conditioning, Family
+from vllm_diffusion.models.diffusion_gemma import patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MODEL: Final = "vllm_diffusion.models.diffusion_gemma.model:DiffusionGemmaForBlockDiffusion"
+PATCHES: Final = patches.PATCHES
 
 
 def declare(config: Any, generation: Mapping[str, Any]) -> Family:
@@ -20,6 +22,7 @@ def declare(config: Any, generation: Mapping[str, Any]) -> Family:
         name="diffusion_gemma",
         rule="entropy_bound",
         conditioning=Conditioning.SELF,
+        tools="vllm_diffusion.models.diffusion_gemma.tools.calls:call_grammar",
         adapters="vllm_diffusion.models.diffusion_gemma.adapter_form:FORM",
         ends=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
     )

@@ -1,18 +1,19 @@
-"""Tool calls as Gemma 4 writes them, as a grammar.
-
-    <|tool_call>call:weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>
+"""Tool calls in the form of a family, as a grammar.
 
 Takes functions with the JSON schemas of their arguments. The schemas are read as those of response
-formats are, see ``schema``; only how values are written differs, see ``gemma_text``. Reading them
-may take long. So where a request enters they become a text, ``asked_calls``, which is the grammar
-of a structural tag, and the grammar is made of it where constraints are compiled, ``call_grammar``.
+formats are, see ``schema``; a family says how values are written, by its ``Layout``, and what
+stands around them. Reading schemas may take long. So where a request enters, ``AskedCalls`` becomes
+a text, which is the grammar of a structural tag, and the grammar is made of it where constraints
+are compiled, by the family's maker (``maker_of``).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
@@ -20,7 +21,6 @@ from jsonschema.exceptions import SchemaError
 from vllm_diffusion.constrain.language.addresses import inside, located
 from vllm_diffusion.constrain.language.compose import asserted
 from vllm_diffusion.constrain.language.drafts import modern
-from vllm_diffusion.constrain.language.gemma_text import CallLayout
 from vllm_diffusion.constrain.language.room import shortest
 from vllm_diffusion.constrain.language.schema import (
     ANY_ARRAY,
@@ -36,9 +36,7 @@ from vllm_diffusion.constrain.language.syntax import (
     Grammar,
     Node,
     Repeat,
-    Text,
     complement,
-    mark,
     optional,
     renamed,
     sequence,
@@ -50,9 +48,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vllm_diffusion.constrain.language.addresses import Schema
+    from vllm_diffusion.constrain.language.json_text import Layout
 
-MARK_OF_CALLS: Final = "gemma calls "
-"""What the text of ``asked_calls`` begins with; no grammar does."""
+MARK_OF_CALLS: Final = "tool calls "
+"""What the text of ``AskedCalls`` begins with; no grammar does."""
 
 _SHARED = {ANY_VALUE, ANY_ARRAY, ANY_OBJECT}
 _BOUNDS = (
@@ -74,56 +73,87 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallTokens:
-    """The special tokens of a call, as ids."""
+class AskedCalls:
+    """The calls that an answer may or must have."""
 
-    begin: int
-    end: int
-    quote: int
+    functions: tuple[Function, ...]
+    """Those that may be called; at least one."""
+    tokens: Mapping[str, int]
+    """Ids of the special tokens that calls are written with, by the family's names for them."""
+    required: bool
+    """The answer is a call; else it may be text, and calls in it."""
+    several: bool
+    """More than one call may stand there."""
+
+    def as_text(self) -> str:
+        """What ``of_text`` reads."""
+        asked = {
+            "functions": [[each.name, each.parameters, each.strict] for each in self.functions],
+            "tokens": dict(self.tokens),
+            "required": self.required,
+            "several": self.several,
+        }
+        return f"{MARK_OF_CALLS}{json.dumps(asked)}"
+
+    @classmethod
+    def of_text(cls, text: str) -> AskedCalls:
+        """What ``as_text`` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: it did not write this.
+        """
+        told = json.loads(text.removeprefix(MARK_OF_CALLS))
+        functions = (
+            Function(name=name, parameters=parameters, strict=strict)
+            for name, parameters, strict in told["functions"]
+        )
+        return cls(
+            functions=tuple(functions),
+            tokens=dict(told["tokens"]),
+            required=told["required"],
+            several=told["several"],
+        )
 
 
-def asked_calls(
-    functions: Sequence[Function], tokens: CallTokens, *, required: bool, several: bool
-) -> str:
-    """A text that says what ``call_grammar`` makes a grammar of.
+CallMaker: TypeAlias = Callable[[AskedCalls], Grammar]
+"""Makes the grammar of an answer that calls tools, in the form of a family.
 
-    Args:
-        functions: those that may be called; at least one.
-        tokens: of the tokenizer.
-        required: the answer is a call; else it may be text, and calls in it.
-        several: more than one call may stand there.
+It raises ``ConstraintError`` as ``grammar_of_calls`` does.
+"""
+
+
+def maker_of(reference: str) -> CallMaker:
+    """The maker that a family names as "module:function".
+
+    Resolved where it is called: the process that compiles constraints loads a family's form with
+    the first call that it compiles.
     """
-    asked = {
-        "functions": [[each.name, each.parameters, each.strict] for each in functions],
-        "tokens": asdict(tokens),
-        "required": required,
-        "several": several,
-    }
-    return f"{MARK_OF_CALLS}{json.dumps(asked)}"
+    module, _, name = reference.partition(":")
+    maker: CallMaker = getattr(import_module(module), name)
+    return maker
 
 
-def call_grammar(asked: str) -> Grammar:
+def grammar_of_calls(
+    asked: AskedCalls,
+    layout: Layout,
+    written: Callable[[Sequence[tuple[Node, Node]]], Node],
+) -> Grammar:
     """The grammar of an answer that calls tools.
 
     Args:
-        asked: what ``asked_calls`` gave.
+        asked: what is asked for.
+        layout: how values are written.
+        written: how one call is, of pairs: names, and the arguments that each of them takes.
 
     Raises:
         ConstraintError: a strict tool's schema says what the grammar cannot, or a tool's schema
             what nobody could write; it names the tool.
     """
-    told = json.loads(asked.removeprefix(MARK_OF_CALLS))
-    functions = [
-        Function(name=name, parameters=parameters, strict=strict)
-        for name, parameters, strict in told["functions"]
-    ]
-    tokens, required, several = CallTokens(**told["tokens"]), told["required"], told["several"]
-    layout = CallLayout(tokens.quote)
     rules = layout.any_rules(ANY_VALUE, ANY_ARRAY, ANY_OBJECT)
     # Tools of equal parameters share what stands behind their names.
     named: dict[str, list[Node]] = {}
     arguments: dict[str, str] = {}
-    for function in functions:
+    for function in asked.functions:
         key = f"{function.strict} {json.dumps(function.parameters)}"
         if key not in arguments:
             grammar = _arguments(function, layout)
@@ -133,21 +163,20 @@ def call_grammar(asked: str) -> Grammar:
                 rules.update(inner.rules)
                 arguments[key] = inner.root
         named.setdefault(key, []).append(text(function.name))
-    calls = [sequence(Choice(tuple(names)), Call(arguments[key])) for key, names in named.items()]
-    begin = sequence(Text(mark(tokens.begin)), text("call:"))
-    call = sequence(begin, Choice(tuple(calls)), Text(mark(tokens.end)))
-    rules["call"] = call
+    rules["call"] = written(
+        [(Choice(tuple(names)), Call(arguments[key])) for key, names in named.items()]
+    )
     free = Repeat(_NO_ZERO)
-    if required:
-        root: Node = Repeat(Call("call"), 1) if several else Call("call")
+    if asked.required:
+        root: Node = Repeat(Call("call"), 1) if asked.several else Call("call")
     else:
         more = sequence(Call("call"), free)
-        root = sequence(free, Repeat(more) if several else optional(more))
+        root = sequence(free, Repeat(more) if asked.several else optional(more))
     rules["calls"] = root
     return Grammar(rules, "calls")
 
 
-def _arguments(function: Function, layout: CallLayout) -> Grammar:
+def _arguments(function: Function, layout: Layout) -> Grammar:
     """The rules of what stands in a call's braces, these included; of any object, none."""
     anything = Grammar({}, ANY_OBJECT)
     if function.parameters is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,23 +13,21 @@ from vllm_diffusion.constrain.automaton.compile import compile_constraint
 from vllm_diffusion.constrain.automaton.vocabulary import Vocabulary, vocabulary_of
 from vllm_diffusion.constrain.automaton.walk import DEAD, Walk
 from vllm_diffusion.constrain.grammar import GrammarCompiler, rules_of
-from vllm_diffusion.constrain.language.gemma_calls import (
-    CallTokens,
-    Function,
-    asked_calls,
-    call_grammar,
-)
+from vllm_diffusion.constrain.language.calls import AskedCalls, Function
 from vllm_diffusion.constrain.language.kinds import grammar_of
 from vllm_diffusion.constrain.language.syntax import MARK
 from vllm_diffusion.errors import ConstraintError
 from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import build_tokenizer, token_id
+from vllm_diffusion.models.diffusion_gemma.tools.calls import CALL_TOKENS, call_grammar
 from vllm_diffusion.testing.tool_lists import browser, code_host, file_system
+
+if TYPE_CHECKING:
+    from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 
 pytest.importorskip("xgrammar")
 
-TOKENS = CallTokens(
-    begin=token_id("<|tool_call>"), end=token_id("<tool_call|>"), quote=token_id('<|"|>')
-)
+FORM = "vllm_diffusion.models.diffusion_gemma.tools.calls:call_grammar"
+TOKENS = {name: token_id(token) for name, token in CALL_TOKENS.items()}
 NODE = {
     "type": "object",
     "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/node"}},
@@ -70,9 +68,19 @@ def vocabulary() -> Vocabulary:
     return vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer()), 512)
 
 
+def asked(*functions: Function, required: bool = True, several: bool = True) -> AskedCalls:
+    return AskedCalls(functions=functions, tokens=TOKENS, required=required, several=several)
+
+
 def tag_of(*functions: Function, required: bool, several: bool) -> str:
-    asked = asked_calls(functions, TOKENS, required=required, several=several)
-    return json.dumps({"type": "structural_tag", "format": {"type": "grammar", "grammar": asked}})
+    text = asked(*functions, required=required, several=several).as_text()
+    return json.dumps({"type": "structural_tag", "format": {"type": "grammar", "grammar": text}})
+
+
+def automaton_of(tag: str, room: int | None = None) -> TokenAutomaton:
+    return compile_constraint(
+        "structural_tag", tag, vocabulary=vocabulary(), end_ids=[1], room=room, tool_form=FORM
+    )
 
 
 def takes(
@@ -84,9 +92,7 @@ def takes(
 ) -> bool:
     """Whether a complete answer of at most so many bytes is what the grammar says."""
     tag = tag_of(*functions, required=required, several=several)
-    automaton = compile_constraint(
-        "structural_tag", tag, vocabulary=vocabulary(), end_ids=[1], room=room
-    )
+    automaton = automaton_of(tag, room)
     ids = tokenizer().encode(text, add_special_tokens=False).ids
     state = Walk(automaton).through(automaton.start, ids)
     return state != DEAD and bool(automaton.accepting[state])
@@ -151,10 +157,7 @@ def test_a_tool_without_a_schema_takes_anything_and_one_without_parameters_nothi
 
 def test_tools_of_equal_parameters_share_their_rules() -> None:
     several = [tool(name=f"tool{number}") for number in range(20)]
-    grammars = [
-        call_grammar(asked_calls(tools, TOKENS, required=True, several=True))
-        for tools in (several[:1], several)
-    ]
+    grammars = [call_grammar(asked(*tools)) for tools in (several[:1], several)]
     assert grammars[0].rules.keys() == grammars[1].rules.keys()
     assert takes(call("city:'a',unit:'c'", "tool7"), *several)
 
@@ -168,7 +171,7 @@ def test_usual_lists_of_tools_are_kept_by_an_automaton(
     functions = [Function(**each, strict=False) for each in tools]
     assert len(functions) == count
     tag = tag_of(*functions, required=True, several=True)
-    automaton = compile_constraint("structural_tag", tag, vocabulary=vocabulary(), end_ids=[1])
+    automaton = automaton_of(tag)
     assert automaton.depth is None
     walk = Walk(automaton)
     ids = tokenizer().encode(EXAMPLES[count], add_special_tokens=False).ids
@@ -435,10 +438,12 @@ def test_parameters_that_nest_too_deep() -> None:
 def test_a_parser_takes_the_tokens_that_the_automaton_takes(required: bool) -> None:
     tools = [tool(), tool({"type": "object"}, name="open", strict=False)]
     tag = tag_of(*tools, required=required, several=True)
-    automaton = compile_constraint("structural_tag", tag, vocabulary=vocabulary(), end_ids=[1])
+    automaton = automaton_of(tag)
     walk, read = Walk(automaton), vocabulary()
     parsers = GrammarCompiler([read.text(token) for token in range(len(read))], threads=1)
-    rules = rules_of("structural_tag", tag, grammar=grammar_of("structural_tag", tag))
+    rules = rules_of(
+        "structural_tag", tag, grammar=grammar_of("structural_tag", tag, tool_form=FORM)
+    )
     compiled = parsers.compile_rules(rules)
     rng, calls = random.Random(0), 0
     for _ in range(8):
@@ -453,7 +458,7 @@ def test_a_parser_takes_the_tokens_that_the_automaton_takes(required: bool) -> N
             token = rng.choice(special if special and rng.random() < 0.5 else sorted(taken))
             assert guard.walk([token]) == 1
             state = walk.step(state, token)
-            calls += token == TOKENS.end
+            calls += token == TOKENS["end"]
             if state == automaton.end:
                 assert guard.is_over()
                 break
