@@ -1,15 +1,15 @@
-"""What the model believes about the canvases of a step: the head, and what constrains it.
+"""Per-position statistics of a step's canvases: the head, then the automata that constrain them.
 
       hidden rows [B * L, H]
-            |  head            where its statistics are read: not on commit rows, not beyond the
-            |                  width of a canvas
-            |  automata        a constrained canvas is conditioned on being accepted, all of its
-            |                  rows at once (``constrain.automaton``)
+            |  head            skips commit rows and rows beyond a canvas's width, whose statistics
+            |                  nobody reads
+            |  automata        condition all rows of a constrained canvas at once on being accepted
+            |                  (``constrain.automaton``)
             v
       CanvasStats [B, L]
 
 The self-conditioning of a constrained canvas stays unconstrained: the model was trained that way,
-and the head has it after one pass over the vocabulary.
+and the head then needs only one pass over the vocabulary.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vllm_diffusion.head.rows import Rows
     from vllm_diffusion.records import CanvasBatch
 
-# Memory for statistics by class. A class of a row takes at most 24 numbers. Canvases of one
-# automaton that need more than the limit together are computed in turn.
+# Memory limit for statistics by class. Each class of a row takes at most 24 fp32 numbers. Canvases
+# of one automaton that exceed the limit together are computed in several parts.
 _BYTES_AT_ONCE: Final = 2**28
 _BYTES_A_CLASS: Final = 96
 
@@ -53,10 +53,10 @@ def beliefs(
 
     Args:
         head: turns rows into statistics.
-        rows: all of them, canvas by canvas.
+        rows: [B * L], canvas by canvas.
         num: B.
         read: [B, L] bool, rows whose statistics are read, see ``read_rows``; None for all.
-        automata: which canvases an automaton constrains, each canvas at most once.
+        automata: the canvases that each automaton constrains; a canvas appears at most once.
     """
     length = len(rows) // num
     if not automata:
@@ -76,16 +76,16 @@ def beliefs(
 
 
 def rows_of(canvases: Tensor, length: int) -> Tensor:
-    """[K * length] int64, the rows of canvases [K] int64 among those of a batch."""
+    """[K * length] int64, indices of the rows of canvases [K] int64 in the batch."""
     offset = torch.arange(length, device=canvases.device)
     return (canvases[:, None] * length + offset).flatten()
 
 
 def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
-    """[B, L] bool, rows whose statistics are read; None on a device where asking would wait.
+    """[B, L] bool, rows whose statistics are read; None where finding out needs a device sync.
 
-    Which rows these are is known on the device alone. A CPU can look; elsewhere all rows are
-    computed.
+    Only the device knows which rows these are. On a CPU they can be selected; on other devices all
+    rows are computed.
     """
     if pool.device.type != "cpu":
         return None
@@ -93,7 +93,7 @@ def read_rows(pool: CanvasPool, batch: CanvasBatch) -> Tensor | None:
 
 
 def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
-    """Run the head on the rows that are read; the others get zeros, or anything."""
+    """Run the head on the rows that are read; the values of the others are undefined."""
     if read is None or read.all():
         return head(rows)
     index = read.flatten().nonzero()[:, 0]
@@ -110,7 +110,7 @@ def _in_turn(canvases: ConstrainedCanvases, length: int) -> Iterator[Constrained
 
 
 def _constrained(head: Head, rows: Rows, canvases: ConstrainedCanvases) -> CanvasStats:
-    """Statistics of the rows of K canvases given that their automaton accepts them."""
+    """Statistics of the rows of K canvases, conditioned on their automaton accepting them."""
     automaton, num = canvases.automaton, len(canvases.places)
     own, classes = head.by_class(
         rows, class_of=automaton.class_of, num_classes=automaton.num_classes

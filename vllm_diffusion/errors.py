@@ -4,19 +4,19 @@
     ├── UnsupportedVllmError        the installed vLLM is missing or outside the tested range
     ├── UnsupportedRunnerError      a diffusion model was sent to a runner that cannot serve it
     ├── TraceError                  a file is not a recorded trace, or not one that can be read
-    ├── TuneError                   a task to tune for, or a rule to try, makes no sense
+    ├── TuneError                   a task to tune for, or a rule to try, is invalid
     ├── CheckpointError             a checkpoint lacks, or contradicts, something we must read
     ├── AdapterError                a LoRA adapter does not fit the served model
     ├── ParamsError                 a request asks for something impossible
-    │   └── ConstraintError         a constraint is malformed, unsupported, or has no answer
-    │       └── AutomatonError      a constraint makes sense, but has no automaton within the limits
+    │   └── ConstraintError         a constraint is malformed, unsupported, or unsatisfiable
+    │       └── AutomatonError      a constraint is valid, but its automaton exceeds the limits
     └── ConfigError                 an engine option is impossible
 
 A message is one sentence or one list of all problems: what was found, what is accepted, and what to
-do about it. Those from `CheckpointError` on are also `ValueError`, which is what vLLM turns into an
-answer of status 400 (a request, an adapter) or a refusal to start (an option, a checkpoint). The
-two about the installation are not: a `ValueError` raised while vLLM builds its configuration comes
-out wrapped in pydantic's own text, and these must be read as they are.
+do about it. `CheckpointError` and those listed after it are also `ValueError`, which vLLM turns
+into a reply of status 400 (a request, an adapter) or a refusal to start (an option, a checkpoint).
+The two about the installation are not: pydantic wraps a `ValueError` raised while vLLM builds its
+configuration in text of its own, and these messages must reach the user unchanged.
 """
 
 
@@ -33,11 +33,11 @@ class UnsupportedRunnerError(VllmDiffusionError):
 
 
 class TraceError(VllmDiffusionError):
-    """A file is not a whole recorded trace of the format that this version reads."""
+    """A file is not a complete trace in the format that this version reads."""
 
 
 class TuneError(VllmDiffusionError):
-    """A task to tune for, its verifier, or a rule to try on it makes no sense."""
+    """A task to tune for, its verifier, or a rule to try on it is invalid."""
 
 
 class CheckpointError(VllmDiffusionError, ValueError):
@@ -53,11 +53,11 @@ class ParamsError(VllmDiffusionError, ValueError):
 
 
 class ConstraintError(ParamsError):
-    """A constraint is malformed, uses what is not supported, or can be satisfied by nothing."""
+    """A constraint is malformed, uses an unsupported feature, or is unsatisfiable."""
 
 
 class AutomatonError(ConstraintError):
-    """A constraint has no automaton within the limits; a parser might still follow it."""
+    """A constraint's automaton exceeds the limits; a parser might still enforce the constraint."""
 
 
 class ConfigError(VllmDiffusionError, ValueError):

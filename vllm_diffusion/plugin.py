@@ -1,8 +1,9 @@
 """register(): the one function vLLM calls, early, in every process it starts.
 
-Decide whether to be active, check the version, apply the patches that this host needs, take the
-architecture. Safe to call again; cheap; touches no device. What is active is said in one line when
-a model of ours is about to be served (``engine.serving``): vLLM sets up its log only after this.
+Checks that the plugin is on and the version supported, applies the patches that this host needs,
+and registers the architectures. Idempotent, cheap, touches no device. What is active is logged in
+one line when a model of ours is about to be served (``engine.serving``), because vLLM sets up its
+log only after this.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def register() -> None:
     Raises:
         UnsupportedVllmError: the installed vLLM is outside the tested range.
     """
-    global _registered  # noqa: PLW0603 - one flag per process is what "once" means
+    global _registered  # noqa: PLW0603 - registered once per process
     if _registered or switched_off(os.environ):
         return
     require_supported_vllm()
@@ -36,6 +37,6 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for architecture in FAMILIES:
-        # As a reference: the front end must not import model code.
+        # Passed as a string: the front end must not import model code.
         ModelRegistry.register_model(architecture, family_module(architecture).MODEL)
     _registered = True

@@ -1,10 +1,10 @@
-"""What a request's canvases took: counted beside the scheduler, told by the answer.
+"""Telemetry of a request: forwards, rows, and the steps of each canvas.
 
-    worker       steps, reason and entropy of a committed canvas (``engine.telemetry``)
+    worker       steps, stop reason and entropy of a committed canvas (``engine.telemetry``)
     scheduler    Meter counts every forward; a Report leaves with the request's tokens
     front end    Telemetry collects the reports of one answer
 
-Takes plain numbers, gives plain numbers, knows nothing of vLLM or of tensors.
+Plain numbers in and out; no vLLM, no tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 OPTION: Final = "diffusion_telemetry"
-"""The option by which a request asks."""
+"""The request option that asks for telemetry."""
 
 KEY: Final = "diffusion"
-"""The name of the telemetry on its way and in an answer."""
+"""Key of the telemetry, both inside vLLM's objects and in an answer."""
 
 
 def is_asked(extra_args: Mapping[str, Any] | None) -> bool:
@@ -38,25 +38,25 @@ class CanvasReport:
     entropy: float | None
     """Mean entropy of its last step, nats; None where the model gave no number."""
     tokens: int
-    """Tokens it committed, those behind the end of the answer included."""
+    """Tokens it committed, including those after the end of the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a request went through since its last report."""
+    """What a request ran since its last report."""
 
     asked: bool
-    """Whether the answer is to say it; otherwise it is for the metrics alone."""
+    """Whether the request asked for it; otherwise it is only for the metrics."""
     denoise_forwards: int
-    """A fused one, which also commits the canvas before, is one of them."""
+    """Includes fused forwards, which also commit the previous canvas."""
     commit_forwards: int
     rows: int
-    """Of all these forwards together."""
+    """Total over all these forwards."""
     canvas: CanvasReport | None
     """None where the request ended without committing one."""
 
     def to_wire(self) -> list[Any]:
-        """Give a flat list of numbers and strings, for vLLM's serializer."""
+        """A flat list of numbers and strings, for vLLM's serializer."""
         head = [self.asked, self.denoise_forwards, self.commit_forwards, self.rows]
         canvas = self.canvas
         if canvas is None:
@@ -65,7 +65,7 @@ class Report:
 
     @staticmethod
     def from_wire(wire: list[Any]) -> Report:
-        """Read what ``to_wire`` gave."""
+        """Read what ``to_wire`` returned."""
         asked, denoise, commit, rows, *rest = wire
         canvas = None
         if rest:
@@ -92,7 +92,7 @@ class Telemetry:
     rows: int = 0
 
     def add(self, report: Report) -> None:
-        """Take in what happened since the last report."""
+        """Add a report."""
         self.denoise_forwards += report.denoise_forwards
         self.commit_forwards += report.commit_forwards
         self.rows += report.rows
@@ -105,7 +105,7 @@ class Telemetry:
         return self.denoise_forwards + self.commit_forwards
 
     def as_dict(self) -> dict[str, Any]:
-        """Give what an answer over HTTP says."""
+        """The telemetry as an HTTP answer shows it."""
         return {
             "canvases": [asdict(canvas) for canvas in self.canvases],
             "denoise_forwards": self.denoise_forwards,
@@ -138,7 +138,7 @@ class Meter:
         self._counts: dict[str, _Count] = {}
 
     def ran(self, request_id: str, *, rows: int, commits: bool, asked: bool) -> None:
-        """Count one forward of the request's rows, which commits a canvas or denoises one."""
+        """Count one forward of the request, which either commits a canvas or denoises one."""
         count = self._counts.get(request_id)
         if count is None:
             count = self._counts[request_id] = _Count(asked)
@@ -149,11 +149,11 @@ class Meter:
             count.denoise += 1
 
     def report(self, request_id: str, canvas: CanvasReport | None) -> Report | None:
-        """What to tell about the request now, None if nothing ran.
+        """The report since the last one, None if nothing ran.
 
         Args:
-            request_id: whose output leaves.
-            canvas: what it committed, None if it did not.
+            request_id: the request whose output leaves.
+            canvas: the canvas it committed, None if it committed none.
         """
         count = self._counts.pop(request_id, None)
         if count is None:
@@ -167,6 +167,6 @@ class Meter:
         )
 
     def keep(self, request_ids: Collection[str]) -> None:
-        """Forget every request but these: one that is gone reports no more."""
+        """Drop the counts of all requests but these."""
         for request_id in self._counts.keys() - request_ids:
             del self._counts[request_id]

@@ -48,7 +48,7 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         (entropy_bound_kernels._decide_canvas, sizes, 8),
         (canvas_kernels._apply_canvas, sizes, 4),
         (canvas_kernels._apply_canvas, sizes | {"commit_rows": None, "commit_counts": None}, 4),
-        (canvas_kernels._take_beliefs, {"BLOCK": canvas_kernels._COPIED}, 4),
+        (canvas_kernels._store_soft_embeddings, {"BLOCK": canvas_kernels._COPIED}, 4),
         (canvas_kernels._begin_canvas, sizes, 4),
         (canvases_kernels._lay_out_canvas, {"LENGTH": 256, "BLOCK": 256}, 4),
         (canvases_kernels._tell_request, {"LENGTH": 256, "BLOCK": 256}, 4),

@@ -20,7 +20,7 @@ def levels(findings: list[Finding]) -> list[Level]:
     return [finding.level for finding in findings]
 
 
-def test_a_healthy_gpu_host_has_nothing_to_mend():
+def test_a_healthy_gpu_host_has_nothing_to_fix():
     vllm = InstalledVllm(version="0.33.0", distributions=("vllm",))
     findings = [
         *doctor.check_packages(),
@@ -31,7 +31,7 @@ def test_a_healthy_gpu_host_has_nothing_to_mend():
         *doctor.check_environment({}),
     ]
     assert set(levels(findings)) == {Level.OK}
-    assert not any(finding.mend for finding in findings)
+    assert not any(finding.remedy for finding in findings)
 
 
 def test_a_missing_vllm_and_one_out_of_range_are_problems():
@@ -39,11 +39,11 @@ def test_a_missing_vllm_and_one_out_of_range_are_problems():
     assert levels(doctor.check_vllm(old)) == [Level.PROBLEM]
 
 
-def test_a_transformers_that_nothing_was_compared_with_is_named():
+def test_a_transformers_that_is_untested_is_named():
     for version in ("5.18.0", "5.25.0"):
         (finding,) = doctor.check_transformers(version)
         assert finding.level is Level.NOTE
-        assert f"transformers {version} was not compared with" in finding.text
+        assert f"transformers {version} is untested; tested with" in finding.text
     assert doctor.check_transformers("5.24.0") == doctor.check_transformers(None) == []
 
 
@@ -56,10 +56,10 @@ def test_the_community_build_is_named():
 
 
 @pytest.mark.parametrize("state", [AliasState.MISSING, AliasState.STALE])
-def test_a_command_that_cannot_start_is_a_problem_the_doctor_can_mend(state):
+def test_a_command_that_cannot_start_is_a_problem_the_doctor_can_fix(state):
     (finding,) = doctor.check_alias(Alias(state, "0.32.0+cpu"))
     assert finding.level is Level.PROBLEM
-    assert finding.mend == "vllm-diffusion doctor --fix"
+    assert finding.remedy == "vllm-diffusion doctor --fix"
 
 
 def test_two_owners_of_the_package_are_a_warning():
@@ -75,7 +75,7 @@ def test_a_plugin_that_is_not_installed():
 def test_an_allow_list_without_the_plugin_is_a_problem(value, wanted):
     (finding,) = doctor.check_plugin({"VLLM_PLUGINS": value}, [PLUGIN])
     assert finding.level is Level.PROBLEM
-    assert f"VLLM_PLUGINS={wanted}," in finding.mend
+    assert f"VLLM_PLUGINS={wanted}," in finding.remedy
 
 
 def test_an_allow_list_with_the_plugin_is_fine():
@@ -84,12 +84,12 @@ def test_an_allow_list_with_the_plugin_is_fine():
 
 def test_a_plugin_that_is_switched_off_is_a_warning():
     (finding,) = doctor.check_plugin({"VLLM_DIFFUSION": "0"}, [PLUGIN])
-    assert (finding.level, finding.mend) == (Level.WARNING, "unset VLLM_DIFFUSION")
+    assert (finding.level, finding.remedy) == (Level.WARNING, "unset VLLM_DIFFUSION")
 
 
 def test_a_forced_runner_is_a_problem():
     (finding,) = doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "0"})
-    assert (finding.level, finding.mend) == (Level.PROBLEM, "unset VLLM_USE_V2_MODEL_RUNNER")
+    assert (finding.level, finding.remedy) == (Level.PROBLEM, "unset VLLM_USE_V2_MODEL_RUNNER")
     assert doctor.check_environment({"VLLM_USE_V2_MODEL_RUNNER": "1"}) == []
 
 
@@ -124,7 +124,7 @@ def test_the_cuda_part_of_the_head_is_reported_where_it_is_asked_for(monkeypatch
     assert "expected triton or cuda" in finding.text
 
 
-def test_a_torch_that_does_not_import_is_said_by_every_command(tmp_path):
+def test_a_torch_that_cannot_be_imported_is_reported_by_every_command(tmp_path):
     """In a process of its own: too much of this one has torch already."""
     task = tmp_path / "task.jsonl"
     task.write_text('{"prompt": "a"}')
@@ -138,11 +138,11 @@ def test_a_torch_that_does_not_import_is_said_by_every_command(tmp_path):
 
     status, report = run("doctor")
     assert status == 1
-    assert any(line.startswith("PROBLEM  torch does not import: ") for line in report)
+    assert any(line.startswith("PROBLEM  torch cannot be imported: ") for line in report)
     for arguments in (("tune", "a-model", "--task", str(task)), ("trace", str(task))):
         status, (line,) = run(*arguments)
         assert status == 1
-        assert line.endswith("`vllm-diffusion doctor` says what is missing")
+        assert line.endswith("run `vllm-diffusion doctor` to see what is missing")
 
 
 def test_a_torch_told_to_load_no_backends_is_a_warning():
@@ -151,12 +151,12 @@ def test_a_torch_told_to_load_no_backends_is_a_warning():
     ]
 
 
-def test_the_report_puts_what_mends_below_what_is_wrong():
-    findings = [Finding(Level.OK, "fine"), Finding(Level.PROBLEM, "broken", "mend it")]
+def test_the_report_puts_the_remedy_below_the_problem():
+    findings = [Finding(Level.OK, "fine"), Finding(Level.PROBLEM, "broken", "repair it")]
     assert doctor.render(findings).splitlines() == [
         "ok       fine",
         "PROBLEM  broken",
-        "         -> mend it",
+        "         -> repair it",
     ]
 
 
