@@ -1,19 +1,19 @@
-"""What the engine serves: the constants of its decoding rule, and where each comes from.
+"""Engine options and the constants of the decoding rule: which source sets each.
 
-Of two places that name a constant the upper one wins:
+If several sources name a constant, the one listed first wins:
 
     option of the request          request.requested_rule
-    preset of the request          request.requested_rule; stands in for the preset below
+    preset of the request          request.requested_rule; replaces the preset below
     additional_config              {"diffusion": {"t_max": 0.9}}, our options for every request
     preset of additional_config    {"diffusion": {"preset": "fast"}}
     diffusion_config               {"max_denoising_steps": 24}, vLLM's own
     override_generation_config     {"t_max": 0.9}, vLLM's own
     generation_config.json         of the checkpoint
 
-The last three are the published rule, ``reference``: vLLM's options say what the model is, ours
-what a request is given. A constant that nobody names is missing, never guessed: engines that
-shipped built-in values for the same model disagree with each other. What is missing or wrong is
-refused at start, all problems in one message.
+The last three define the published rule, ``reference``: vLLM's options describe the model, ours
+change what requests get. A constant that no source sets is an error and is never given a built-in
+value: engines that shipped built-in values for the same model disagree with each other. Everything
+missing or wrong is refused at start, in one message.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from vllm_diffusion.denoise.constants import (
     RuleConstants,
     ServedRules,
     declared,
+    formatted,
     published,
-    written,
 )
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
@@ -52,7 +52,7 @@ _EXACT: Final = "exact"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What an engine serves, decided before it starts; every process of it knows."""
+    """What an engine serves. Decided before it starts and known to all its processes."""
 
     canvas_length: int
     """The widest canvas a request may have, in rows."""
@@ -60,12 +60,12 @@ class Served:
     family: Family
     """What the model declares."""
     head_memory_mb: int
-    """What the logits of a step may take."""
+    """Memory limit for the logits of a step, in MB."""
     head_weights: HeadForm | None
-    """What the head reads its matrix in; None for the matrix itself."""
+    """Format of the copy of the output matrix that the head reads; None for the matrix itself."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a config that is written as JSON."""
+        """Plain values that can be written as JSON."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {**values, "family": self.family.to_dict(), "rules": self.rules.to_dict()}
 
@@ -91,22 +91,21 @@ def served_rules(
     additional: object = None,
     kind: type[RuleConstants] = EntropyBoundConstants,
 ) -> tuple[ServedRules, dict[str, str]]:
-    """The rules that requests may be denoised by, and who changed the default one.
+    """The decoding rules that requests may use, and where the default rule's constants come from.
 
     Args:
         checkpoint: the keys of ``generation_config.json``.
-        source: where they came from, for the error message.
+        source: where they were read from, for the error message.
         override: vLLM's ``override_generation_config``.
         max_denoising_steps: of vLLM's ``diffusion_config``.
-        additional: ``additional_config["diffusion"]``, whatever the user wrote there.
-        kind: of the rule that the family was published with.
+        additional: ``additional_config["diffusion"]``, unchecked.
+        kind: kind of the rule that the family was published with.
 
     Returns:
-        The rules, and of every constant of the default one that is not the checkpoint's the option
-        it comes from.
+        The rules; and, for each constant of the default rule that an option set, that option.
 
     Raises:
-        CheckpointError: constants missing or out of range, or a sampler we do not know.
+        CheckpointError: constants missing or out of range, or an unknown sampler.
         ConfigError: options of ours that are unknown, malformed or contradict each other. Either
             message lists every problem and the way out.
     """
@@ -142,30 +141,30 @@ def served_rules(
 
 
 def fused_commit(additional: object) -> bool:
-    """Whether commits are fused where the engine can and the request does not say.
+    """Whether commits are fused by default, for requests that do not set it.
 
     Args:
-        additional: ``additional_config["diffusion"]``, which ``served_rules`` has let through.
+        additional: ``additional_config["diffusion"]``, already checked by ``served_rules``.
     """
     return bool(additional.get(_FUSED_COMMIT, True)) if isinstance(additional, dict) else True
 
 
 def describe(rule: RuleConstants, origins: Mapping[str, str]) -> str:
-    """A rule in one line, with the option that each changed constant comes from."""
+    """A rule on one line, with the option that set each changed constant."""
     return ", ".join(
         f"{text} ({origins[name]})" if name in origins else text
-        for name, text in written(rule).items()
+        for name, text in formatted(rule).items()
     )
 
 
 def head_memory(additional: object) -> int:
-    """MB that a step's logits may take, of options that ``served_rules`` has let through."""
+    """Memory limit for a step's logits in MB, from options that ``served_rules`` has checked."""
     named = additional.get(HEAD_MEMORY) if isinstance(additional, dict) else None
     return int(named or _HEAD_MEMORY_MB)
 
 
 def head_weights(additional: object) -> HeadForm | None:
-    """What the head reads its matrix in, None for the matrix itself; see ``head_memory``."""
+    """Format of the head's copy of its matrix, None for no copy; options as in ``head_memory``."""
     named = additional.get(HEAD_WEIGHTS) if isinstance(additional, dict) else None
     return next((form for form in HEAD_FORMS if form == named), None)
 
@@ -176,7 +175,7 @@ def _generation(
     max_denoising_steps: int | None,
     kind: type[RuleConstants],
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The generation config with vLLM's options laid over it, who changed what, what is wrong."""
+    """The generation config with vLLM's options applied, their origins, and all problems."""
     constants = declared(kind)
     keys = {name: constants[name].key or name for name in published(kind)}
     generation = {**checkpoint, **override}
@@ -214,9 +213,9 @@ def _generation(
 def _reference(
     generation: Mapping[str, Any], kind: type[RuleConstants]
 ) -> tuple[RuleConstants, list[str]]:
-    """The published rule of a generation config, and what is missing or wrong with it.
+    """The published rule of a generation config, and all problems found in it.
 
-    Where something is wrong, the rule holds the least value in its place.
+    A constant with a problem gets its least accepted value.
     """
     constants, problems = declared(kind), []
     values: dict[str, Any] = {}
@@ -253,7 +252,7 @@ def _reference(
 def _options(
     additional: object, kind: type[RuleConstants]
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Preset and constants of ``additional_config["diffusion"]``, and what is wrong there."""
+    """Preset and constants of ``additional_config["diffusion"]``, and all problems found there."""
     if additional is None:
         return REFERENCE, {}, []
     where = 'additional_config["diffusion"]'

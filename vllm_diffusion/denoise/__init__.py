@@ -1,6 +1,11 @@
-"""The rules of denoising, one a file, pure tensors, batch first.
+"""The parts that decoding rules are made of: pure functions on tensors, batch first.
 
-schedule -> temperature of a step; accept -> which positions keep their sample; renoise -> what the
-others become; draft -> what a canvas begins with instead of noise; stop -> whether the canvas is
-finished; rng -> the noise all of them draw from.
+schedule    temperature of a step
+accept      positions that keep their token
+noise       what a new canvas holds, and what rejected positions become; renoise draws it
+draft       a canvas that begins from given tokens instead of noise
+stop        whether a canvas is finished
+rng         counter-based random numbers; philox is the same for Triton kernels
+constants   a rule's constants, each declared once
+presets     named sets of constants
 """

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 DRIFT: Final = 0.05
-"""Most that the probability of a token may have moved in a step for its belief to be at rest."""
+"""Largest change of a token's probability in one step that still counts as stable."""
 
 
 def entropy_bound(entropy: Tensor, bound: Tensor, valid: Tensor) -> Tensor:
     """The lowest-entropy positions whose joint mutual information stays within ``bound`` nats.
 
-    Positions are taken in ascending entropy while (running sum) - (largest so far) <= bound; in
-    ascending order the largest so far is the position itself. The first position always passes, so
-    every step accepts at least one.
+    Positions are accepted in ascending entropy while (running sum) - (largest so far) <= bound; in
+    ascending order the largest so far is the position's own entropy. The first position always
+    passes, so every step accepts at least one.
 
     Args:
         entropy: [B, L] fp32, nats.
@@ -35,7 +35,7 @@ def entropy_bound(entropy: Tensor, bound: Tensor, valid: Tensor) -> Tensor:
     return torch.zeros_like(valid).scatter_(1, index, within) & valid
 
 
-def held(  # noqa: PLR0917 - two steps, in the order they are compared
+def stable_argmax(  # noqa: PLR0917 - two steps, in the order they are compared
     argmax: Tensor,
     top_prob: Tensor,
     last_argmax: Tensor,
@@ -43,16 +43,17 @@ def held(  # noqa: PLR0917 - two steps, in the order they are compared
     threshold: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """The positions whose argmax is likely, was the argmax the step before, and as likely.
+    """The positions whose argmax is likely and has not changed since the last step.
 
-    What two inputs, noised differently, agree upon needs no entropy to vouch for it.
+    The argmax must be the same token with about the same probability. Two inputs with different
+    noise agree on it, so it is accepted whatever its entropy.
 
     Args:
         argmax: [B, L] int64.
         top_prob: [B, L] fp32, probability of the argmax.
         last_argmax: [B, L] int64, of the step before.
         last_top_prob: [B, L] fp32; 0 where there was no step before.
-        threshold: [B] fp32, least probability; 0 holds nothing.
+        threshold: [B] fp32, least probability; 0 selects no position.
         valid: [B, L] bool, False beyond a canvas's width.
 
     Returns:
@@ -60,7 +61,7 @@ def held(  # noqa: PLR0917 - two steps, in the order they are compared
 
     Source: after KLASS, arXiv 2511.05664, which compares whole distributions.
     """
-    at_rest = (argmax == last_argmax) & ((top_prob - last_top_prob).abs() <= DRIFT)
-    at_rest &= last_top_prob > 0
+    stable = (argmax == last_argmax) & ((top_prob - last_top_prob).abs() <= DRIFT)
+    stable &= last_top_prob > 0
     likely = (threshold > 0)[:, None] & (top_prob >= threshold[:, None])
-    return at_rest & likely & valid
+    return stable & likely & valid

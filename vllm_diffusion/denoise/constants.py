@@ -1,10 +1,9 @@
 """The constants of decoding rules, each declared once.
 
-A rule's constants are a frozen record, and a constant is one of its fields. The field also says
-everything else there is to know: unit, bounds, meaning, and what a generation config calls it.
-Options of requests and of the engine, the tensors of the canvas pool, traces, error messages and
-the table in docs/options.md are derived from it, so a new constant takes two files: this one and
-the rule that reads it.
+A rule's constants are a frozen record, and each constant is a field with metadata: unit, bounds,
+meaning, and its name in a generation config. Options of requests and of the engine, the tensors of
+the canvas pool, traces, error messages and the table in docs/options.md are derived from it, so a
+new constant touches two files: this one and the rule that reads it.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_STEPS: Final = 1024
-"""Most denoising steps a canvas may take. Published rules take 48; a limit keeps slots moving."""
+"""Most denoising steps of a canvas. Published rules take 48; the limit bounds a slot's use."""
 
 LARGEST: Final = 1e6
-"""No temperature and no number of nats is meaningful above this, and fp32 overflows far above."""
+"""Largest accepted temperature or number of nats; far below the overflow of fp32."""
 
 SMALLEST: Final = 1 / LARGEST
-"""Least number that logits are divided by."""
+"""Smallest accepted divisor of logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant:
-    """What is known about a constant beside its value."""
+    """Metadata of a constant."""
 
     help: str
     """One line for documentation."""
@@ -41,7 +40,7 @@ class Constant:
     least: float = 0.0
     most: float = LARGEST
     off: str | None = None
-    """What 0 means where 0 is accepted although it lies below ``least``."""
+    """Meaning of 0, if 0 is accepted although it is below ``least``; else None."""
     key: str | None = None
     """Dotted name in a generation config; None if no checkpoint gives it."""
     exact: bool = False
@@ -49,13 +48,13 @@ class Constant:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pool's tensor."""
+        """Dtype of the pool's tensor."""
         if self.integral:
             return torch.int64
         return torch.float64 if self.exact else torch.float32
 
     def expected(self, value: object) -> str | None:
-        """What a value has to be, if it is something else; None if it is accepted."""
+        """What a rejected value should have been; None if the value is accepted."""
         number = isinstance(value, int if self.integral else int | float)
         if not number or isinstance(value, bool):
             return self._accepted()
@@ -65,7 +64,7 @@ class Constant:
         if value > self.most:
             most = f"at most {self.most:g}"
             return most if self.integral else f"a finite number of {most}"
-        return None if value >= self.least else self._accepted()  # NaN is not either
+        return None if value >= self.least else self._accepted()  # rejects NaN too
 
     def _accepted(self) -> str:
         if self.off is not None:
@@ -76,23 +75,22 @@ class Constant:
 
 
 def declare(constant: Constant, *, default: float | None = None) -> Any:  # noqa: ANN401 - a field
-    """A dataclass field for a constant; without a default the checkpoint has to give it."""
+    """A dataclass field for a constant; without a default the checkpoint must provide it."""
     given: Any = MISSING if default is None else default
     return field(default=given, metadata={Constant.__name__: constant})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleConstants:
-    """What the constants of every rule have in common (host side).
+    """Base of every rule's constants (host side).
 
-    Constants without a default belong to the published rule. The default of any other constant
-    switches its part of the rule off.
+    Constants without a default belong to the published rule. Every other constant defaults to off.
     """
 
     kind: ClassVar[str]
     """Name of the rule, a key of ``KINDS``."""
     sections: ClassVar[Mapping[str, str]] = {}
-    """Sections of a generation config that hold constants, and the class each has to name."""
+    """Sections of a generation config that hold constants, and the class that each must name."""
 
     max_steps: int = declare(
         Constant(
@@ -107,15 +105,15 @@ class RuleConstants:
 
     @property
     def remembered(self) -> int:
-        """Steps whose argmax the rule compares with the latest one."""
+        """Number of previous steps whose argmax the rule needs."""
         return 0
 
     def incoherent(self, *, beside: RuleConstants | None = None, prefix: str = "") -> list[str]:
-        """Why these values cannot be used together, if they cannot.
+        """Problems of these values in combination; empty if there are none.
 
         Args:
-            beside: the served rule, which a request changes.
-            prefix: of the constants' names.
+            beside: the served rule, if a request changes it.
+            prefix: prefix of the constants' names in the messages.
         """
         del beside, prefix
         return []
@@ -123,7 +121,7 @@ class RuleConstants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyBoundConstants(RuleConstants):
-    """Of ``rules.entropy_bound``: DiffusionGemma's published rule and two additions to it."""
+    """Constants of ``rules.entropy_bound``: the published rule of DiffusionGemma and additions."""
 
     kind: ClassVar[str] = "entropy_bound"
     sections: ClassVar[Mapping[str, str]] = {"sampler_config": "EntropyBoundSamplerConfig"}
@@ -145,7 +143,7 @@ class EntropyBoundConstants(RuleConstants):
     )
     entropy_bound: float = declare(
         Constant(
-            help="Entropy that the tokens accepted in one step may share.",
+            help="Bound on the joint entropy of the tokens accepted in one step.",
             unit="nats",
             key="sampler_config.entropy_bound",
         )
@@ -159,7 +157,7 @@ class EntropyBoundConstants(RuleConstants):
     )
     stability_threshold: int = declare(
         Constant(
-            help="Steps for which the argmax must hold; at most the served number.",
+            help="Steps for which the argmax must be stable; at most the served number.",
             unit="steps",
             integral=True,
             most=MAX_STEPS,
@@ -168,26 +166,24 @@ class EntropyBoundConstants(RuleConstants):
     )
     hold_threshold: float = declare(
         Constant(
-            help="Probability from which a position keeps an argmax that held for a step; "
-            "0: never.",
+            help="Probability from which a position keeps an argmax stable for one step; 0: never.",
         ),
         default=0.0,
     )
     doubt_threshold: float = declare(
         Constant(
-            help="Expected wrong tokens below which a canvas may end without having held; "
-            "0: never.",
+            help="Expected wrong tokens below which a canvas may end at once; 0: never.",
             unit="tokens",
         ),
         default=0.0,
     )
     soft_embedding_top_k: int = declare(
         Constant(
-            help="Likeliest ids that self-conditioning averages, an approximation; 0: all ids.",
+            help="Most likely ids that self-conditioning averages, an approximation; 0: all ids.",
             unit="ids",
             integral=True,
-            least=8,  # fewer say little
-            most=64,  # more cost what is to be saved
+            least=8,  # fewer are too coarse an approximation
+            most=64,  # more cost as much as they save
             off="all ids",
         ),
         default=0,
@@ -195,11 +191,11 @@ class EntropyBoundConstants(RuleConstants):
 
     @property
     def remembered(self) -> int:
-        """The argmax is compared with as many steps as it has to hold."""
+        """As many steps as the argmax has to be stable for."""
         return self.stability_threshold
 
     def incoherent(self, *, beside: RuleConstants | None = None, prefix: str = "") -> list[str]:
-        """Why the temperatures make no ramp, if they make none."""
+        """``t_max`` must not be below ``t_min``."""
         if self.t_max >= self.t_min:
             return []
         low, high = f"{prefix}t_min ({self.t_min})", f"{prefix}t_max ({self.t_max})"
@@ -221,12 +217,12 @@ def declared(kind: type[RuleConstants]) -> dict[str, Constant]:
 
 
 def published(kind: type[RuleConstants]) -> tuple[str, ...]:
-    """Names of the constants that a checkpoint has to give."""
+    """Names of the constants that a checkpoint must provide."""
     return tuple(each.name for each in fields(kind) if each.default is MISSING)
 
 
-def written(rule: RuleConstants) -> dict[str, str]:
-    """The constants of a rule as a reader sees them, each as ``name=value``, by name."""
+def formatted(rule: RuleConstants) -> dict[str, str]:
+    """The constants of a rule for display, each as ``name=value``, by name."""
     return {name: f"{name}={getattr(rule, name)}" for name in declared(type(rule))}
 
 
@@ -238,18 +234,18 @@ CONSTANTS: Final[Mapping[str, Constant]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRules:
-    """The rules that the requests of an engine may be denoised by (host side)."""
+    """The decoding rules that an engine's requests may use (host side)."""
 
-    default: RuleConstants  # where a request names no preset
-    presets: dict[str, RuleConstants]  # by the preset that a request names
+    default: RuleConstants  # for requests that name no preset
+    presets: dict[str, RuleConstants]  # by name of the preset
 
     @property
     def remembered(self) -> int:
-        """Steps that the engine must remember so that every one of the rules can be followed."""
+        """Number of previous steps that the pool must store to serve every rule."""
         return max(rule.remembered for rule in (self.default, *self.presets.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a config that is written as JSON."""
+        """Plain values that can be written as JSON."""
         return {"kind": self.default.kind, **asdict(self)}
 
     @staticmethod
@@ -261,7 +257,7 @@ class ServedRules:
 
 
 class ConstantTable:
-    """The constants of every slot as tensors [S], each under its name."""
+    """The constants of every slot: one tensor [S] per constant, an attribute by its name."""
 
     def __init__(self, constants: RuleConstants, *, num_slots: int, device: torch.device) -> None:
         self._tensors: dict[str, Tensor] = {
@@ -278,6 +274,6 @@ class ConstantTable:
             raise AttributeError(name) from None
 
     def put(self, slot: int, constants: RuleConstants) -> None:
-        """Give a slot its constants; nobody waits for the device."""
+        """Write a slot's constants without a device sync."""
         for name, tensor in self._tensors.items():
             tensor[slot].fill_(getattr(constants, name))

@@ -1,4 +1,4 @@
-"""A draft that a canvas begins with: which of its tokens become noise, and where it sets in."""
+"""Start a canvas from a draft: which of its tokens become noise, and the step to start at."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def begun_from_draft(
+def seed_canvas_from_draft(
     draft: Sequence[int], *, pinned: Sequence[int], level: float, seed: int, start: int, steps: int
 ) -> tuple[tuple[int, ...], int]:
-    """The seed canvas that a draft becomes, and its first step.
+    """The seed canvas of a draft, and the step it starts at.
 
     Args:
         draft, level, seed, start: see ``noised_draft``.
-        pinned: places of the draft that keep their token.
-        steps: of the whole schedule.
+        pinned: indices into the draft that keep their token.
+        steps: steps of the whole schedule.
     """
     noised = noised_draft(draft, seed=seed, start=start, level=level)
     for at in pinned:
@@ -29,10 +29,10 @@ def begun_from_draft(
 
 
 def noised_draft(draft: Sequence[int], *, seed: int, start: int, level: float) -> list[int]:
-    """A draft in which a share of the positions is left to the noise of a new canvas.
+    """A draft with a share of its positions replaced by noise.
 
-    Each position is drawn by itself, as in training. At level 1 nothing is left of the draft, and
-    a canvas that begins from it is one that begins from none.
+    Each position is drawn independently, as in training. Level 1 replaces the whole draft, which
+    equals starting without one.
 
     Args:
         draft: token ids.
@@ -41,7 +41,7 @@ def noised_draft(draft: Sequence[int], *, seed: int, start: int, level: float) -
         level: share of noise, above 0 and at most 1.
 
     Returns:
-        As many token ids, -1 where noise stands.
+        The draft's ids, -1 where the canvas starts with noise.
     """
     position = start + torch.arange(len(draft))
     step = position.new_zeros(())
@@ -51,5 +51,5 @@ def noised_draft(draft: Sequence[int], *, seed: int, start: int, level: float) -
 
 
 def first_step(level: float, max_steps: int) -> int:
-    """The step of a schedule at which a canvas has this share of noise; at least one is left."""
+    """The step of a schedule with this share of noise left; at least one step remains."""
     return max_steps - max(1, round(level * max_steps))

@@ -1,4 +1,4 @@
-"""The noise that a family was trained to undo: what a canvas begins with, and returns to."""
+"""The noise that a family was trained on: new canvases hold it, rejected positions become it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CanvasNoise(Protocol):
     """Noise by position, drawn from the request's key."""
 
     def initial(self, seed: Tensor, position: Tensor) -> Tensor:
-        """What new canvases hold.
+        """The tokens of new canvases.
 
         Args:
             seed: [B, 2] int64, see ``rng.philox``.
@@ -26,7 +26,7 @@ class CanvasNoise(Protocol):
         """
 
     def renoise(self, seed: Tensor, position: Tensor, step: Tensor) -> Tensor:
-        """What positions become that were not accepted in a step [B] int64; else as ``initial``."""
+        """The tokens of positions rejected in a step [B] int64; arguments as for ``initial``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class UniformNoise:
 
 @dataclass(frozen=True, slots=True)
 class AbsorbingNoise:
-    """One mask token, which no text may hold."""
+    """One mask token, which must not occur in text."""
 
     mask_id: int
 
@@ -60,5 +60,5 @@ class AbsorbingNoise:
 
 
 def noise_of(mask_id: int | None, vocab_size: int) -> CanvasNoise:
-    """The noise of a family: its mask token, or without one any token of the vocabulary."""
+    """The noise of a family: its mask token, or uniform over the vocabulary if it has none."""
     return UniformNoise(vocab_size) if mask_id is None else AbsorbingNoise(mask_id)

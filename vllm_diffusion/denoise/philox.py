@@ -1,7 +1,7 @@
-"""The numbers of ``rng`` inside Triton kernels: the same counters, bit for bit.
+"""``rng`` for Triton kernels: the same numbers, bit for bit.
 
-Imported where Triton's kernels are alone. Triton's own Philox is the generator; what is here is the
-layout of key and counter, and the two ways a word is read.
+Imported only by Triton kernels. The generator is Triton's own Philox; this module has the layout of
+key and counter, and the conversion of words to uniforms and token ids.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def seed_of(low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """The key of a request's noise from its two words [...] int64, as ``words`` takes it."""
+    """Key of a request's noise, from its two words [...] int64, in the form ``words`` takes."""
     return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
 
 
@@ -26,7 +26,7 @@ def words(
     purpose: tl.constexpr,
     tile: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Four uint32 words a counter, see ``rng.philox``; the arguments broadcast to ``position``."""
+    """Four uint32 words per counter, see ``rng.philox``; arguments broadcast to ``position``."""
     zero = (position * 0).to(tl.uint32)
     return tl.philox(
         seed,

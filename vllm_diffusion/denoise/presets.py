@@ -1,7 +1,7 @@
-"""Presets: rules with a name, as data.
+"""Presets: named sets of rule constants.
 
-A preset sets the constants that it names and leaves the others to what it is laid over, see
-``config``. To add one, add a row, judge it on hard items and keep it only if it pays there:
+A preset sets the constants that it names; the others come from the sources below it, see
+``config``. To add one, add a row, measure it on hard items and keep it only if it pays there:
 
     benchmarks/quality.py --preset reference --preset NAME --sizes hard
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REFERENCE: Final = "reference"
-"""The constants as published, all of them; what a request gets where nobody asks for another."""
+"""All constants as published; the default."""
 
 PRESETS: Final[dict[str, Mapping[str, Any]]] = {
     REFERENCE: {},

@@ -1,4 +1,4 @@
-"""What the positions that were not accepted become."""
+"""Uniform random tokens for new canvases and rejected positions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def initial_canvas(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 def uniform_tokens(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     """Uniform random tokens for the rejected positions, drawn over the whole vocabulary.
 
-    The model was trained on full-vocabulary noise, so the draw is never narrowed, not even where a
-    request constrains what may be said.
+    The model was trained on full-vocabulary noise, so the draw is never narrowed, not even if a
+    request constrains the output.
 
     Args:
         seed: [B, 2] int64.

@@ -1,4 +1,4 @@
-"""Counter-based noise: a number is a function of (seed, position, step, purpose, tile) alone.
+"""Counter-based noise: a number depends only on (seed, position, step, purpose, tile).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter
 is ``(position, step, purpose, tile)``, the key is the request's 64-bit seed. Because no state is
@@ -23,13 +23,13 @@ _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
 _MURMUR: Final = (0x85EBCA6B, 0xC2B2AE35)
 
-# 23 bits and a half: the most that fp32 holds exactly below 1. With 24, n + 0.5 rounds to even
-# above one half and the largest word becomes 1.0, whose Gumbel is infinite.
+# n + 0.5 with 23 bits is the most that fp32 represents exactly below 1. With 24 bits it rounds to
+# even above one half, and the largest word becomes 1.0, whose Gumbel is infinite.
 _UNIFORM_BITS: Final = 23
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for. A purpose never shares a counter with another."""
+    """What a number is drawn for. No two purposes share a counter."""
 
     INITIAL_CANVAS = 0
     SAMPLE = 1
@@ -42,8 +42,8 @@ class Purpose(IntEnum):
 def request_seed(seed: int | None, request_id: str) -> int:
     """The 64-bit key of a request's noise.
 
-    A client's ``seed`` is taken modulo 2**64. Without one the request id decides: it is unique, it
-    survives preemption, and every tensor-parallel rank knows it, so no number has to be exchanged.
+    A client's ``seed`` is taken modulo 2**64. Without one the key is a hash of the request id,
+    which is unique, survives preemption, and is known to every tensor-parallel rank.
     """
     if seed is not None:
         return seed % (1 << 64)
@@ -70,8 +70,8 @@ def philox(
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    # The generator treats (c0, c2) alike, and (c1, c3): as the first dimension of one tensor each
-    # they take half the operations of four. Adding zero broadcasts.
+    # The generator treats c0 and c2 alike, and c1 and c3. Each pair is stacked in one tensor, which
+    # halves the number of operations. Adding zero broadcasts.
     zero = (position + step + seed[..., 0] + tile) * 0
     even = torch.stack([zero + position, zero + int(purpose)])
     odd = torch.stack([zero + step, zero + tile])
@@ -90,7 +90,7 @@ def philox(
 
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Multipliers and key increments, [2] int64 each: to make them anew would wait for a GPU."""
+    """Multipliers and key increments, [2] int64 each; cached, as creating them syncs with a GPU."""
     return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_WEYL, device=device)
 
 
@@ -100,10 +100,11 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def token_words(key: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
-    """A 32-bit word per token id, where a Philox call for each would cost more than its weight.
+    """A 32-bit word per token id, cheaper than a Philox call per id.
 
-    The finaliser of MurmurHash3 (Appleby, public domain) over id and key, one word of the key on
-    either side of its first product, so that no two keys give the same words in another order.
+    The finaliser of MurmurHash3 (Appleby, public domain) over id and key. One word of the key goes
+    in before its first product and the other after it, so that no two keys give the same words in
+    another order.
 
     Args:
         key: two words of [...] int64 in [0, 2**32), from ``philox``.
@@ -119,9 +120,9 @@ def token_words(key: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
 
 
 def fine_uniform(word: Tensor) -> Tensor:
-    """fp32 in the open interval (0, 1) from a 32-bit word, all of its bits kept near 0.
+    """fp32 in the open interval (0, 1) from a 32-bit word, keeping all of its bits near 0.
 
-    For races among many: the least of 2**18 numbers with 23 bits would often be shared by two.
+    For minima over many numbers: among 2**18 numbers of 23 bits the least is often tied.
     """
     return ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 

@@ -23,7 +23,7 @@ def linear_temperature(step: Tensor, max_steps: Tensor, t_min: Tensor, t_max: Te
     Source: ``LinearTemperatureScheduleLogitsProcessor`` of Transformers' diffusion_gemma.
     """
     remaining = (max_steps - step).clamp(min=1).float()
-    # The source subtracts Python floats and only then meets an fp32 tensor. Subtracting ends that
-    # are already rounded to fp32 gives another last bit for ranges such as 0.3..0.7.
+    # The source subtracts Python floats before an fp32 tensor is involved. Subtracting values
+    # already rounded to fp32 changes the last bit for ranges such as 0.3..0.7.
     span = (t_max - t_min).float()
     return t_min.float() + span * (remaining / max_steps)

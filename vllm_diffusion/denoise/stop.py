@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-BELIEVED: Final = 0.5
-"""A token that was likelier than all others together, the step before."""
+MAJORITY: Final = 0.5
+"""Above this probability a token is likelier than all others together."""
 
 
 def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order they are compared
@@ -19,7 +19,7 @@ def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order t
     valid: Tensor,
     stability: Tensor | None = None,
 ) -> Tensor:
-    """The argmax canvas has not moved for ``stability`` steps and the canvas is certain on average.
+    """The argmax has not changed for ``stability`` steps and the mean entropy is low.
 
     Args:
         argmax: [B, L] int64, argmax of this step.
@@ -28,8 +28,8 @@ def stable_and_confident(  # noqa: PLR0917 - tensors of one step, in the order t
         entropy: [B, L] fp32, nats, of the temperature-scaled distribution.
         threshold: [B] fp32, nats; finished below it.
         valid: [B, L] bool, False beyond a canvas's width.
-        stability: [B] int64, 0..S, how many of the latest steps count; None for all. 0 asks
-            for confidence alone.
+        stability: [B] int64, 0..S, how many of the latest steps count; None for all. With 0 only
+            the entropy counts.
 
     Returns:
         [B] bool.
@@ -53,13 +53,13 @@ def low_doubt(  # noqa: PLR0917 - two steps, in the order they are compared
     threshold: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """The canvas leaves next to nothing open and takes back nothing that it believed.
+    """The canvas has little doubt left and overturns no token that was likely one step before.
 
-    What is left open is the number of tokens that a sample would have otherwise than the argmax, on
-    average: the sum of 1 - p. A sum, so that a wide canvas is held to the same as a narrow one.
-    A canvas may look certain while it still moves, one part waiting for another. What gives that
-    away is that it overturns a token it believed in the step before. It may well settle what was
-    open, which is why it need not hold for a step.
+    Doubt is the expected number of positions at which a sample differs from the argmax: the sum of
+    1 - p. It is a sum, so that wide and narrow canvases meet the same criterion.
+    A canvas may look certain while parts of it still depend on each other. It then overturns tokens
+    that had a probability above ``MAJORITY`` in the last step. Positions that were open may still
+    change, so the argmax need not be stable for a step.
 
     Args:
         argmax: [B, L] int64.
@@ -72,6 +72,6 @@ def low_doubt(  # noqa: PLR0917 - two steps, in the order they are compared
     Returns:
         [B] bool.
     """
-    overturned = (argmax != last_argmax) & (last_top_prob > BELIEVED) & valid
+    overturned = (argmax != last_argmax) & (last_top_prob > MAJORITY) & valid
     doubt = torch.where(valid, 1 - top_prob, 0.0).sum(dim=1)
     return (doubt < threshold) & ~overturned.any(dim=1)

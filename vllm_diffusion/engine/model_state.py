@@ -25,7 +25,7 @@ from vllm_diffusion.constrain.automaton.record import TokenAutomaton
 from vllm_diffusion.constrain.automaton.slots import AutomatonSlots
 from vllm_diffusion.constrain.guard import Guards
 from vllm_diffusion.constrain.table import ConstraintTable
-from vllm_diffusion.denoise.draft import begun_from_draft
+from vllm_diffusion.denoise.draft import seed_canvas_from_draft
 from vllm_diffusion.denoise.noise import noise_of
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine import carriers
@@ -197,7 +197,7 @@ class CanvasModelState(ModelState):
         self._account.admit(req_index, admitted.canvas_length)
         asked, prompt_length = constraints(sampling, admitted), len(new_req_data.prompt_token_ids)
         if admitted.noise_level is not None:
-            seed_canvas, first_step = begun_from_draft(
+            seed_canvas, first_step = seed_canvas_from_draft(
                 asked.seed_canvas,
                 pinned=asked.pinned,
                 level=admitted.noise_level,

@@ -1,7 +1,7 @@
-"""The decoding rules, each as one object: see ``rule.Rule``, and ``entropy_bound`` for one of them.
+"""The decoding rules, one object each: ``rule.Rule`` is the interface, ``entropy_bound`` a rule.
 
-A rule puts the pure functions of ``denoise`` together for the canvases of a pool. A family of
-models names the rule that it was published with (``family.Family``).
+A rule composes the pure functions of ``denoise`` for the canvases of a pool. A model family names
+the rule that it was published with (``family.Family``).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _RULES: Final = {
 _KERNELS: Final = {
     "entropy_bound": "vllm_diffusion.rules.entropy_bound_kernels:EntropyBoundKernels",
 }
-"""The same where there is a GPU, as Triton kernels. Elsewhere there may be no Triton."""
+"""The same as Triton kernels, for GPUs; by name, because other hosts may have no Triton."""
 
 
 def rule_for(kind: str, noise: CanvasNoise, *, device_type: str) -> Rule:
-    """The rule of a kind (``RuleConstants.kind``) in the form that suits the device."""
+    """The rule of a kind (``RuleConstants.kind``), implemented for the device."""
     module, _, name = (_KERNELS if device_type == "cuda" else _RULES)[kind].partition(":")
     rule: Rule = getattr(import_module(module), name)(noise)
     return rule

@@ -1,13 +1,14 @@
 """DiffusionGemma's published rule: entropy-bounded sampling on uniform noise.
 
     temperature   falls linearly over the steps
-    accept        the surest positions keep their sample, within a bound on their joint entropy
+    accept        the lowest-entropy positions keep their sample, within a bound on joint entropy
     renoise       all others become uniform noise
-    stop          the argmax has held and the canvas is certain, or it is out of steps
+    stop          the argmax is stable and the mean entropy low, or the schedule has ended
     commit        the argmax
 
-Two additions save forwards, off unless a request's constants switch them on (docs/decoding.md):
-positions that held a likely argmax for a step keep it, and a canvas without doubt may stop at once.
+Two additions save forwards; they are off unless the constants switch them on (docs/decoding.md).
+Positions with a likely argmax that is stable for a step keep it, and a canvas with little doubt may
+stop without being stable.
 
 Source: arXiv 2505.24857, and ``diffusion_gemma`` of Transformers.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.denoise.accept import entropy_bound, held
+from vllm_diffusion.denoise.accept import entropy_bound, stable_argmax
 from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.schedule import linear_temperature
 from vllm_diffusion.denoise.stop import low_doubt, stable_and_confident
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class EntropyBound(Rule):
-    """The definition, in torch; what a CPU runs."""
+    """The definition in torch, used on CPUs."""
 
     def temperature(self, pool: CanvasPool, slots: Tensor) -> Tensor:
         """The ramp from ``t_max`` to ``t_min``."""
@@ -46,8 +47,10 @@ class EntropyBound(Rule):
         """Accept, renoise, stop."""
         slots, of = batch.slots, pool.constants
         last = pool.argmax[slots], pool.top_prob[slots]
-        sure = entropy_bound(stats.entropy, of.entropy_bound[slots], batch.valid)
-        kept = held(stats.argmax, stats.top_prob, *last, of.hold_threshold[slots], batch.valid)
+        confident = entropy_bound(stats.entropy, of.entropy_bound[slots], batch.valid)
+        stable = stable_argmax(
+            stats.argmax, stats.top_prob, *last, of.hold_threshold[slots], batch.valid
+        )
         noise = self.noise.renoise(pool.seed[slots], batch.position, pool.step[slots])
         settled = stable_and_confident(
             stats.argmax,
@@ -64,18 +67,20 @@ class EntropyBound(Rule):
             batch.valid,
         )
         return Decision(
-            accept=sure | kept,
-            next_tokens=torch.where(sure, stats.sample, torch.where(kept, stats.argmax, noise)),
+            accept=confident | stable,
+            next_tokens=torch.where(
+                confident, stats.sample, torch.where(stable, stats.argmax, noise)
+            ),
             finished=settled | pool.out_of_steps(slots),
             reason=torch.where(settled, StopReason.SETTLED, StopReason.STEPS),
             commit=Commit(tokens=stats.argmax),
         )
 
     def soft_embeddings(self, pool: CanvasPool, slots: Tensor) -> tuple[Tensor | None, bool]:
-        """As many ids as each request asks for; none in the last step that a canvas may take.
+        """As many ids as each request asks for; none in the last step of a canvas's schedule.
 
-        That step conditions nothing. Which canvases take it is data of the device, so only where
-        the device is the host it is looked at.
+        No step follows that one. Which canvases are in it is known on the device, so it is used
+        only on a CPU, where the test needs no device sync.
         """
         owners = [_limited(constants) for constants in pool.owners.values()]
         top_k = pool.constants.soft_embedding_top_k[slots] if any(owners) else None

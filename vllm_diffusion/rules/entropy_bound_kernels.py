@@ -1,11 +1,12 @@
-"""``entropy_bound`` as Triton kernels: a program a canvas.
+"""``entropy_bound`` as Triton kernels, one program per canvas.
 
-Imported on a GPU alone, where in torch the same is hundreds of launches. The definitions stay and
-say what is computed here. Integers, masks, temperatures and noise are theirs bit for bit. Sums over
-a canvas (entropy before a position, mean entropy, doubt) are fp32 in an order of their own, which
-depends on the canvas alone: they differ from the definition's in the last bits, and never between
-batches. What comes before a position in ascending entropy is summed for each position by itself,
-and adding what is not negative makes no sum smaller: here too, what is accepted is a prefix.
+Imported only on a GPU, where the torch version takes hundreds of launches. ``EntropyBound`` is the
+definition. Integers, masks, temperatures and noise are equal to its bit for bit. Sums over a canvas
+(entropy before a position, mean entropy, doubt) are fp32 in another order, which depends only on
+the canvas: they may differ from the definition's in the last bits, but never between batches. The
+entropies before a position in ascending order are summed separately for each position; since they
+are not negative, sums do not decrease along that order and the accepted positions are a prefix of
+it here too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 from vllm_diffusion.denoise import philox
 from vllm_diffusion.denoise.accept import DRIFT
 from vllm_diffusion.denoise.rng import Purpose
-from vllm_diffusion.denoise.stop import BELIEVED
+from vllm_diffusion.denoise.stop import MAJORITY
 from vllm_diffusion.records import Commit, Decision, Noise, StopReason
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
     from vllm_diffusion.records import CanvasBatch, CanvasStats
 
 _DRIFT = tl.constexpr(DRIFT)
-_BELIEVED = tl.constexpr(BELIEVED)
+_MAJORITY = tl.constexpr(MAJORITY)
 _SETTLED = tl.constexpr(int(StopReason.SETTLED))
 _STEPS = tl.constexpr(int(StopReason.STEPS))
 _RENOISE = tl.constexpr(int(Purpose.RENOISE))
 
-_COMPARED = tl.constexpr(32)  # positions that all others are compared with at once
+_COMPARED = tl.constexpr(32)  # positions that all others are compared with per iteration
 
 
 class EntropyBoundKernels(EntropyBound):
-    """The rule where there is a GPU, two launches a step."""
+    """The rule on a GPU: two launches per step."""
 
     def keyed(
         self, pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None = None
@@ -71,7 +72,7 @@ def _keyed(pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None) -> tuple
         FACTOR=factor is not None,
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
-        # A multiplication and an addition in one would round once, the definition rounds twice.
+        # A fused multiply-add rounds once; the definition rounds twice.
         enable_fp_fusion=False,
     )
     return temperature, Noise(seed=seed, position=batch.position.flatten(), step=step)
@@ -121,7 +122,7 @@ def _decide(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decisio
 
 
 @triton.jit
-def _key_rows(  # noqa: PLR0917 - a kernel is launched with positions
+def _key_rows(  # noqa: PLR0917 - kernels take positional arguments
     slots: tl.tensor,
     factors: tl.tensor,
     steps: tl.tensor,
@@ -132,7 +133,7 @@ def _key_rows(  # noqa: PLR0917 - a kernel is launched with positions
     temperatures: tl.tensor,
     row_seeds: tl.tensor,
     row_steps: tl.tensor,
-    FACTOR: tl.constexpr,  # noqa: N803 - Triton's way of writing constants
+    FACTOR: tl.constexpr,  # noqa: N803 - Triton's naming of constants
     LENGTH: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
@@ -164,7 +165,7 @@ def _spent_before(
     width: tl.tensor,
     block: tl.constexpr,
 ) -> tl.tensor:
-    """[block] fp32 nats, the sum of what comes before each position in ascending entropy."""
+    """[block] fp32, nats, sum of the entropies before each position in ascending order."""
     spent = tl.zeros_like(entropy)
     for first in range(0, block, _COMPARED):
         other = first + tl.arange(0, _COMPARED)
@@ -217,20 +218,20 @@ def _decide_canvas(  # noqa: PLR0917
     last_top_prob = tl.load(last_top_probs + slot * LENGTH + offset, mask=there, other=0.0)
     step = tl.load(steps + slot)
 
-    # Entropy that is no number, or infinite, comes last and stops what is behind it.
+    # NaN or infinite entropy sorts last and is never accepted, nor is anything after it.
     spent = _spent_before(entropies + canvas * LENGTH, entropy, offset, width, BLOCK)
-    sure = valid & (entropy < float("inf")) & (spent <= tl.load(bounds + slot))
+    confident = valid & (entropy < float("inf")) & (spent <= tl.load(bounds + slot))
 
     hold = tl.load(holds + slot)
-    at_rest = (argmax == last_argmax) & (tl.abs(top_prob - last_top_prob) <= _DRIFT)
-    at_rest &= last_top_prob > 0
-    kept = at_rest & (top_prob >= tl.where(hold > 0, hold, float("inf"))) & valid
+    stable = (argmax == last_argmax) & (tl.abs(top_prob - last_top_prob) <= _DRIFT)
+    stable &= last_top_prob > 0
+    stable = stable & (top_prob >= tl.where(hold > 0, hold, float("inf"))) & valid
 
     position = tl.load(positions + row, mask=there, other=0)
     noise = philox.random_tokens(seeds + 2 * slot, position, step, _RENOISE, VOCAB)
     sample = tl.load(samples + row, mask=there, other=0)
-    tl.store(accepts + row, sure | kept, mask=there)
-    chosen = tl.where(sure, sample, tl.where(kept, argmax, noise))
+    tl.store(accepts + row, confident | stable, mask=there)
+    chosen = tl.where(confident, sample, tl.where(stable, argmax, noise))
     tl.store(next_tokens + row, chosen, mask=there)
 
     moved = tl.zeros_like(offset)
@@ -242,9 +243,9 @@ def _decide_canvas(  # noqa: PLR0917
     mean = tl.div_rn(tl.sum(tl.where(valid, entropy, 0.0), axis=0), width.to(tl.float32))
     settled = (tl.max(moved, axis=0) == 0) & (mean < tl.load(confidences + slot))
 
-    overturned = (argmax != last_argmax) & (last_top_prob > _BELIEVED) & valid
+    overturned = (argmax != last_argmax) & (last_top_prob > _MAJORITY) & valid
     doubt = tl.sum(tl.where(valid, 1 - top_prob, 0.0), axis=0)
-    at_once = (doubt < tl.load(doubts + slot)) & (tl.max(overturned.to(tl.int32), axis=0) == 0)
-    settled |= at_once
+    doubtless = (doubt < tl.load(doubts + slot)) & (tl.max(overturned.to(tl.int32), axis=0) == 0)
+    settled |= doubtless
     tl.store(finisheds + canvas, settled | (step + 1 >= tl.load(limits + slot)))
     tl.store(reasons + canvas, tl.where(settled, _SETTLED, _STEPS).to(tl.int64))

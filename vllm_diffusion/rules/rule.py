@@ -1,12 +1,12 @@
-"""What a decoding rule is: the one object that decides how a canvas is denoised.
+"""The interface of a decoding rule: the one object that decides how a canvas is denoised.
 
-    noise            what a new canvas holds, and a position that is not accepted
+    noise            tokens of a new canvas and of rejected positions
     temperature      the schedule
-    soft_embeddings  which of the costly statistics it needs
-    decide           what is accepted or revealed, what every position becomes, when a canvas is
+    soft_embeddings  how much of the costliest statistic it needs
+    decide           which positions are accepted or revealed, the next input, whether a canvas is
                      finished, and what it then commits
 
-A rule has no state. What it knows of a canvas is in the pool, its constants by slot among it.
+A rule has no state. The state of a canvas, its constants included, is in the pool.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Rule(ABC):
-    """A decoding rule for canvases of one kind of noise."""
+    """A decoding rule on one kind of noise."""
 
     def __init__(self, noise: CanvasNoise) -> None:
         self.noise = noise
 
     @abstractmethod
     def temperature(self, pool: CanvasPool, slots: Tensor) -> Tensor:
-        """[B] fp32, by which the logits of the slots [B] int64 are divided in this step."""
+        """[B] fp32, divisor of the logits in this step, for slots [B] int64."""
 
     @abstractmethod
     def decide(self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Decision:
-        """What becomes of the canvases of a batch; changes nothing."""
+        """The decision for the canvases of a batch; changes no state."""
 
     def keyed(
         self, pool: CanvasPool, batch: CanvasBatch, factor: Tensor | None = None
@@ -46,7 +46,7 @@ class Rule(ABC):
         Args:
             pool: the canvases' state.
             batch: of B canvases.
-            factor: [B] fp32, of the schedule's temperature; None for 1.
+            factor: [B] fp32, multiplies the schedule's temperature; None for 1.
         """
         slots, length = batch.slots, batch.position.shape[1]
         temperature = self.temperature(pool, slots)
@@ -61,13 +61,13 @@ class Rule(ABC):
 
     def soft_embeddings(
         self,
-        pool: CanvasPool,  # noqa: ARG002 - a rule that conditions on something else needs neither
+        pool: CanvasPool,  # noqa: ARG002 - a rule may need neither argument
         slots: Tensor,  # noqa: ARG002
     ) -> tuple[Tensor | None, bool]:
         """How much of the soft embedding the canvases need, see ``head.rows.Rows``.
 
         Returns:
-            [B] int64 number of ids by canvas, -1 for no soft embedding; None: all ids, everywhere.
-            Whether every request that holds a slot asks for a limited number.
+            [B] int64, number of ids per canvas, -1 for no soft embedding; None for all ids in all
+            canvases. And whether every request in the pool asks for a limited number.
         """
         return None, False

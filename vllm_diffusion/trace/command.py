@@ -72,7 +72,7 @@ _TITLE: Final = (
 
 
 def _header(path: str, trace: Trace) -> str:
-    from vllm_diffusion.denoise.constants import written
+    from vllm_diffusion.denoise.constants import formatted
 
     committed = sum(canvas.width for canvas in trace.canvases if canvas.tokens is not None)
     return (
@@ -80,7 +80,7 @@ def _header(path: str, trace: Trace) -> str:
         f"by vllm-diffusion {trace.plugin_version}\n"
         f"{len(trace.steps)} forwards for {committed} tokens; "
         f"{trace.vocab_size} ids, canvas of {trace.canvas_length}\n"
-        f"rule: {', '.join(written(trace.rule).values())}"
+        f"rule: {', '.join(formatted(trace.rule).values())}"
     )
 
 

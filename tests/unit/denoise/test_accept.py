@@ -13,7 +13,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from vllm_diffusion.denoise.accept import DRIFT, entropy_bound, held
+from vllm_diffusion.denoise.accept import DRIFT, entropy_bound, stable_argmax
 
 LENGTH, VOCAB = 24, 50
 
@@ -146,7 +146,7 @@ def hold(  # one canvas
     last = argmax.clone()
     last[:, list(moved)] += 1
     valid = torch.arange(length)[None] < (length if width is None else width)
-    mask = held(
+    mask = stable_argmax(
         argmax,
         torch.tensor([top_prob]),
         last,
@@ -191,5 +191,5 @@ def test_rows_beyond_the_canvas_are_not_held(rest: float) -> None:
 def test_each_canvas_has_its_own_threshold_to_hold() -> None:
     argmax, likely = torch.zeros(3, 1, dtype=torch.int64), torch.full((3, 1), 0.8)
     valid = torch.ones(3, 1, dtype=torch.bool)
-    mask = held(argmax, likely, argmax, likely, torch.tensor([0.0, 0.75, 0.85]), valid)
+    mask = stable_argmax(argmax, likely, argmax, likely, torch.tensor([0.0, 0.75, 0.85]), valid)
     assert mask[:, 0].tolist() == [False, True, False]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_diffusion.denoise.draft import begun_from_draft, first_step, noised_draft
+from vllm_diffusion.denoise.draft import first_step, noised_draft, seed_canvas_from_draft
 from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
 
 DRAFT = list(range(100, 2100))
@@ -60,7 +60,9 @@ def test_the_schedule_sets_in_where_it_has_as_much_noise(
 
 def test_pinned_positions_are_no_noise() -> None:
     pinned = (3, 4, 900)
-    begun, first = begun_from_draft(DRAFT, pinned=pinned, level=0.9, seed=3, start=7, steps=48)
+    begun, first = seed_canvas_from_draft(
+        DRAFT, pinned=pinned, level=0.9, seed=3, start=7, steps=48
+    )
     assert [begun[at] for at in pinned] == [DRAFT[at] for at in pinned]
     free = [at for at in range(len(DRAFT)) if at not in pinned]
     noised = noised_draft(DRAFT, seed=3, start=7, level=0.9)

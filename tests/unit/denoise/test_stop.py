@@ -13,7 +13,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from vllm_diffusion.denoise.stop import BELIEVED, low_doubt, stable_and_confident
+from vllm_diffusion.denoise.stop import MAJORITY, low_doubt, stable_and_confident
 
 LENGTH, VOCAB, STEPS = 12, 20, 14
 CONFIDENCE = 0.05
@@ -189,7 +189,7 @@ def test_doubt_adds_up_so_a_wide_canvas_has_to_be_surer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "finished"), [(0.0, True), (0.3, True), (BELIEVED, True), (0.6, False), (1.0, False)]
+    ("before", "finished"), [(0.0, True), (0.3, True), (MAJORITY, True), (0.6, False), (1.0, False)]
 )
 def test_a_canvas_that_takes_back_what_it_believed_goes_on(before: float, finished: bool) -> None:
     last = [1.0, before, 1.0]
