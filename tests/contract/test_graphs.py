@@ -123,8 +123,8 @@ def test_sizes_hold_steps_of_prompts_and_fit_the_budget(said):
     sizes = config(4, rows=1200).compilation_config.cudagraph_capture_sizes
     assert sizes == [*range(32, 257, 32), 320, 384, 448, 512, 768, 1024]
     assert config(1).compilation_config.max_cudagraph_capture_size == 2 * CANVAS
-    assert "up to 1024: 4 numbers of canvases" in said[0]
-    assert "vLLM says what memory they took" in said[0]
+    assert "up to 1024: 4 are whole canvases" in said[0]
+    assert "vLLM logs their memory" in said[0]
 
 
 def test_any_canvas_has_sizes():

@@ -128,7 +128,7 @@ def test_without_processor_files_text_is_served_and_images_are_refused(
     assert refused.status_code == 400
     assert "this server takes no image" in refused.json()["error"]["message"]
     assert answer(openai, "tiny")
-    assert running.log().count("serves text alone") == 1
+    assert running.log().count("serves only text") == 1
 
 
 def test_an_adapter_that_does_not_fit_is_a_clients_mistake(

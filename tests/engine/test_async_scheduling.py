@@ -132,14 +132,14 @@ def cry(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Let the scheduler take every step in flight for the last of its canvas."""
 
     def of(wolf: bool) -> None:
-        inner = AsyncCanvasScheduler._ends
+        inner = AsyncCanvasScheduler._in_last_step
 
         def ends(scheduler: AsyncCanvasScheduler, request: Request) -> bool:
             if wolf:
                 scheduler._taken[request.request_id] = 1 << 30
             return inner(scheduler, request)
 
-        monkeypatch.setattr(AsyncCanvasScheduler, "_ends", ends)
+        monkeypatch.setattr(AsyncCanvasScheduler, "_in_last_step", ends)
 
     return of
 

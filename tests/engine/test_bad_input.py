@@ -278,7 +278,7 @@ def test_an_option_that_would_do_nothing_is_refused(
         EngineArgs(
             str(tiny_checkpoint), max_model_len=512, **{option: value}
         ).create_engine_config()
-    assert "does nothing for a diffusion model" in str(caught.value)
+    assert "has no effect on a diffusion model" in str(caught.value)
 
 
 def test_an_installed_logits_processor_is_refused_rather_than_left_uncalled(
@@ -286,7 +286,7 @@ def test_an_installed_logits_processor_is_refused_rather_than_left_uncalled(
 ):
     plugin = EntryPoint("shout", "loud.processor:Shout", "vllm.logits_processors")
     monkeypatch.setattr(refusals, "entry_points", lambda group: [plugin] * (group == plugin.group))
-    with pytest.raises(ValueError, match=r"'shout' \(loud.processor:Shout\) does nothing"):
+    with pytest.raises(ValueError, match=r"'shout' \(loud.processor:Shout\) has no effect"):
         EngineArgs(str(tiny_checkpoint), max_model_len=512).create_engine_config()
 
 

@@ -292,7 +292,7 @@ def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(
     prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40
     scheduler = Bare()
     scheduler.running = [prompt, canvas]  # type: ignore[attr-defined]
-    scheduler._hold_cut_canvases()
+    scheduler._defer_clipped_canvases()
     assert prompt.next_decode_eligible_step <= scheduler.current_step
     assert (canvas.next_decode_eligible_step == scheduler.current_step + 2) is held
 

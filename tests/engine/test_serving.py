@@ -107,12 +107,12 @@ def test_a_form_that_this_processor_or_model_cannot_have_is_refused(
     monkeypatch.setattr(int8, "is_exact", lambda: False)
     with pytest.raises(ValueError, match="whose int8 sums overflow"):
         with_head(tiny_checkpoint, "int8")
-    with pytest.raises(ConfigError, match="40 inputs, which are no groups of 16"):
+    with pytest.raises(ConfigError, match="40 inputs, which is not a multiple of 16"):
         refuse_head("nvfp4", 40, 640, torch.bfloat16)
 
 
 def test_an_attention_that_this_host_has_not_is_refused(tiny_checkpoint: Path):
-    with pytest.raises(ValueError, match="attention_backend=TRITON_ATTN is not for a CPU host"):
+    with pytest.raises(ValueError, match="TRITON_ATTN is not available on a CPU host"):
         engine_config(tiny_checkpoint, attention_backend="TRITON_ATTN")
     engine_config(tiny_checkpoint, attention_backend="CPU_ATTN")
 
@@ -200,7 +200,7 @@ def test_long_prefill_token_threshold_is_switched_off_with_a_warning(
     assert config.scheduler_config.long_prefill_token_threshold == 0
     (warning,) = warnings_of_serving
     assert "long_prefill_token_threshold=20" in warning
-    assert "cut canvases" in warning
+    assert "clip canvases" in warning
 
 
 def test_a_scheduler_named_by_the_user_stays_with_a_warning(
@@ -238,7 +238,7 @@ def test_without_its_processors_files_a_checkpoint_serves_text_alone(
     config = engine_config(tmp_path, **options)
     assert not config.model_config.supports_multimodal_inputs
     (warning,) = warnings_of_serving
-    assert f"{tmp_path} serves text alone, and requests with images or video are" in warning
+    assert f"{tmp_path} serves only text, and requests with images or video are" in warning
     assert "\n" not in warning
 
 

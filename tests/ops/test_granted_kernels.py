@@ -19,7 +19,7 @@ def test_the_kernels_compile_without_a_gpu(capability: int) -> None:
     flags = ("causals", "fuseds", "out_fused", "out_idle")
     kinds = dict.fromkeys(flags, "*i1") | {"rejecteds": "*i32", "nobody": "i32", "stride": "i32"}
     constants = {"LENGTH": 256, "BLOCK": 256}
-    for kernel in (granted_kernels._look, granted_kernels._end):
+    for kernel in (granted_kernels._inspect_slots, granted_kernels._end):
         assert compiled_for(capability, kernel, kinds, constants, other="*i64")["cubin"]
 
 
@@ -66,8 +66,8 @@ def in_the_interpreter() -> None:
         slots, text, index, emission, rejected, drafts = inputs
         rejected, drafts = rejected.clone(), drafts.clone()
         form = granted_kernels if kernels else granted
-        assert form.look(pool, slots, text).ran is None  # only a look
-        rows = replace(form.look(pool, slots, text, begin=True), index=index)
+        assert form.inspect_slots(pool, slots, text).ran is None  # only a look
+        rows = replace(form.inspect_slots(pool, slots, text, begin=True), index=index)
         looked = [rows.fused, rows.committed, rows.idle, rows.before]
         zeros = torch.zeros_like(slots)
         batch = CanvasBatch(slots=slots, width=zeros, position=zeros, valid=zeros)

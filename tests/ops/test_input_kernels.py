@@ -18,7 +18,7 @@ def test_the_kernels_compile_without_a_gpu(capability: int) -> None:
     kinds |= dict.fromkeys(("slots", "rows"), "*i64")
     kinds |= dict.fromkeys(("slot_stride", "place_stride"), "i32")
     constants = {"width": 2816, "eps": 1e-6, "BLOCK": 4096}
-    for kernel in (input_kernels._believed, input_kernels._mixed):
+    for kernel in (input_kernels._load_soft_embeddings, input_kernels._add_embeddings):
         options = {"num_warps": 8}
         assert compiled_for(capability, kernel, kinds, constants, other="*bf16", options=options)[
             "cubin"

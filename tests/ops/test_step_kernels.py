@@ -51,7 +51,7 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         (canvas_kernels._store_soft_embeddings, {"BLOCK": canvas_kernels._COPIED}, 4),
         (canvas_kernels._begin_canvas, sizes, 4),
         (canvases_kernels._lay_out_canvas, {"LENGTH": 256, "BLOCK": 256}, 4),
-        (canvases_kernels._tell_request, {"LENGTH": 256, "BLOCK": 256}, 4),
+        (canvases_kernels._write_output, {"LENGTH": 256, "BLOCK": 256}, 4),
     ):
         options = {"num_warps": warps}
         compiled = compiled_for(
@@ -149,8 +149,8 @@ def requests() -> None:
         )
         drafts = torch.zeros(num + 1, length + 2, dtype=torch.int64)
         same_drafts = drafts.clone()
-        told = canvases.tell(pool, rows, emission, drafts)
-        same_told = canvases_kernels.tell(pool, rows, emission, same_drafts)
+        told = canvases.step_output(pool, rows, emission, drafts)
+        same_told = canvases_kernels.step_output(pool, rows, emission, same_drafts)
         assert torch.equal(drafts, same_drafts)
         assert_same(replace(told, committed=None), replace(same_told, committed=None))
         assert told.committed

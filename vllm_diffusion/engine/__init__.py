@@ -1,1 +1,1 @@
-"""Where vLLM calls us: serving config, scheduler, model state, attention, sampler."""
+"""What vLLM calls: serving config, scheduler, model state, attention, sampler."""

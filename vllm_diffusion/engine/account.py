@@ -1,7 +1,7 @@
-"""The worker's side of the account that ``grid`` keeps: it asserts that the scheduler agrees.
+"""Check in the worker that the scheduler granted each canvas the rows that ``grid`` says it has.
 
-A disagreement would not be an error anywhere, only wrong text. Known on the host where scheduling
-is synchronous and the scheduler is ours.
+A mismatch would otherwise only show as wrong text. The check needs no device sync under synchronous
+scheduling with our own scheduler, and is made only then.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Account:
-    """What width the canvas of every slot has to have.
+    """Knows the width that the canvas of every slot must have.
 
     Args:
-        family: of the model.
+        family: the model's family.
         slots: S.
-        width: of a canvas whose request names none.
+        width: canvas width of requests that set none.
         end: ``max_model_len``.
     """
 
@@ -31,11 +31,11 @@ class Account:
         self._asked = [width] * slots
 
     def admit(self, slot: int, asked: int | None) -> None:
-        """Note the width that the slot's new owner asks for; None for none."""
+        """Set the canvas width that the slot's new owner asks for; None for the default."""
         self._asked[slot] = asked or self._width
 
     def check(self, batch: Any, widths: np.ndarray) -> None:
-        """Compare the rows that a step was scheduled for with what they have to be.
+        """Compare the rows scheduled for a step with the expected ones.
 
         Args:
             batch: the runner's ``InputBatch``.

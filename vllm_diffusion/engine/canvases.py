@@ -1,7 +1,7 @@
-"""From a step's requests to its canvases, and from what these give back to the requests.
+"""Map a step's requests to canvases, and the canvases' emissions back to requests.
 
-vLLM's batch has its rows request by request; those behind logits are the rows of canvases. What is
-here in torch is the definition, and what a CPU runs; ``canvases_kernels`` is the same for a GPU.
+vLLM's batch holds its rows request by request; the rows it computes logits for are canvas rows.
+This torch code is the definition and runs on CPUs; ``canvases_kernels`` is the same for GPUs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_diffusion.engine.committed import CommittedCanvases
-from vllm_diffusion.engine.step_rows import Told
+from vllm_diffusion.engine.step_rows import StepOutput
 from vllm_diffusion.records import CanvasBatch
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch, Tensor]:
-    """The canvases of a step, and for each of their positions the hidden row it comes from.
+    """The canvases of a step, and the hidden row of each of their positions.
 
     Args:
-        rows: whose a canvas is where some are behind logits.
-        count: B, canvases there are.
+        rows: the step's rows; a request has a canvas if it has rows with logits.
+        count: B, number of canvases.
         length: L.
 
     Returns:
-        The batch; [B, L] int64, beyond a canvas's width some row, which is not valid.
+        The batch, and [B, L] int64 indices of hidden rows, arbitrary beyond a canvas's width.
     """
     if rows.first.device.type == "cuda":
         return _kernels().canvases_of(rows, count=count, length=length)
@@ -52,40 +52,42 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     )
 
 
-def tell(pool: CanvasPool, rows: StepRows, emission: Emission | None, drafts: Tensor) -> Told:
-    """What a step gives, by request; the next input of every request goes to ``drafts``.
+def step_output(
+    pool: CanvasPool, rows: StepRows, emission: Emission | None, drafts: Tensor
+) -> StepOutput:
+    """The output of a step by request; writes every request's next input to ``drafts``.
 
     Args:
-        pool: the canvases, one step on and those behind a prompt begun.
+        pool: the canvases after the step, including those begun after a prompt.
         rows: as for ``canvases_of``.
-        emission: of the canvases; None where the step has none.
-        drafts: [S, L or more] int64, changed in the slots of the requests.
+        emission: the canvases' emission; None if the step has no canvases.
+        drafts: [S, L or more] int64, written in the slots of the requests.
     """
     if emission is not None and rows.first.device.type == "cuda":
-        return _kernels().tell(pool, rows, emission, drafts)
+        return _kernels().step_output(pool, rows, emission, drafts)
     slots, length = rows.slots, pool.canvas_length
     drafts[slots, :length] = pool.tokens[slots]
     tokens = torch.zeros(len(slots), length, dtype=torch.int32, device=slots.device)
     gained = torch.zeros(len(slots), dtype=torch.int32, device=slots.device)
     rejected = torch.zeros_like(gained)
     if emission is None:
-        return Told(tokens=tokens, gained=gained, rejected=rejected)
+        return StepOutput(tokens=tokens, gained=gained, rejected=rejected)
     index = _decoding(rows)
     tokens[index] = emission.tokens.int()
     gained[index] = emission.count.int()
     counts = torch.where(pool.fused[slots[index]], 0, emission.count)
     rejected[index] = ((rows.first[1:] - rows.first[:-1])[index] - counts).int()
     committed = CommittedCanvases.of(emission, index, len(slots))
-    return Told(tokens=tokens, gained=gained, rejected=rejected, committed=committed)
+    return StepOutput(tokens=tokens, gained=gained, rejected=rejected, committed=committed)
 
 
 def _decoding(rows: StepRows) -> Tensor:
-    """[B] int64, the requests that have a canvas."""
+    """[B] int64, indices of the requests that have a canvas."""
     return (rows.first[1:] > rows.first[:-1]).nonzero()[:, 0]
 
 
 def _kernels() -> Any:
-    # Elsewhere there may be no Triton.
+    # Imported here because other hosts may have no Triton.
     from vllm_diffusion.engine import canvases_kernels
 
     return canvases_kernels

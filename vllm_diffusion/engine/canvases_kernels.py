@@ -1,6 +1,6 @@
-"""``canvases`` as Triton kernels: a program a request, nothing to ask of the host.
+"""``canvases`` as Triton kernels: one program per request, no device sync.
 
-Imported on a GPU alone.
+Imported only on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_diffusion.engine.committed import CommittedCanvases
-from vllm_diffusion.engine.step_rows import Told
+from vllm_diffusion.engine.step_rows import StepOutput
 from vllm_diffusion.records import CanvasBatch
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.step_rows import StepRows
     from vllm_diffusion.records import Emission
 
-_COUNTED = tl.constexpr(128)  # requests that are looked at at once
+_COUNTED = tl.constexpr(128)  # requests read per iteration
 
 
 def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch, Tensor]:
@@ -51,18 +51,18 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     return batch, places
 
 
-def tell(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Tensor) -> Told:
-    """See ``canvases.tell``."""
+def step_output(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Tensor) -> StepOutput:
+    """See ``canvases.step_output``."""
     num, length = len(rows.slots), pool.canvas_length
     gained = torch.empty(num, dtype=torch.int32, device=drafts.device)
-    told = Told(
+    output = StepOutput(
         tokens=gained.new_empty(num, length),
         gained=gained,
         rejected=torch.empty_like(gained),
         committed=CommittedCanvases(gained.new_empty(num, 3)),
     )
-    assert told.committed is not None
-    _tell_request[(num,)](
+    assert output.committed is not None
+    _write_output[(num,)](
         rows.first,
         rows.slots,
         emission.tokens,
@@ -74,19 +74,19 @@ def tell(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Tensor) -
         pool.tokens,
         drafts,
         drafts.stride(0),
-        told.tokens,
-        told.gained,
-        told.rejected,
-        told.committed.facts,
+        output.tokens,
+        output.gained,
+        output.rejected,
+        output.committed.facts,
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
     )
-    return told
+    return output
 
 
 @triton.jit
 def _canvases_before(first: tl.tensor, request: tl.tensor) -> tl.tensor:
-    """How many of the requests before one have a canvas."""
+    """Number of requests before this one that have a canvas."""
     count = request * 0
     for start in range(0, request, _COUNTED):
         other = start + tl.arange(0, _COUNTED)
@@ -127,7 +127,7 @@ def _lay_out_canvas(
 
 
 @triton.jit
-def _tell_request(
+def _write_output(
     first: tl.tensor,
     request_slots: tl.tensor,
     emitted_tokens: tl.tensor,

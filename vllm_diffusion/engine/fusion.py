@@ -4,43 +4,42 @@
     fused          ... last step: tokens leave | commit and first step of the next canvas ...
     fused, unseen  ... last step: tokens leave | commit | first step of the next canvas ...
 
-The tokens are the same; a canvas costs a forward less, and the last one of a request is not
-committed at all, since nobody will look at it. Scheduler and worker both account for it, so both
-ask here, and get the same answer.
+The tokens are the same. A canvas costs one forward less, and the last canvas of a request is never
+committed, since nothing will attend to it. Scheduler and worker must account for this in the same
+way, so both ask this module.
 
-Asynchronous scheduling grants the rows of a step before the last one's outcome is known. A canvas
-of w rows begins at P, a step of it is in flight, and the rows of the next are granted:
+Asynchronous scheduling grants the rows of a step before the outcome of the previous step is known.
+A canvas of w rows begins at P, a step of it is in flight, and the rows of the next are granted:
 
     granted                 the canvas finished             it did not
     w rows                  commit, no canvas               canvas
     2 w rows                commit | next canvas            canvas | padding
 
-Which it is only the device knows, by the slot: ``CanvasPool.causal`` says of a fused slot that its
-last canvas has given its tokens and is not committed; the next one has begun. So a step needs no
-word from the scheduler, and a grant that was wrong costs what it costs: w rows of padding, or a
-commit in a forward of its own. w + w rows are granted where the canvas in flight takes the last
-step that it may: known from the step before, whose result is there. Of a canvas that may settle
-earlier it is not known; guessing it did not pay, see docs/limits.md. A commit of a part of a canvas
-always goes alone where it was not foreseen, because the next canvas's rows stand where a whole one
-would end.
+Only the device knows which case holds: in a fused slot ``CanvasPool.causal`` means that the last
+canvas has emitted its tokens but is not committed, and that the next canvas has begun. A step thus
+needs nothing from the scheduler, and a wrong grant costs only w rows of padding or a forward for
+the commit alone. 2 w rows are granted if the canvas in flight is in the last step of its schedule,
+which is known from the result of the step before. Whether a canvas settles earlier is unknown, and
+guessing did not pay, see docs/limits.md. A commit of part of a canvas that was not foreseen always
+runs alone, because the next canvas's rows were placed where a whole canvas would end.
 
-What the scheduler counts, per request, with T tokens known, computed rows C and placeholders H for
-rows in flight that may be refused, so that C - H rows are computed for certain:
+What the scheduler counts per request: T tokens known, C computed rows, and H placeholders for rows
+in flight that may be rejected, so that C - H rows are certainly computed:
 
     canvas granted          C += w    H += w       vLLM's own
     both granted            C += 2w   H += 2w      w added to H before vLLM schedules, which then
                                                    finds w rows of drafts and w in front of them
-    canvas goes on          C -= w    H -= w       vLLM's own: no token came, all drafts refused
-    c tokens left           T += c    H -= c       vLLM's own, which takes them for computed;
-                            C -= c                 they are not, but in the next step in flight:
-                            H -= c                 c of its rows count, and its drafts, refused
-                                                   when its result comes, are c fewer
+    canvas continues        C -= w    H -= w       vLLM's own: no tokens, all drafts rejected
+    c tokens emitted        T += c    H -= c       vLLM's own, which counts them as computed;
+                            C -= c                 they are not yet. If a next step is in flight,
+                            H -= c                 c of its rows count as computed and it has c
+                                                   fewer drafts to reject
     none in flight          C - H = T - c          vLLM grants c rows of text and a canvas: the
                                                    synchronous form, which is this one with no step
                                                    in flight
 
-The worker counts the same: a canvas's rows are all refused, also in the step that gives its tokens,
-and of the rows that commit it c count.
+The worker counts the same: all rows of a canvas are rejected, also in the step that emits its
+tokens, and c of the rows that commit it count.
 """
 
 from __future__ import annotations
@@ -55,19 +54,19 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 SCHEDULER: Final = "vllm_diffusion.engine.scheduler.canvas_scheduler"
-"""The scheduler that accounts for fused commits; another one would lose tokens."""
+"""The scheduler that accounts for fused commits; with any other, tokens would be lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What an engine does with the commits of its requests."""
+    """How an engine commits canvases."""
 
     why_not: str | None
-    """Why no commit can be fused; None if it can."""
+    """Why commits cannot be fused; None if they can."""
     served: bool
-    """Whether those of a request that does not say are to be."""
+    """Whether to fuse commits of requests that do not set it."""
     foreseen: bool = False
-    """Rows are granted before it is known what they are: asynchronous scheduling."""
+    """Asynchronous scheduling: rows are granted before the previous step's outcome is known."""
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> Fusion:
@@ -94,18 +93,18 @@ class Fusion:
 
 @dataclass(slots=True, eq=False)
 class StepInFlight:
-    """A step that was granted and whose result has not come, as the scheduler counts it."""
+    """A scheduled step whose result has not arrived."""
 
     scheduled: SchedulerOutput
     drafts: dict[str, int]
-    """Of requests whose commits are fused: rows that are refused unless tokens come."""
+    """For requests with fused commits: rows that are rejected unless tokens are emitted."""
     guessed: dict[str, int]
-    """Rows in front of a canvas, granted in case the canvas before it has finished."""
+    """Rows before a canvas, granted in case the previous canvas has finished."""
     alone: set[str]
-    """Requests whose rows do nothing but commit."""
+    """Requests whose rows only commit a canvas."""
 
     def commits(self, req_id: str, count: int) -> None:
-        """Take in that so many of a request's rows are commit rows, and count."""
+        """Mark so many of a request's rows as commit rows, which count as computed."""
         self.drafts[req_id] -= count
         if self.guessed.get(req_id) != count:
             self.alone.add(req_id)

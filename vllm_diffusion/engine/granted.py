@@ -1,7 +1,7 @@
-"""In the worker: what the rows of a step are, where they were granted before that was known.
+"""In the worker: what rows are that were granted before the previous step's outcome was known.
 
-See ``engine.fusion`` for what may be granted, and who counts what. What is here in torch is the
-definition, and what a CPU runs; ``granted_kernels`` has what every step of a GPU needs of it.
+See ``engine.fusion`` for what may be granted and how it is counted. This torch code is the
+definition and runs on CPUs; ``granted_kernels`` has the parts that every step on a GPU needs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 
 def text_rows(input_batch: InputBatch) -> np.ndarray:
-    """[num_reqs] rows in front of each request's canvas rows, 0 for prompts; on the host."""
+    """[num_reqs], rows before each request's canvas rows, 0 for prompts; on the host."""
     rows = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
     if (drafts := input_batch.num_draft_tokens_per_req) is None:
         return np.zeros_like(rows)  # a profiling run
     return np.where(input_batch.is_prefilling_np[: input_batch.num_reqs], 0, rows - drafts)
 
 
-def look(
+def inspect_slots(
     pool: CanvasPool, slots: Tensor, text: Tensor | None = None, *, begin: bool = False
 ) -> GrantedRows:
-    """Look at slots as they are before the forward, and behind it until they begin.
+    """Read the state of the slots, at any time before their canvases begin to denoise.
 
     Args:
         pool: the canvases.
         slots: [B] int64.
         text: see ``GrantedRows``.
-        begin: a GPU does what ``GrantedRows.begin`` does to the pool in the same launch.
+        begin: on a GPU, also do to the pool what ``GrantedRows.begin`` does, in the same launch.
     """
     if slots.device.type == "cuda":
-        return _kernels().look(pool, slots, text, begin=begin)
+        return _kernels().inspect_slots(pool, slots, text, begin=begin)
     fused = pool.fused[slots]
     waits = pool.causal[slots] & fused
     committed = torch.where(waits, pool.count[slots], 0)
@@ -56,10 +56,10 @@ def look(
 
 
 def granted_rows(pool: CanvasPool, input_batch: InputBatch, widths: np.ndarray) -> GrantedRows:
-    """What a step's rows are; takes in the commits that have no rows for a canvas beside them.
+    """What a step's rows are; also records commits that run without rows for a canvas.
 
     Args:
-        pool: the canvases, as they were before the forward.
+        pool: the canvases before the forward.
         input_batch: the step's batch.
         widths: [num_reqs], rows for a canvas.
     """
@@ -72,20 +72,20 @@ def granted_rows(pool: CanvasPool, input_batch: InputBatch, widths: np.ndarray) 
         slots = slots[index]
     front = front[decoding]
     text = _sent(front, pool) if front.any() else None
-    return replace(look(pool, slots, text, begin=True), index=index)
+    return replace(inspect_slots(pool, slots, text, begin=True), index=index)
 
 
 def settle(
     rows: GrantedRows, pool: CanvasPool, emission: Emission, rejected: Tensor, drafts: Tensor
 ) -> None:
-    """Take in which canvases are now to be committed, and which rows did not count.
+    """Record which canvases are now to be committed and which rows do not count as computed.
 
     Args:
-        rows: what they were granted for.
-        pool: the canvases, one step on.
-        emission: of this step.
-        rejected: [num_reqs] int32, of a canvas's rows; becomes that of all.
-        drafts: [S, L or more], what the next rows read if they are as many as a canvas's.
+        rows: what the rows of the step are.
+        pool: the canvases after the step.
+        emission: emission of this step.
+        rejected: [num_reqs] int32, rejected canvas rows; updated to include all other rows.
+        drafts: [S, L or more], input of the next rows if there are as many as a canvas has.
     """
     if rows.slots.device.type == "cuda":
         _kernels().settle(rows, pool, emission, rejected, drafts)
@@ -103,21 +103,21 @@ def settle(
 
 @cache
 def _kernels() -> Any:
-    # Elsewhere there may be no Triton.
+    # Imported here because other hosts may have no Triton.
     from vllm_diffusion.engine import granted_kernels
 
     return granted_kernels
 
 
 def _sent(values: np.ndarray, pool: CanvasPool) -> Tensor:
-    """[N] int64 on the device; nobody waits for the copy."""
+    """[N] int64 on the device, copied asynchronously."""
     return async_tensor_h2d(values.astype(np.int64), device=pool.device)
 
 
 def canvas_and_padding(input_batch: InputBatch, pool: CanvasPool) -> tuple[Tensor, Tensor]:
-    """[num_reqs] int64: rows of every request's canvas in this forward, and rows behind it."""
+    """[num_reqs] int64 each: rows of every request's canvas in this forward, and rows after it."""
     text = _sent(text_rows(input_batch), pool)
-    granted = look(pool, input_batch.idx_mapping, text)
+    granted = inspect_slots(pool, input_batch.idx_mapping, text)
     assert granted.before is not None
     drafts = torch.as_tensor(input_batch.num_draft_tokens_per_req, dtype=torch.int64)
     drafts = drafts.to(pool.device)
@@ -128,12 +128,12 @@ def canvas_and_padding(input_batch: InputBatch, pool: CanvasPool) -> tuple[Tenso
 def place_rows(
     input_batch: InputBatch, pool: CanvasPool, req_states: RequestState, *, foreseen: bool
 ) -> Tensor:
-    """Fill in the tokens of requests with rows in front of their canvas's; who has no canvas.
+    """Write the input tokens of requests that have rows before their canvas rows.
 
-    Moves the batch's ``logits_indices`` to where the canvases are.
+    Also moves the batch's ``logits_indices`` to where the canvases are.
 
     Returns:
-        [S] bool, slots whose rows behind logits belong to no canvas.
+        [S] bool, slots whose rows with logits belong to no canvas.
     """
     text = text_rows(input_batch)
     drafts = input_batch.num_draft_tokens_per_req
@@ -143,11 +143,11 @@ def place_rows(
     at = np.flatnonzero(text)
     first, front, behind = input_batch.query_start_loc_np[at], text[at], drafts[at]
     if pool.device.type == "cuda":
-        told = np.stack([at, first, front, behind, input_batch.cu_num_logits_np[at]])
+        layout = np.stack([at, first, front, behind, input_batch.cu_num_logits_np[at]])
         known = req_states.all_token_ids.gpu
         longest = int((front + behind).max())
         return _kernels().place_rows(
-            _sent(told, pool), input_batch, pool, known, longest=longest, foreseen=foreseen
+            _sent(layout, pool), input_batch, pool, known, longest=longest, foreseen=foreseen
         )
     places, offsets = _sent(at, pool), [np.arange(rows) for rows in (*front, *behind)]
     owner = _sent(np.repeat(np.arange(at.size), front), pool)
@@ -155,11 +155,11 @@ def place_rows(
     rows = _sent(np.repeat(first, front), pool) + offset
     index = input_batch.idx_mapping[places]
     ahead = _sent(front, pool)
-    granted = look(pool, index, ahead)
-    # Where nothing is foreseen rows in front of a canvas's are text.
+    granted = inspect_slots(pool, index, ahead)
+    # Unless rows are granted ahead, those before a canvas are always text.
     committed, before = (granted.committed, granted.before) if foreseen else (ahead, ahead * 0)
     assert before is not None
-    # In front of a canvas: the text that is committed, or the canvas itself.
+    # Before a canvas's rows: the text being committed, or the canvas itself.
     start = input_batch.seq_lens[places].long() - _sent(front + behind, pool)
     known = req_states.all_token_ids.gpu[index[owner], start[owner] + offset].long()
     canvas = pool.tokens[index]

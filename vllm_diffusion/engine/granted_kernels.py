@@ -1,4 +1,4 @@
-"""``granted`` as Triton kernels: a program a request. Imported on a GPU alone."""
+"""``granted`` as Triton kernels, one program per request. Imported only on a GPU."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.records import Emission
 
-_ROWS: Final = 256  # rows of a request that a program places
+_ROWS: Final = 256  # rows of a request that one program writes
 
 
-def look(
+def inspect_slots(
     pool: CanvasPool, slots: Tensor, text: Tensor | None, *, begin: bool = False
 ) -> GrantedRows:
-    """See ``granted.look``."""
+    """See ``granted.inspect_slots``."""
     committed = torch.empty_like(slots)
     fused = torch.empty_like(slots, dtype=torch.bool)
     rows = GrantedRows(
@@ -36,7 +36,7 @@ def look(
         ran=torch.empty_like(slots) if begin else None,
     )
     if slots.shape[0]:
-        _look[(slots.shape[0],)](
+        _inspect_slots[(slots.shape[0],)](
             slots,
             pool.causal,
             pool.fused,
@@ -76,7 +76,7 @@ def settle(
 
 
 def place_rows(
-    told: Tensor,
+    layout: Tensor,
     input_batch: InputBatch,
     pool: CanvasPool,
     known: Tensor,
@@ -87,19 +87,19 @@ def place_rows(
     """See ``granted.place_rows``.
 
     Args:
-        told: [5, A] int64, of the A requests with rows in front: which they are, their first row,
-            rows in front, rows behind those, and where the latter's logits begin.
-        input_batch: the step's.
+        layout: [5, A] int64, of the A requests with rows before their canvas: index in the batch,
+            first row, rows before the canvas, rows after those, and index of their first logit.
+        input_batch: the step's batch.
         pool: the canvases.
         known: [S, max_model_len] int32, the text of every slot.
-        longest: most rows of a request.
-        foreseen: see there.
+        longest: most rows of any request.
+        foreseen: see ``granted.place_rows``.
     """
     nowhere = pool.causal.clone()
     length = pool.tokens.shape[1]
-    _place[(told.shape[1], triton.cdiv(longest, _ROWS))](
-        told,
-        told.shape[1],
+    _place[(layout.shape[1], triton.cdiv(longest, _ROWS))](
+        layout,
+        layout.shape[1],
         input_batch.idx_mapping,
         input_batch.seq_lens,
         pool.causal,
@@ -119,7 +119,7 @@ def place_rows(
 
 
 @triton.jit(do_not_specialize=["nobody"])
-def _look(
+def _inspect_slots(
     slots: tl.tensor,
     causals: tl.tensor,
     fuseds: tl.tensor,
@@ -191,7 +191,7 @@ def _end(
 
 @triton.jit(do_not_specialize=["requests"])
 def _place(
-    told: tl.tensor,
+    layout: tl.tensor,
     requests: tl.tensor,
     mapping: tl.tensor,
     lens: tl.tensor,
@@ -208,9 +208,9 @@ def _place(
     LENGTH: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
-    told += tl.program_id(0)
-    place, first = tl.load(told), tl.load(told + requests)
-    front, behind = tl.load(told + 2 * requests), tl.load(told + 3 * requests)
+    layout += tl.program_id(0)
+    place, first = tl.load(layout), tl.load(layout + requests)
+    front, behind = tl.load(layout + 2 * requests), tl.load(layout + 3 * requests)
     slot = tl.load(mapping + place).to(tl.int64)
     waits = (tl.load(causals + slot) != 0) & (tl.load(fuseds + slot) != 0)
     committed = tl.where(waits, tl.load(counts + slot), 0)
@@ -229,6 +229,6 @@ def _place(
     canvas = tl.load(tokens + slot * LENGTH + inside, mask=there, other=0)
     token = tl.where(text, said.to(tl.int64), canvas)
     tl.store(input_ids + first + offset, token.to(input_ids.dtype.element_ty), mask=there)
-    moved = logits + tl.load(told + 4 * requests) + offset - front
+    moved = logits + tl.load(layout + 4 * requests) + offset - front
     row = tl.load(moved, mask=there & (offset >= front), other=0) - before
     tl.store(moved, row.to(logits.dtype.element_ty), mask=there & (offset >= front))

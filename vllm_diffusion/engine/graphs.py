@@ -1,9 +1,9 @@
-"""CUDA graphs: for which numbers of rows a forward is captured.
+"""CUDA graphs: the numbers of rows that forwards are captured for.
 
 vLLM's own sizes end at 512 rows (1,024 on sm_100), which is two canvases. A step of n canvases and
-nothing else, commits among them, replays one FULL graph if a size of n canvases was captured; a
-step that holds prompt rows, or commit rows beside canvas rows, replays the pieces between its
-attention layers at the next size above, and the rows in between are computed for nothing.
+nothing else, commits included, replays one FULL graph if a size of n canvases was captured. A step
+with prompt rows, or with commit rows beside canvas rows, replays the pieces between its attention
+layers at the next larger size; the rows in between are padding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 EXACT: Final = 32
-"""Up to so many canvases, every number of them has its graph; beyond, numbers are so far apart
-that a step computes at most one row in this many for nothing."""
+"""Every number of canvases up to this has a graph. Larger numbers are spaced so that at most one
+row in this many is padding."""
 
 _PARTS_OF_ONE: Final = 8
 _PARTS_OF_TWO: Final = 4
@@ -30,15 +30,15 @@ _PARTS_OF_TWO: Final = 4
 def capture_sizes(*, canvas: int, seqs: int, rows: int) -> list[int]:
     """Numbers of rows to capture, ascending, none above ``rows``.
 
-    Below a canvas there are only steps of prompts, below two a canvas and a prompt: parts of one.
-    (TRITON_ATTN keeps partial results for about as many sequences as the smallest size has rows:
-    that should not be a whole canvas.) Behind ``seqs`` canvases one more, for what comes beside a
-    full batch.
+    Steps of fewer rows than a canvas are prompts only, and below two canvases there is one canvas
+    and prompt rows; these sizes are fractions of a canvas. (TRITON_ATTN keeps partial results for
+    about as many sequences as the smallest size has rows, which should be less than a canvas.) The
+    largest size is one canvas more than ``seqs``, for rows beside a full batch.
 
     Args:
         canvas: C, tokens.
-        seqs: most canvases a step.
-        rows: most rows a step.
+        seqs: most canvases per step.
+        rows: most rows per step.
     """
     below = {canvas * part // _PARTS_OF_ONE for part in range(1, _PARTS_OF_ONE)}
     below |= {canvas + canvas * part // _PARTS_OF_TWO for part in range(1, _PARTS_OF_TWO)}
@@ -47,7 +47,7 @@ def capture_sizes(*, canvas: int, seqs: int, rows: int) -> list[int]:
 
 
 def counted(seqs: int) -> list[int]:
-    """Numbers of canvases that have a graph: every one up to ``EXACT``, some beyond, ``seqs``."""
+    """Numbers of canvases with a graph: all up to ``EXACT``, some above it, and ``seqs``."""
     counts, count = [], 0
     while (count := count + 1 + count // (EXACT + 1)) < seqs:
         counts.append(count)
@@ -55,9 +55,9 @@ def counted(seqs: int) -> list[int]:
 
 
 def choose_capture_sizes(vllm_config: VllmConfig) -> None:
-    """Ask vLLM for graphs of whole canvases, unless the user says what is captured, or nothing is.
+    """Make vLLM capture whole canvases, unless the user chose the sizes or capture is off.
 
-    Call before vLLM makes its own choice, with ``max_num_seqs`` and the canvas settled.
+    Call before vLLM makes its own choice, once ``max_num_seqs`` and the canvas width are final.
     """
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     if (
@@ -71,7 +71,7 @@ def choose_capture_sizes(vllm_config: VllmConfig) -> None:
     if asked is not None:
         largest = max(asked) if isinstance(asked, list) else asked
         logger.info(
-            "CUDA graphs as asked for, up to %d rows: steps of more than %d canvases have none.",
+            "CUDA graphs as requested, up to %d rows: steps of more than %d canvases have none.",
             largest,
             largest // canvas,
         )
@@ -81,9 +81,9 @@ def choose_capture_sizes(vllm_config: VllmConfig) -> None:
     )
     compilation.cudagraph_capture_sizes = sizes
     logger.info(
-        "CUDA graphs for %d numbers of rows, up to %d: %d numbers of canvases, the rest for steps "
-        "that hold prompts. vLLM says what memory they took when they are captured; fewer are "
-        "captured with a lower --max-num-seqs or with --cudagraph-capture-sizes.",
+        "CUDA graphs for %d numbers of rows, up to %d: %d are whole canvases, the rest are for "
+        "steps with prompts. vLLM logs their memory once they are captured; to capture fewer, "
+        "lower --max-num-seqs or set --cudagraph-capture-sizes.",
         len(sizes),
         sizes[-1],
         sum(size % canvas == 0 for size in sizes),

@@ -1,6 +1,7 @@
-"""``inputs.condition`` for GPUs: two Triton kernels around the layer's two products.
+"""``inputs.condition`` for GPUs: two Triton kernels around the layer's two matrix products.
 
-Imported on a GPU alone. Rounds where the layers round: a norm's result, and the sum under one.
+Imported only on a GPU. Rounds where the layers round: after each norm, and after the sum that the
+last norm reads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def condition(
     count, width = rows.shape[0], embeds.shape[1]
     block = triton.next_power_of_2(width)
     believed = torch.empty(count, width, dtype=soft.dtype, device=soft.device)
-    _believed[(count,)](
+    _load_soft_embeddings[(count,)](
         soft,
         soft.stride(0),
         soft.stride(1),
@@ -51,7 +52,7 @@ def condition(
     )
     if adapters is not None:
         adapters.place(canvas_rows, rows)
-    _mixed[(count,)](
+    _add_embeddings[(count,)](
         embeds,
         layer.inner(believed),
         rows,
@@ -64,7 +65,7 @@ def condition(
 
 
 @triton.jit
-def _believed(
+def _load_soft_embeddings(
     soft: tl.tensor,
     slot_stride: tl.tensor,
     place_stride: tl.tensor,
@@ -79,7 +80,7 @@ def _believed(
     eps: tl.constexpr,
     BLOCK: tl.constexpr,  # noqa: N803 - Triton's custom for compile-time arguments
 ) -> None:
-    """Take a row's soft embedding, normed, and mark the row."""
+    """Load and normalise a row's soft embedding, and mark the row as a canvas row."""
     at = tl.program_id(0)
     slot = tl.load(slots + at).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -94,7 +95,7 @@ def _believed(
 
 
 @triton.jit
-def _mixed(
+def _add_embeddings(
     embeds: tl.tensor,
     inner: tl.tensor,
     rows: tl.tensor,
@@ -103,7 +104,7 @@ def _mixed(
     eps: tl.constexpr,
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
-    """Add a canvas row's embedding and what the layer made of the soft one, and norm it."""
+    """Add the layer's output to a canvas row's embedding and normalise the sum."""
     at = tl.program_id(0)
     row = tl.load(rows + at).to(tl.int64)
     if tl.load(canvas_rows + row) != 0:

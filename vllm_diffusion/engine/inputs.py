@@ -1,8 +1,8 @@
-"""What a forward reads of its rows: their embeddings, and which of them are canvas rows.
+"""Inputs of a forward: the embeddings of its rows, and the mask of canvas rows.
 
-Both stand in buffers that stay where they are, since captured graphs read them. The rows behind
-logits are the canvases' and those of finished ones being committed. Which is which only the device
-knows, so self-conditioning is computed for both, and kept where a row is a canvas's.
+Both are in buffers at fixed addresses, since captured graphs read them. Rows with logits belong to
+canvases or to finished canvases being committed. Only the device knows which, so self-conditioning
+is computed for both and kept only for canvas rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CanvasInputs:
     Args:
         model: embeds tokens, conditions canvas rows and holds ``canvas_rows``.
         pool: the canvases' state.
-        max_tokens: most rows of a step, those of padding among them.
+        max_tokens: most rows of a step, including padding.
     """
 
     def __init__(self, model: SelfConditionedModel, pool: CanvasPool, *, max_tokens: int) -> None:
@@ -35,18 +35,18 @@ class CanvasInputs:
         self._soft = soft
         self.buffer = torch.zeros(max_tokens, soft.shape[-1], dtype=soft.dtype, device=soft.device)
         self.images: tuple[list[Tensor], Tensor] | None = None
-        """Of the next step alone: embeddings, and which rows they belong to."""
+        """Multimodal embeddings of the next step, and the mask of their rows."""
         on_gpu = soft.device.type == "cuda"
         kernels = "vllm_diffusion.engine.input_kernels"
         self._condition = import_module(kernels).condition if on_gpu else condition
 
     def write(self, input_ids: Tensor, batch: Any, nowhere: Tensor) -> None:
-        """Embed the tokens of a step, and mix into canvas rows what their canvas believes.
+        """Embed the tokens of a step and apply self-conditioning to the canvas rows.
 
         Args:
             input_ids: [N] int32.
             batch: the runner's ``InputBatch``.
-            nowhere: [slots] bool, whose rows behind logits belong to no canvas.
+            nowhere: [slots] bool, slots whose rows with logits belong to no canvas.
         """
         embeds = self.buffer[: input_ids.shape[0]]
         self._embed(input_ids, embeds)
@@ -92,18 +92,18 @@ def condition(
     layer: SelfConditioning,
     adapters: Any,
 ) -> None:
-    """Mark canvas rows and put them through self-conditioning: the definition.
+    """Mark canvas rows and apply self-conditioning to them (the definition).
 
     Args:
-        embeds: [N, H], changed where a row is a canvas's.
+        embeds: [N, H], changed in place at canvas rows.
         canvas_rows: [max tokens, 1] bool, False everywhere; written at ``rows``.
-        rows: [R] int64, the rows behind logits, each once.
-        slots: [R], whose canvas each belongs to.
-        place: [R], where on it.
-        phase: [slots] bool, True where a slot's rows are being committed.
+        rows: [R] int64, the rows with logits, each once.
+        slots: [R], slot of each row.
+        place: [R], index of each row in its canvas.
+        phase: [slots] bool, True for slots whose rows are being committed.
         soft: [slots, L, H] soft embeddings.
-        layer: self-conditioning.
-        adapters: told which rows are canvas rows before the layer runs, or None.
+        layer: the self-conditioning layer.
+        adapters: informed which rows are canvas rows before the layer runs; None without LoRA.
     """
     is_canvas = ~phase[slots][:, None]
     believed = soft[slots, place]

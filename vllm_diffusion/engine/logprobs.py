@@ -1,10 +1,10 @@
-"""Log-probabilities of committed tokens: taken where a canvas finishes, sent with its tokens.
+"""Log-probabilities of committed tokens: computed when a canvas finishes, sent with its tokens.
 
-What is committed is the argmax of a canvas's last step, or what is left of it, so its
-log-probabilities are those of that step's logits. vLLM wants them with the tokens. Those of a
-separate commit leave one forward later, so they wait here by slot. Nothing is computed for batches
-in which nobody asks; one that asks waits for the device once a step, to learn which canvases have
-finished. These are scored together: what costs is reading the vocabulary, not the rows.
+A canvas commits the argmax of its last step, or a part of it, so the log-probabilities come from
+that step's logits. vLLM expects them with the tokens. A separate commit emits the tokens one
+forward later; until then the log-probabilities wait here by slot. Batches without such requests
+compute nothing. A batch with one syncs with the device once per step, to learn which canvases have
+finished. Those are scored together, since the cost is reading the vocabulary and not the rows.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from vllm_diffusion.request.admitted import Admitted
 
 _FEWEST: Final = 4
-"""Rows of a canvas that are scored at least: products of fewer rows are rounded otherwise, and a
-request would get other numbers alone than among others."""
+"""Least number of rows scored per canvas: products of fewer rows round differently, and a request
+would get different numbers alone and in a batch."""
 
 _MOST_IDS: Final = 128
-"""Ids that rows are scored for at once, as many as vLLM lets one request ask for."""
+"""Most ids scored at once: the number that vLLM lets one request ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What a request wants to know about every token."""
+    """The log-probabilities that a request wants for every token."""
 
-    count: int  # the most likely ids; -1 for the whole vocabulary
+    count: int  # number of most likely ids; -1 for the whole vocabulary
     ids: tuple[int, ...] | None  # these ids instead
-    among: bool  # of the distribution over ``ids`` alone
-    most: int | None  # tokens that can leave of its only canvas; None where all may
+    among: bool  # normalised over ``ids`` only
+    most: int | None  # most tokens its only canvas can emit; None for no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finished:
-    """A canvas that is to be scored. R of its tokens."""
+    """A finished canvas to score, R of its tokens."""
 
     slot: int
     asked: _Asked
@@ -58,10 +58,10 @@ class _Finished:
 
 
 class CanvasLogprobs:
-    """The requests that ask for log-probabilities, and those that wait for their tokens.
+    """The requests that ask for log-probabilities, and the scores that wait for their tokens.
 
     Args:
-        raw_logits: hand out logits instead, vLLM's ``logprobs_mode`` "raw_logits".
+        raw_logits: return logits instead, vLLM's ``logprobs_mode`` "raw_logits".
     """
 
     def __init__(self, *, raw_logits: bool) -> None:
@@ -70,7 +70,7 @@ class CanvasLogprobs:
         self._waiting: dict[int, TokenScores] = {}
 
     def admit(self, slot: int, sampling: Any, admitted: Admitted) -> None:
-        """Give the slot to a request, whatever its last owner asked for or still waits for."""
+        """Give the slot to a request and drop everything of its last owner."""
         self.release(slot)
         if sampling.num_logprobs is not None:
             ids = sampling.logprob_token_ids
@@ -83,7 +83,7 @@ class CanvasLogprobs:
             )
 
     def release(self, slot: int) -> None:
-        """Finished, aborted or preempted: nothing of it may reach the slot's next owner."""
+        """Drop the owner's state once it is finished, aborted or preempted."""
         self._asked.pop(slot, None)
         self._waiting.pop(slot, None)
 
@@ -98,20 +98,19 @@ class CanvasLogprobs:
         pool: CanvasPool,
         head: Head,
     ) -> LogprobsTensors | None:
-        """Score the canvases that this step has finished; what belongs to the tokens that leave.
+        """Score the canvases finished in this step; return the scores of the emitted tokens.
 
-        A canvas that waits for its commit is committed the next time its slot runs, so every slot
-        of the step that waits emits now.
+        A canvas awaiting its commit is committed the next time its slot runs, so every waiting slot
+        of the step emits now.
 
         Args:
-            requests: slots of the requests of the step, in their order; -1 for one without canvas
-                rows.
+            requests: slots of the step's requests, in order; -1 for one without canvas rows.
             slots: the B slots of the batch, on the host.
             batch: the same batch on the device.
             hidden: [B, L, H], the step's hidden rows.
-            emission: what the batch emits.
-            pool: the canvases, one step on.
-            head: gives the scores.
+            emission: the batch's emission.
+            pool: the canvases after the step.
+            head: computes the scores.
         """
         if self._asked.keys().isdisjoint(slots):
             return None
@@ -119,7 +118,7 @@ class CanvasLogprobs:
         waits = pool.causal[batch.slots]
         fused = pool.fused[batch.slots] & (emission.count > 0)
         said = torch.where(fused[:, None], emission.tokens, pool.tokens[batch.slots])
-        # The one thing that is read back.
+        # The only device sync.
         ends = torch.stack([waits, fused, pool.count[batch.slots]]).tolist()
         finished, at_once = [], set()
         for row, (slot, stays, leaving, count) in enumerate(zip(slots, *ends, strict=True)):
@@ -142,7 +141,7 @@ class CanvasLogprobs:
     def _scored(
         self, finished: Sequence[_Finished], head: Head
     ) -> Iterator[tuple[int, TokenScores]]:
-        """The scores of every canvas by its slot."""
+        """Scores of the canvases, by slot."""
         for group, ids in _scored_together(finished):
             scores = head.scores(
                 torch.cat([each.hidden for each in group]),
@@ -162,7 +161,7 @@ class CanvasLogprobs:
 def _scored_together(
     finished: Sequence[_Finished],
 ) -> Iterator[tuple[list[_Finished], tuple[int, ...] | None]]:
-    """Canvases that one reading of the vocabulary serves, and the ids that it asks for."""
+    """Groups of canvases scored in one pass over the vocabulary, with their joint ids."""
     alike: dict[_Asked, list[_Finished]] = {}
     group: list[_Finished] = []
     ids: dict[int, None] = {}
@@ -185,7 +184,7 @@ def _scored_together(
 def _part(
     scores: TokenScores, rows: slice, some: tuple[int, ...] | None, ids: tuple[int, ...] | None
 ) -> TokenScores:
-    """These rows alone, and beside their tokens ``some`` of the ``ids`` that were scored."""
+    """The scores of these rows, for their tokens and for ``some`` of the scored ``ids``."""
     part = TokenScores(ids=scores.ids[rows], values=scores.values[rows], ranks=scores.ranks[rows])
     if some is None or ids is None or some == ids:
         return part
@@ -195,7 +194,7 @@ def _part(
 
 
 def _in_order(scores: Sequence[TokenScores | None]) -> LogprobsTensors | None:
-    """The scores of the requests of a step as vLLM takes them; None if there are none."""
+    """The scores of a step's requests in vLLM's format; None if there are none."""
     first, parts, start = [], [], 0
     for each in scores:
         first.append(start)

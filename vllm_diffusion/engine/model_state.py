@@ -1,4 +1,4 @@
-"""CanvasModelState: vLLM's hooks around a forward, for models that write a canvas at a time.
+"""CanvasModelState: vLLM's hooks around a forward, for models that denoise canvases.
 
 add_request      a slot of the canvas pool gets its owner
 prepare_attn     which rows are causal and which are canvas rows
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 class CanvasModelState(ModelState):
-    """The worker-side state of a diffusion model: the canvas pool and what every forward reads."""
+    """Worker-side state of a diffusion model: the canvas pool and the inputs of every forward."""
 
     # A denoising step samples no token beyond the canvas itself.
     num_new_sampled_tokens_per_step: ClassVar[int] = 0
@@ -81,7 +81,7 @@ class CanvasModelState(ModelState):
         self.family, self.rules = self._served.family, self._served.rules
         conditioned = self.family.conditioning is Conditioning.SELF
         self.pool = pool_class(device.type)(
-            num_slots=self.max_num_reqs + 1,  # the last one is nobody's, see ``GrantedRows``
+            num_slots=self.max_num_reqs + 1,  # the last has no owner, see ``GrantedRows``
             canvas_length=vllm_config.diffusion_config.canvas_length,
             hidden_size=text_config.hidden_size if conditioned else None,
             vocab_size=self.model_config.get_vocab_size(),
@@ -134,10 +134,10 @@ class CanvasModelState(ModelState):
         return ("generate",)
 
     def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
-        """Replace vLLM's sampler by the one that denoises."""
+        """Replace vLLM's sampler with the denoising one."""
         vocab_size = self.model_config.get_vocab_size()
-        # What a step's logits may take: all the tiles of the streaming head, or all the rows that
-        # the reference head holds at once.
+        # Memory limit of a step's logits: all tiles of the streaming head, or all rows that the
+        # reference head processes at once.
         budget = self._served.head_memory_mb * 2**20
         whole = ReferenceHead(
             logits=self.model.logits,
@@ -151,8 +151,8 @@ class CanvasModelState(ModelState):
             head = StreamingHead(vocabulary=copied, whole=whole, budget=budget)
         elif form is not None:
             raise ConfigError(
-                f"{HEAD_WEIGHTS}={form} is not supported for this checkpoint, whose head only its "
-                "own layer can multiply with. Remove it."
+                f"{HEAD_WEIGHTS}={form} is not supported for this checkpoint, whose quantised head "
+                "cannot be read as a plain matrix. Remove it."
             )
         canvas_sampler = CanvasSampler(
             self.model,
@@ -175,19 +175,19 @@ class CanvasModelState(ModelState):
         return canvas_sampler, None
 
     def _make_recorder(self) -> Recorder | None:
-        """The recorder of traces where they are asked for; of ranks that all see the same, one."""
+        """The trace recorder if tracing is on; on one rank, since all ranks see the same."""
         folder = trace_folder(os.environ)
         if folder is None or get_tensor_model_parallel_rank() != 0:
             return None
         recorder = Recorder(folder)
-        # The runner drops the model state when it shuts down, and calls nothing of it.
+        # At shutdown the runner drops the model state without calling any hook.
         weakref.finalize(self, recorder.close)
         return recorder
 
-    # ---- the life of a request ----
+    # ---- life cycle of a request ----
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Give the request a slot; also called for requests that come back after preemption."""
+        """Give the request a slot; also called when a request returns after preemption."""
         sampling = new_req_data.sampling_params
         self._slot_of[new_req_data.req_id] = req_index
         admitted = carriers.admitted(sampling, self.rules.default)
@@ -239,7 +239,7 @@ class CanvasModelState(ModelState):
         self.guards.admit(slot, guard)
 
     def remove_request(self, req_id: str) -> None:
-        """Finished, aborted or preempted: its next rows, if any, start over as prompt rows."""
+        """Release the slot of a finished, aborted or preempted request."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self.pool.release(slot)
@@ -275,7 +275,7 @@ class CanvasModelState(ModelState):
         )
 
     def _image_spans(self, input_batch: InputBatch) -> list[list[tuple[int, int]]]:
-        """Half-open absolute ranges that attend bidirectionally, for every request of the batch."""
+        """Half-open absolute ranges that attend bidirectionally, per request of the batch."""
         if not (self.supports_mm_inputs and self.model_config.is_mm_prefix_lm):
             return [[] for _ in input_batch.req_ids]
         features = self.encoder_cache.mm_features
@@ -296,9 +296,9 @@ class CanvasModelState(ModelState):
         input_batch: InputBatch,
         req_states: RequestState,
     ) -> None:
-        """Run the vision tower where scheduled and keep what this step's rows need of it.
+        """Run the vision tower where scheduled and keep the embeddings of this step's rows.
 
-        Nothing is returned: ``prepare_inputs`` writes the merged embeddings into the one buffer.
+        Returns nothing: ``prepare_inputs`` writes the merged embeddings into its buffer.
         """
         del req_states
         if self._inputs is None:
@@ -313,7 +313,7 @@ class CanvasModelState(ModelState):
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, Tensor]:
-        """Embeddings of all rows, self-conditioning mixed into canvas rows.
+        """Embeddings of all rows, with self-conditioning applied to canvas rows.
 
         A model that is not conditioned on itself runs on the ids as they are.
         """

@@ -1,6 +1,6 @@
-"""What a canvas cannot be served with: settings that are refused before an engine starts.
+"""Settings that diffusion models cannot be served with, refused before an engine starts.
 
-Each function raises ``ConfigError`` with what was asked, what is accepted and the way out.
+Each function raises ``ConfigError`` with the requested value, what is accepted and the way out.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_FP8 = 89  # the least compute capability of torch's products of fp8
-_FP8_GROUP = 16  # ids and inputs of theirs
+_FP8 = 89  # least compute capability of torch's fp8 products
+_FP8_GROUP = 16  # their ids and inputs must be multiples of this
 
 
 def refuse_attention_of_gpus(vllm_config: VllmConfig) -> None:
-    """A backend that a CPU host does not have; vLLM itself only logs that it was asked for."""
+    """Refuse attention backends that a CPU host lacks; vLLM itself only logs the choice."""
     asked = vllm_config.attention_config.backend
     if (
         current_platform.is_cpu()
         and asked not in {None, AttentionBackendEnum.CPU_ATTN}
-        # vLLM's settings for Gemma name one themselves, when this config was made first.
+        # vLLM's settings for Gemma name one too, if this config was made before.
         and not carriers.is_served(vllm_config.model_config.hf_config)
     ):
         raise ConfigError(
-            f"attention_backend={asked.name} is not for a CPU host, which has CPU_ATTN alone: "
-            "leave the option out."
+            f"attention_backend={asked.name} is not available on a CPU host, which has only "
+            "CPU_ATTN: remove the option."
         )
 
 
 def refuse_inert_options(vllm_config: VllmConfig) -> None:
-    """Options that only a token-by-token sampler reads."""
+    """Refuse options that only a token-by-token sampler reads."""
     model = vllm_config.model_config
     options = {
         "speculative_config": vllm_config.speculative_config,
@@ -56,22 +56,22 @@ def refuse_inert_options(vllm_config: VllmConfig) -> None:
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "return_sampling_mask": model.return_sampling_mask,
     }
-    # vLLM loads these without being asked, and its own sampler alone would call them.
+    # vLLM loads installed logits processors unasked, but only its own sampler would call them.
     for plugin in entry_points(group=LOGITSPROCS_GROUP):
         options[f"the installed logits processor {plugin.name!r} ({plugin.value})"] = True
     if asked := [name for name, value in options.items() if value]:
-        raise ConfigError(f"{', '.join(asked)} does nothing for a diffusion model: remove it.")
+        raise ConfigError(f"{', '.join(asked)} has no effect on a diffusion model: remove it.")
     if model.logprobs_mode not in {"raw_logprobs", "raw_logits"}:
         raise ConfigError(
-            f"logprobs_mode={model.logprobs_mode} is not supported for a diffusion model: a "
-            "canvas is committed by the model's own distribution at temperature 1, and what "
-            "the schedule and a request made of it changes with every step. Use raw_logprobs "
+            f"logprobs_mode={model.logprobs_mode} is not supported for a diffusion model: "
+            "log-probabilities are those of the model's own distribution at temperature 1, since "
+            "the processed one changes with every denoising step. Use raw_logprobs "
             "or raw_logits."
         )
 
 
 def refuse_cut_canvases(scheduler: SchedulerConfig, canvas: int) -> None:
-    """A step that cannot hold a canvas, which runs in one piece or not at all."""
+    """Refuse steps too small for a whole canvas, since canvases are never split."""
     for option in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         rows = getattr(scheduler, option)
         if rows is not None and rows < canvas:
@@ -81,23 +81,23 @@ def refuse_cut_canvases(scheduler: SchedulerConfig, canvas: int) -> None:
                 "--diffusion-config."
             )
     if scheduler.long_prefill_token_threshold:
-        # It would clip canvases as if they were prompts.
+        # vLLM would clip canvases as if they were prompts.
         logger.warning(
-            "long_prefill_token_threshold=%d would also cut canvases short; "
-            "it is switched off for diffusion models.",
+            "long_prefill_token_threshold=%d would also clip canvases; "
+            "it is disabled for diffusion models.",
             scheduler.long_prefill_token_threshold,
         )
         scheduler.long_prefill_token_threshold = 0
 
 
 def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype) -> None:
-    """A form of the head's weights that this host has no products for.
+    """Refuse a format of the head's weights that this host cannot multiply with.
 
     Args:
-        form: of the copy, None where there is none.
+        form: format of the copy, None for no copy.
         inputs: H.
         ids: V; ranks hold whole tiles of it.
-        dtype: of the model.
+        dtype: dtype of the model.
     """
     if form is None:
         return
@@ -105,29 +105,28 @@ def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype
     if not current_platform.is_cpu():
         if form != "fp8":
             raise ConfigError(f"{asked} on a GPU, only on CPU hosts. Use fp8 or remove it.")
-        # What torch's products of fp8 with a scale for every row take.
+        # Requirements of torch's fp8 products with a scale per row.
         if not (current_platform.is_cuda() and current_platform.has_device_capability(_FP8)):
             raise ConfigError(
-                f"{asked} on this GPU: its products take NVIDIA's compute capability 8.9 or "
+                f"{asked} on this GPU: its products need NVIDIA compute capability 8.9 or "
                 "higher. Remove it."
             )
         if dtype != torch.bfloat16 or inputs % _FP8_GROUP or ids % _FP8_GROUP:
             raise ConfigError(
-                f"{asked} for {ids} ids of {inputs} inputs in {dtype}: on a GPU both are "
-                f"multiples of {_FP8_GROUP} and the model is in bfloat16. Remove it."
+                f"{asked} for {ids} ids of {inputs} inputs in {dtype}: on a GPU both must be "
+                f"multiples of {_FP8_GROUP} and the model must be in bfloat16. Remove it."
             )
     if form == "int8" and not int8.is_exact():
         raise ConfigError(f"{asked} on this processor, whose int8 sums overflow. Remove it.")
     if form == "nvfp4" and inputs % GROUP:
-        raise ConfigError(f"{asked} for {inputs} inputs, which are no groups of {GROUP}.")
+        raise ConfigError(f"{asked} for {inputs} inputs, which is not a multiple of {GROUP}.")
 
 
 def refuse_data_parallel_experts(vllm_config: VllmConfig) -> None:
-    """Several engines with experts on a CPU host."""
+    """Refuse several engines for a model with experts on a CPU host."""
     ranks = vllm_config.parallel_config.data_parallel_size
     if ranks > 1 and current_platform.is_cpu():
         raise ConfigError(
-            f"data_parallel_size is {ranks}, but vLLM's engines exchange "
-            "the rows of experts, which on a CPU host they cannot: the first step would end "
-            "them. Start as many servers instead."
+            f"data_parallel_size is {ranks}, but with experts vLLM's engines exchange rows, which "
+            "fails on a CPU host in the first step. Start as many servers instead."
         )

@@ -1,17 +1,17 @@
 """CanvasSampler: vLLM's sampler call around ``step.advance``.
 
-Takes hidden rows (the model hands them through instead of logits), gives vLLM the two numbers it
-accounts with: how many tokens a request gained, and how many of its rows do not count as computed.
+Takes hidden rows (the model returns them in place of logits). Returns to vLLM, per request, the
+number of tokens gained and the number of rows that do not count as computed:
 
     prompt rows       gained 0, all count          -> the last chunk begins a canvas
     canvas rows       gained 0, none counts        -> the same positions run again next step
-    commit rows       gained what is committed, which counts
-                                                   -> the next canvas begins behind it
+    commit rows       gained the committed tokens, which count
+                                                   -> the next canvas begins after them
 
-Of a request whose commits are fused no canvas row ever counts. The step that finishes a canvas
-gains it, and the next canvas begins; the finished one's rows come back as text, which counts, and
-of which nothing is asked here. Under asynchronous scheduling they come back as rows of which only
-the slot says that they are text, see ``engine.fusion``.
+With fused commits no canvas row ever counts. The step that finishes a canvas gains its tokens and
+begins the next canvas. The finished canvas's rows then return as text rows, which count and need
+nothing from the sampler. Under asynchronous scheduling only the slot's state tells that returning
+rows are text, see ``engine.fusion``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_diffusion.engine import carriers
-from vllm_diffusion.engine.canvases import canvases_of, tell
+from vllm_diffusion.engine.canvases import canvases_of, step_output
 from vllm_diffusion.engine.granted import granted_rows, settle
 from vllm_diffusion.engine.step_rows import StepRows
 from vllm_diffusion.head.rows import Rows
@@ -61,7 +61,7 @@ class CanvasSampler:
     ``rule`` and ``observe`` go to ``step.advance`` and may be set on a running engine.
     """
 
-    # The runner reads the bin counts after every step; None means there is nothing to update.
+    # The runner reads the bin counts after every step; None means that there are none to update.
     penalties_state: Final = SimpleNamespace(output_bin_counts=None)
 
     def __init__(
@@ -94,10 +94,10 @@ class CanvasSampler:
         self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """Nothing to do: the model state admits the request to the pool."""
+        """Does nothing: the model state admits the request to the pool."""
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """Does nothing: no writes are staged."""
 
     def __call__(
         self,
@@ -108,7 +108,7 @@ class CanvasSampler:
         """Advance every canvas of the batch by one step.
 
         Args:
-            hidden: [R, H] final hidden states of the rows behind logits, request by request.
+            hidden: [R, H], final hidden states of the rows with logits, request by request.
             input_batch: the step's batch.
             draft_logits: unused.
         """
@@ -136,17 +136,17 @@ class CanvasSampler:
         # canvas can be the last of a prompt.
         prompt = input_batch.is_prefilling_np[:num_reqs] & (widths == 0)
         self._begin_after_prompt(input_batch, prompt)
-        told = tell(self.pool, rows, emission, self.req_states.draft_tokens)
+        step = step_output(self.pool, rows, emission, self.req_states.draft_tokens)
         if granted is not None and emission is not None:
-            settle(granted, self.pool, emission, told.rejected, self.req_states.draft_tokens)
+            settle(granted, self.pool, emission, step.rejected, self.req_states.draft_tokens)
         output = SamplerOutput(
-            sampled_token_ids=told.tokens,
+            sampled_token_ids=step.tokens,
             logprobs_tensors=scored,
             num_nans=None,
-            num_sampled=told.gained,
-            num_rejected=told.rejected,
+            num_sampled=step.gained,
+            num_rejected=step.rejected,
         )
-        carriers.put_committed(output, told.committed)
+        carriers.put_committed(output, step.committed)
         return output
 
     def _advance(
@@ -157,14 +157,14 @@ class CanvasSampler:
         widths: np.ndarray,
         granted: GrantedRows | None,
     ) -> tuple[Emission, LogprobsTensors | None]:
-        """Move the canvases of the step on; what they give, and what is said of it.
+        """Advance the canvases of the step; return their emission and log-probabilities.
 
         Args:
             hidden: [R, H].
             input_batch: the step's batch.
             rows: the same on the device.
             widths: [N], rows of every request's canvas, 0 for none.
-            granted: what these rows are, where only the device knows.
+            granted: what the rows are, if only the device knows.
         """
         decoding = np.flatnonzero(widths)
         length = self.pool.canvas_length
@@ -172,7 +172,7 @@ class CanvasSampler:
         batch = batch if granted is None else granted.placed(batch)
         running = input_batch.idx_mapping_np[: widths.size]
         slots = running[decoding].tolist()
-        # Rows come canvas by canvas: where all are full there is nothing to gather.
+        # Rows come canvas by canvas; if all are full width there is nothing to gather.
         full = bool((widths[decoding] == length).all())
         canvases = hidden.reshape(*places.shape, -1) if full else hidden[places]
         rewrite = None
@@ -214,7 +214,7 @@ class CanvasSampler:
         return emission, scored
 
     def _begin_after_prompt(self, input_batch: InputBatch, prompt: np.ndarray) -> None:
-        """Start the first canvas of the requests whose last prompt chunk has just run."""
+        """Begin the first canvas of requests whose last prompt chunk has just run."""
         computed = (
             input_batch.num_computed_prefill_tokens_np[: prompt.size]
             + input_batch.num_scheduled_tokens[: prompt.size]
@@ -231,8 +231,8 @@ class CanvasSampler:
     def _begin_behind_commit(
         self, owners: Sequence[int], batch: CanvasBatch, emission: Emission
     ) -> None:
-        """Give the canvases that begin behind an emitted one their part of a long draft."""
-        # Most steps emit nothing. Only where state lives on the host is it free to look.
+        """Give canvases that begin after an emitted one their part of a long draft."""
+        # Most steps emit nothing, but only on a CPU can this be tested without a device sync.
         if emission.count.device.type == "cpu" and not emission.count.any():
             return
         if self.constraints.has_draft(owners):
@@ -247,19 +247,19 @@ class CanvasSampler:
             self.pool.begin_from(slots, begun, *first)
 
     def _text(self, computed: np.ndarray) -> Tensor:
-        """[S, N] prompt and committed tokens of every slot, N enough for the slots of the step.
+        """[S, N], prompt and committed tokens of every slot, N enough for the slots of the step.
 
         Args:
-            computed: tokens before the canvases of the step, at most.
+            computed: upper bounds of the tokens before the canvases of the step.
         """
         return self.req_states.all_token_ids.gpu[:, : max(1, int(computed.max()))]
 
     def _run_widest_head(self, hidden: Tensor) -> None:
-        """Let vLLM's memory profile, a batch of one logit a request and no canvas, see the head."""
-        # A host's memory is not divided by this profile, and a full batch would take it seconds.
+        """Run the head at full size in vLLM's memory profile, whose batch has no canvases."""
+        # On a CPU host memory is not planned by this profile, and a full batch would take seconds.
         on_host = hidden.device.type == "cpu"
         canvases = 1 if on_host else self.pool.num_slots - 1
-        # Some requests let the head take all that it may have, which these rows do not: a cut.
+        # Requests with a cut use all the memory the head may take, so these rows have one.
         reserved = hidden.new_empty(0 if on_host else self.head_bytes, dtype=torch.uint8)
         states = hidden[:1].expand(canvases * self.pool.canvas_length, -1)
         counter = torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)

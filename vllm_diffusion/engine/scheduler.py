@@ -1,21 +1,22 @@
-"""vLLM's diffusion schedulers, made to run a canvas in one piece or not at all.
+"""vLLM's diffusion schedulers, changed to run each canvas whole or not at all.
 
-The stock running loop clips a request's rows to what is left of the step's token budget. For a
-prompt that is chunked prefill; for a canvas it would change its width in the middle of its life.
-Here a canvas that does not fit waits a step. Where a finished canvas is to be committed beside its
-successor and only the commit rows fit, those go ahead alone.
+The stock running loop clips a request's rows to the rest of the step's token budget. For a prompt
+that is chunked prefill; for a canvas it would change the width while it is being denoised. Here a
+canvas that does not fit waits one step. If a finished canvas is to be committed beside its
+successor and only the commit rows fit, those run alone.
 
-The stock scheduler takes tokens that left for computed. Those of a fused commit are not yet: they
-are taken back from its count, and its own arithmetic then schedules them and a canvas behind them.
-Where a step in flight has rows for them already, these are no drafts any more: ``engine.fusion``.
+The stock scheduler counts emitted tokens as computed. With a fused commit they are not yet: they
+are subtracted from the count, and vLLM's own arithmetic then schedules them and a canvas after
+them. If a step in flight already has rows for them, those are no longer drafts, see
+``engine.fusion``.
 
-The stock scheduler also takes it that a prompt's last step gives a token, with which the prompt's
-log-probabilities can leave, and ends the engine if it does not. A canvas gives its tokens many
-steps later; until then the log-probabilities wait here.
+The stock scheduler also assumes that a prompt's last step emits a token, with which the prompt's
+log-probabilities leave, and stops the engine otherwise. A canvas emits its tokens many steps later;
+until then the log-probabilities are kept here.
 
-Constraints are compiled, waited for and checked by vLLM, with a backend of ours. No mask is made of
-one, and no canvas cut to what a left-to-right reader would accept: the automaton goes to the worker
-with its request, see ``engine.constraints.backend``. Everything else is vLLM's.
+vLLM compiles, awaits and checks constraints, with our backend. It makes no token masks of them and
+truncates no canvas to what a left-to-right matcher accepts: the automaton goes to the worker with
+its request, see ``engine.constraints.backend``. Everything else is vLLM's.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# Fields of vLLM's ModelRunnerOutput that hold something about prompts, by request id.
+# Fields of vLLM's ModelRunnerOutput with results about prompts, by request id.
 _ABOUT_PROMPTS: Final = ("prompt_logprobs_dict", "prompt_token_id_logprobs_dict")
 
 
 class WholeCanvasMixin:
-    """Holds back, for one step, the canvases that would be cut; and what must leave with tokens.
+    """Defers canvases that would be clipped, and keeps prompt results until tokens are emitted.
 
-    And counts the forwards of every canvas, see ``engine.telemetry``.
+    Also counts the forwards of every canvas, see ``engine.telemetry``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._held: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
+        self._delayed: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
         self._meter = StepMeter()
         self._admitted: WeakKeyDictionary[Request, Admitted] = WeakKeyDictionary()
         self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
@@ -90,17 +91,17 @@ class WholeCanvasMixin:
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step in which every canvas runs at its full width."""
-        self._hold_cut_canvases()
+        self._defer_clipped_canvases()
         scheduled: SchedulerOutput = super().schedule(throttle_prefills)  # type: ignore[misc]
-        self._send_off(scheduled)
-        # By these vLLM would mask positions, wait for tokens to mask by, and read canvases back.
+        self._record_in_flight(scheduled)
+        # With these set, vLLM would mask positions, wait for tokens and copy canvases to the host.
         scheduled.has_structured_output_requests = False
         scheduled.pending_structured_output_tokens = False
         self._send_automata(scheduled)
         return scheduled
 
     def update_draft_token_ids(self: Any, draft_token_ids: DraftTokenIds) -> None:
-        """Take in that canvases go on, constrained ones at their full width too."""
+        """Record the canvases that continue; constrained ones keep their full width too."""
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
         ids = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         for req_id, tokens in ids:
@@ -113,9 +114,9 @@ class WholeCanvasMixin:
     def update_from_output(
         self: Any, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take in a step's result; what is known about a prompt leaves with its first tokens."""
+        """Process a step's result; results about a prompt leave with its first tokens."""
         for name in _ABOUT_PROMPTS:
-            self._send_with_tokens(name, model_runner_output)
+            self._delay_until_tokens(name, model_runner_output)
         committing = self._account(scheduler_output, model_runner_output)
         committed = self._meter.take(
             scheduler_output,
@@ -132,14 +133,14 @@ class WholeCanvasMixin:
         return outputs
 
     def _account(self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> set[str]:
-        """Count as not computed what was given before its commit; whose forward was a commit."""
+        """Subtract tokens emitted before their commit; return the requests that only committed."""
         done = next((step for step in self._in_flight if step.scheduled is scheduled), None)
         if done is None:  # nothing was scheduled
             return set()
         self._in_flight.remove(done)
         canvases = scheduled.scheduled_spec_decode_tokens
         for req_id, drafts in done.drafts.items():
-            # What a request has in front of its canvas is refused here, vLLM knows of canvases.
+            # Rows before a canvas are rejected here, since vLLM only knows of canvas rows.
             padding = drafts - len(canvases[req_id])
             request = self.requests.get(req_id)
             if padding > 0 and request is not None and not request.num_stale_output_tokens:
@@ -154,7 +155,7 @@ class WholeCanvasMixin:
             if not self._fuses(request):
                 done.alone.add(req_id)
             elif not request.num_stale_output_tokens:
-                # Of a request that was preempted nothing counts as computed.
+                # Nothing of a preempted request counts as computed.
                 known = request.num_tokens
                 kept = grid.kept_of_canvas(self._family, known=known)
                 request.num_computed_tokens -= known + len(tokens) - kept
@@ -166,11 +167,11 @@ class WholeCanvasMixin:
         return done.alone
 
     def _count(self: Any, done: StepInFlight, output: ModelRunnerOutput) -> None:
-        """How many steps each canvas has taken whose results are there."""
+        """Count the steps of each canvas whose results have arrived."""
         taken = {}
         for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
             request = self.requests.get(req_id)
-            # One that was preempted begins its canvas again.
+            # A preempted request begins its canvas again.
             if request is None or request.num_stale_output_tokens or req_id not in done.drafts:
                 continue
             begins = tokens or req_id in done.alone
@@ -181,8 +182,8 @@ class WholeCanvasMixin:
         steps = (step for step in self._in_flight if req_id in step.scheduled.num_scheduled_tokens)
         return next(steps, None)
 
-    def _send_off(self: Any, scheduled: SchedulerOutput) -> None:
-        """Note what a step has rows for."""
+    def _record_in_flight(self: Any, scheduled: SchedulerOutput) -> None:
+        """Record what the rows of a step were granted for."""
         ran = scheduled.num_scheduled_tokens
         for req_id in self._guesses.keys() - ran.keys():
             rows, request = self._guesses.pop(req_id), self.requests[req_id]
@@ -201,8 +202,8 @@ class WholeCanvasMixin:
         admitted = self._admitted.get(request)
         return admitted is not None and self._fusion.holds_for(admitted.fused_commit)
 
-    def _owed(self, request: Request) -> int:
-        """Tokens that a finished canvas gave and no forward has committed."""
+    def _uncommitted(self, request: Request) -> int:
+        """Number of emitted tokens that no forward has committed."""
         if request.is_prefill_chunk or request.num_computed_tokens < request.num_prompt_tokens:
             return 0
         if not self._fuses(request):
@@ -210,24 +211,24 @@ class WholeCanvasMixin:
         computed = request.num_computed_tokens - request.num_output_placeholders
         return grid.text_rows(self._family, known=request.num_tokens, computed=computed)
 
-    def _ends(self, request: Request) -> bool:
-        """Whether the canvas in flight is about to take its last step; asynchronous scheduling."""
+    def _in_last_step(self, request: Request) -> bool:
+        """Whether the canvas in flight is in its schedule's last step (asynchronous scheduling)."""
         req_id = request.request_id
         steps = [step for step in self._in_flight if req_id in step.scheduled.num_scheduled_tokens]
         if not self._fusion.foreseen or len(steps) != 1 or req_id in steps[0].alone:
             return False
         if not steps[0].drafts.get(req_id):
             return False
-        # One that began from a draft has fewer, which only the worker knows: it ends unforeseen.
+        # A canvas begun from a draft takes fewer steps, but only the worker knows how many.
         return self._taken.get(req_id, 0) + 1 >= self._admitted[request].rule.max_steps
 
     def _is_last(self: Any, request: Request, width: int) -> bool:
-        """Whether the request needs no canvas behind one of this width."""
+        """Whether the request needs no further canvas after one of this width."""
         end = request.num_prompt_tokens + request.max_tokens
         return bool(request.num_tokens + width >= min(end, self.max_model_len))
 
     def _has_room(self: Any, request: Request, width: int) -> bool:
-        """Whether a next canvas fits beside this one's commit, and takes nothing from anyone."""
+        """Whether a next canvas fits beside this commit without taking blocks others may need."""
         if self._is_last(request, width):
             return False
         length, groups = self.num_spec_tokens, len(self.kv_cache_config.kv_cache_groups)
@@ -237,29 +238,31 @@ class WholeCanvasMixin:
             free >= blocks and request.num_computed_tokens + 2 * length <= self.max_model_len
         )
 
-    def _send_with_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
-        held = self._held[name]
-        held |= {req_id: each for req_id, each in getattr(output, name).items() if each is not None}
-        if not held:
+    def _delay_until_tokens(self: Any, name: str, output: ModelRunnerOutput) -> None:
+        delayed = self._delayed[name]
+        delayed |= {
+            req_id: each for req_id, each in getattr(output, name).items() if each is not None
+        }
+        if not delayed:
             return
         leaving = {}
         for req_id, tokens in zip(output.req_ids, output.sampled_token_ids or (), strict=False):
-            if tokens and req_id in held:
-                leaving[req_id] = held.pop(req_id)
+            if tokens and req_id in delayed:
+                leaving[req_id] = delayed.pop(req_id)
         setattr(output, name, leaving)
-        for req_id in held.keys() - self.requests.keys():
-            del held[req_id]
+        for req_id in delayed.keys() - self.requests.keys():
+            del delayed[req_id]
 
     def _compile_for_canvases(self: Any) -> None:
         manager, model = self.structured_output_manager, self.vllm_config.model_config
         if not model.skip_tokenizer_init:
-            # vLLM makes a backend where there is none yet.
+            # vLLM creates its own backend only if none is set.
             manager.backend = ConstraintBackend(
                 self.vllm_config, tokenizer=manager.tokenizer, vocab_size=model.get_vocab_size()
             )
 
     def _send_automata(self: Any, scheduled: SchedulerOutput) -> None:
-        """With requests that the worker does not know, or has forgotten since their preemption."""
+        """Attach automata to requests that are new to the worker, or return after preemption."""
         for new in scheduled.scheduled_new_reqs:
             asked = self.requests[new.req_id].structured_output_request
             if asked is not None and isinstance(asked.grammar, ConstraintGrammar):
@@ -268,51 +271,51 @@ class WholeCanvasMixin:
                 named = asked.grammar.for_worker(thinking, allowed)
                 carriers.put_named_constraint(new, named)
 
-    def _hold_cut_canvases(self: Any) -> None:
-        # The running loop serves requests in this order and takes what fits, so walking the same
-        # order with the same arithmetic tells who would be cut.
+    def _defer_clipped_canvases(self: Any) -> None:
+        # The running loop serves requests in this order and grants what fits, so the same walk with
+        # the same arithmetic finds the canvases that would be clipped.
         budget = self.max_num_scheduled_tokens
         self._commit_alone.clear()
         self._guesses.clear()
         for request in self.running:
             computed = request.num_computed_tokens - request.num_output_placeholders
-            owed = self._owed(request)
-            if computed + owed < request.num_tokens:
+            ahead = self._uncommitted(request)
+            if computed + ahead < request.num_tokens:
                 budget -= min(budget, request.num_tokens - request.num_computed_tokens)
                 continue
-            width = self._canvas_rows(request, computed + owed)
-            ends = self._ends(request)
-            both = owed + width <= budget and request.spec_token_ids
-            if 0 < owed <= budget and not both:
-                # No canvas rows in this step, nor in a later one if this one passes it over.
+            width = self._canvas_rows(request, computed + ahead)
+            in_last_step = self._in_last_step(request)
+            both = ahead + width <= budget and request.spec_token_ids
+            if 0 < ahead <= budget and not both:
+                # No canvas rows in this step, nor in a later one if this one skips the request.
                 request.spec_token_ids = []
                 self._commit_alone.add(request.request_id)
                 width = 0
-            elif ends and 2 * width <= budget and self._has_room(request, width):
-                # Of these rows too it is open whether they will count as computed.
+            elif in_last_step and 2 * width <= budget and self._has_room(request, width):
+                # Whether these rows will count as computed is unknown too.
                 request.num_output_placeholders += width
-                self._guesses[request.request_id] = owed = width
-            last = ends and self._is_last(request, width)
-            if owed + width > budget or last or self._width_unsettled(request):
+                self._guesses[request.request_id] = ahead = width
+            last = in_last_step and self._is_last(request, width)
+            if ahead + width > budget or last or self._width_unsettled(request):
                 # schedule() advances current_step before it compares, so + 2 skips this call alone;
                 # max keeps a longer wait that pipeline parallelism may have set.
                 request.next_decode_eligible_step = max(
                     request.next_decode_eligible_step, self.current_step + 2
                 )
             else:
-                budget -= owed + width
+                budget -= ahead + width
 
     def _canvas_rows(self: Any, request: Request, start: int) -> int:
-        """Rows that the request's canvas takes in a step."""
+        """Rows of the request's canvas."""
         asked = diffusion_canvas_width(request, self.num_spec_tokens)
         return grid.canvas_width(self._family, known=start, asked=asked, end=self.max_model_len)
 
     def _width_unsettled(self: Any, request: Request) -> bool:
-        """True while a step in flight leaves open where a canvas near max_model_len starts.
+        """Whether the start of a canvas near max_model_len depends on a step in flight.
 
-        Asynchronous scheduling counts a running canvas as computed until its result is known, and
-        clips the next step at max_model_len by that count: the width would alternate from step to
-        step. Such a request runs synchronously: it waits until nothing of it is in flight.
+        Asynchronous scheduling counts a running canvas as computed until its result arrives, and
+        clips the next step at max_model_len by that count, so the width would alternate from step
+        to step. Such a request runs synchronously: it waits until none of its steps is in flight.
         """
         in_flight = request.num_output_placeholders
         return bool(
@@ -321,20 +324,20 @@ class WholeCanvasMixin:
 
 
 class CanvasScheduler(WholeCanvasMixin, DiffusionScheduler):
-    """For synchronous scheduling."""
+    """The scheduler for synchronous scheduling."""
 
 
 class AsyncCanvasScheduler(WholeCanvasMixin, DiffusionAsyncScheduler):
-    """For asynchronous scheduling."""
+    """The scheduler for asynchronous scheduling."""
 
 
 def canvas_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """Build the scheduler the config asks for; vLLM resolves this function by name.
+    """Build the scheduler for a config; vLLM resolves this function by name.
 
-    A function, because whether scheduling is asynchronous is decided after the name is set.
+    It is a function because vLLM decides on asynchronous scheduling after the name is set.
     """
     if (why_not := Fusion.of(vllm_config).why_not) is not None:
-        logger.info("Every finished canvas takes a forward for its commit: %s.", why_not)
+        logger.info("Commits are not fused, each takes a forward of its own: %s.", why_not)
     asynchronous = vllm_config.scheduler_config.async_scheduling
     scheduler = AsyncCanvasScheduler if asynchronous else CanvasScheduler
     return scheduler(vllm_config=vllm_config, **kwargs)

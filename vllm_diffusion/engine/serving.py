@@ -1,7 +1,8 @@
-"""What serving a canvas asks of vLLM's configuration, decided before the engine starts.
+"""Set and check vLLM's configuration for diffusion models, before the engine starts.
 
 vLLM calls the entry of its ``MODELS_CONFIG_MAP`` for the architecture while it builds the config,
-in the process the user started: a refusal is an error at the prompt, not in a worker's log.
+in the process that the user started. A refusal is therefore an error on the command line, not in a
+worker's log.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_BLACKWELL = 100  # sm_100 and its kin; sm_120 is none of them
+_BLACKWELL = 100  # the sm_100 family, without sm_120
 
 
 class CanvasServing(VerifyAndUpdateConfig):
-    """vLLM's own settings for the architecture, then what our engine needs on top."""
+    """vLLM's own settings for the architecture, then those that our engine needs."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Set or refuse what a canvas cannot be served with.
+        """Set what serving canvases needs, and refuse settings that prevent it.
 
         Raises:
-            ConfigError: a setting that would change or break the output, options of ours that make
-                no sense, a folder for traces that cannot be written to, a form of the head that
-                is not built, or one of its weights that this host has no products for.
+            ConfigError: a setting that would change or break the output, invalid options of ours, a
+                trace folder that cannot be written to, a version of the head that is not built, or
+                a format of its weights that this host cannot multiply with.
             CheckpointError: the checkpoint lacks the constants of its decoding rule.
         """
         scheduler = vllm_config.scheduler_config
@@ -72,7 +73,7 @@ class CanvasServing(VerifyAndUpdateConfig):
         refuse_inert_options(vllm_config)
         refuse_data_parallel_experts(vllm_config)
         check_options(vllm_config.lora_config)
-        tell_unread_overrides(vllm_config.model_config)
+        warn_unread_overrides(vllm_config.model_config)
         served, origins = publish(vllm_config, module, canvas)
         check_host(vllm_config)
         refuse_cut_canvases(scheduler, canvas)
@@ -92,7 +93,7 @@ class CanvasServing(VerifyAndUpdateConfig):
 
 
 def settle_backbone(vllm_config: VllmConfig, module: FamilyModule) -> None:
-    """What vLLM sets for the family's backbone, and an attention backend that shows canvases."""
+    """Apply vLLM's settings for the family's backbone, and choose an attention backend."""
     attention = vllm_config.attention_config
     asked = attention.backend or attention.flash_attn_version
     module.settle(vllm_config)
@@ -101,10 +102,10 @@ def settle_backbone(vllm_config: VllmConfig, module: FamilyModule) -> None:
 
 
 def settle_canvas(vllm_config: VllmConfig) -> int:
-    """The width of a canvas: the user's, else the checkpoint's."""
+    """Set the canvas width: the user's, else the checkpoint's."""
     diffusion = vllm_config.diffusion_config
     if diffusion.canvas_length is None:
-        # vLLM takes the checkpoint's width only where there is no --diffusion-config at all.
+        # vLLM takes the checkpoint's width only if there is no --diffusion-config at all.
         diffusion.canvas_length = vllm_config.model_config.hf_config.canvas_length
     return int(diffusion.canvas_length)
 
@@ -112,10 +113,10 @@ def settle_canvas(vllm_config: VllmConfig) -> int:
 def publish(
     vllm_config: VllmConfig, module: FamilyModule, canvas: int
 ) -> tuple[Served, dict[str, str]]:
-    """Put what is served where every process of the engine finds it.
+    """Store what is served where every process of the engine finds it.
 
     Returns:
-        It, and who changed the default rule, see ``config.served_rules``.
+        It, and the origins of the default rule's constants, see ``config.served_rules``.
     """
     model = vllm_config.model_config
     generation, ours = model.try_get_generation_config(), ours_of(vllm_config)
@@ -139,7 +140,7 @@ def publish(
 
 
 def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict[str, str]]:
-    """The decoding rules of this engine and who changed them, see ``config.served_rules``."""
+    """The engine's decoding rules and their origins, see ``config.served_rules``."""
     model = vllm_config.model_config
     return served_rules(
         model.try_get_generation_config(),
@@ -152,25 +153,25 @@ def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict
 
 
 def ours_of(vllm_config: VllmConfig) -> object:
-    """``additional_config["diffusion"]``; another platform may put an object of its own there."""
+    """``additional_config["diffusion"]``; a platform may replace ``additional_config``."""
     additional = vllm_config.additional_config
     return additional.get("diffusion") if isinstance(additional, dict) else None
 
 
 def settle_scheduler(vllm_config: VllmConfig, canvas: int, asked_seqs: int) -> None:
-    """Our scheduler, as many canvases at once as fit into a step, and sizes of captured graphs.
+    """Set our scheduler, ``max_num_seqs`` by the canvases that fit in a step, and graph sizes.
 
     Args:
-        vllm_config: of the engine.
-        canvas: its width.
+        vllm_config: the engine's config.
+        canvas: canvas width.
         asked_seqs: ``max_num_seqs`` before vLLM's own settings changed it.
     """
     scheduler = vllm_config.scheduler_config
-    # vLLM's own default is never above the token budget.
+    # vLLM's own default never exceeds the token budget.
     default_seqs = SchedulerConfig.DEFAULT_MAX_NUM_SEQS
     if asked_seqs >= min(default_seqs, scheduler.max_num_batched_tokens):
-        # vLLM falls back to 8 here because its sampler holds all logits at once. Ours does not;
-        # more canvases than the token budget holds would only wait with their KV allocated.
+        # vLLM falls back to 8 here because its sampler holds all logits at once; ours does not.
+        # More canvases than the token budget holds would only wait with their KV allocated.
         fitting = max(1, scheduler.max_num_batched_tokens // canvas)
         scheduler.max_num_seqs = min(asked_seqs, fitting)
     choose_capture_sizes(vllm_config)
@@ -179,42 +180,42 @@ def settle_scheduler(vllm_config: VllmConfig, canvas: int, asked_seqs: int) -> N
     elif scheduler.scheduler_cls != SCHEDULER:
         logger.warning(
             "scheduler_cls=%s is kept; unless it derives from %s.WholeCanvasMixin, canvases "
-            "are cut where the token budget or max_model_len ends. Commits are not fused.",
+            "are clipped at the token budget or max_model_len. Commits are not fused.",
             scheduler.scheduler_cls,
             SCHEDULER.rpartition(".")[0],
         )
     if vllm_config.model_config.is_mm_prefix_lm:
-        # An image attends to itself in both directions, so all of it must run in one step.
+        # An image attends to itself bidirectionally, so all of it must run in one step.
         scheduler.disable_chunked_mm_input = True
 
 
 def serve_text_alone_without_processor(model: ModelConfig) -> None:
-    """A checkpoint without its processor's files, as a fine-tune may be, still serves text.
+    """Serve only text if the checkpoint lacks its processor's files, as a fine-tune may.
 
-    vLLM would say that a warm-up failed, and end every request with an image by status 500.
+    vLLM itself would log a failing warm-up and answer every request with an image by status 500.
     """
     multimodal = model.multimodal_config
     if multimodal is None or model.skip_tokenizer_init or not model.supports_multimodal_inputs:
         return
     try:
-        # Kept, for whoever needs it later in this process.
+        # Cached for later use in this process.
         MULTIMODAL_REGISTRY.get_processing_info(model).get_hf_processor()
     except OSError as error:
         multimodal.language_model_only = True
         logger.warning(
-            "%s serves text alone, and requests with images or video are refused: its "
+            "%s serves only text, and requests with images or video are refused: its "
             "processor cannot be loaded (%s)",
             model.model,
             str(error).partition("\n")[0],
         )
 
 
-def tell_unread_overrides(model: ModelConfig) -> None:
+def warn_unread_overrides(model: ModelConfig) -> None:
     """Published command lines set the rule in ``--hf-overrides``, which no server reads."""
     overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
     if unread := [name for name in overrides if name.startswith(PREFIX)]:
         logger.warning(
-            "%s in --hf-overrides changes no decoding rule: the one that is served follows. "
+            "%s in --hf-overrides does not change the decoding rule, which is logged below. "
             "Set its constants by name, as in --additional-config "
             """'{"diffusion": {"entropy_bound": 0.3}}'.""",
             ", ".join(unread),
@@ -222,11 +223,11 @@ def tell_unread_overrides(model: ModelConfig) -> None:
 
 
 def choose_attention_of_ranges(vllm_config: VllmConfig) -> None:
-    """TRITON_ATTN where the backend that vLLM would take cannot show a canvas its prefix.
+    """Choose TRITON_ATTN where vLLM's choice cannot mask the prefix of a canvas by ranges.
 
-    On sm_100 FlashAttention 4 has a kernel of its own for heads of 256, and on sm_90 with an
-    FP8 cache version 3 reads the sliding layers: neither takes ranges. vLLM looks for a backend
-    that does only where images are served.
+    On sm_100 FlashAttention 4 has a separate kernel for heads of 256, and on sm_90 with an FP8
+    cache version 3 serves the sliding layers: neither takes ranges. vLLM itself looks for a backend
+    that does only if images are served.
     """
     model, attention = vllm_config.model_config, vllm_config.attention_config
     if current_platform.is_cpu() or not needs_block_local(

@@ -1,7 +1,7 @@
 """Attention metadata of a step: which of its rows are causal, and which are canvas rows.
 
-vLLM asks the model state for it before every forward. A GPU backend is told of whole sequences and
-of ranges (``attention.sequences``, ``attention.gpu``), the one for CPU hosts of segments
+vLLM asks the model state for it before every forward. GPU backends take whole sequences and ranges
+(``attention.sequences``, ``attention.gpu``), the CPU backend takes segments
 (``attention.segments``).
 """
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class StepAttention:
-    """Makes the metadata of every step; what captured graphs read of it stays at one address.
+    """Builds the metadata of every step; tensors that captured graphs read keep their address.
 
     Args:
-        vllm_config: of the engine.
-        pool: the canvases, whose phase says which rows are causal.
+        vllm_config: the engine's config.
+        pool: the canvases, whose phase determines which rows are causal.
         fusion: whether text may run beside a canvas.
-        slots: requests at once.
+        slots: most concurrent requests.
         max_tokens: most rows of a step.
-        max_span: most positions of an image that attends to itself in both directions, 0 for none.
+        max_span: most positions of an image that attends to itself bidirectionally, 0 for none.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class StepAttention:
     ) -> None:
         self._pool, self._fusion = pool, fusion
         self._max_model_len = vllm_config.model_config.max_model_len
-        # A request may be two sequences of attention.
+        # A request may be two attention sequences.
         max_sequences = 2 * slots
         self._causal = torch.zeros(max_sequences, dtype=torch.int32, device=pool.device)
         if pool.device.type != "cpu":
@@ -87,8 +87,8 @@ class StepAttention:
             input_batch: the step's batch.
             block_tables, slot_mappings, attn_groups, kv_cache_config: as vLLM gives them.
             spans: half-open absolute ranges that attend bidirectionally, by request.
-            padded: the forward is one graph, of a padded batch.
-            for_capture: it is captured now.
+            padded: the forward is one captured graph on a padded batch.
+            for_capture: the graph is being captured.
         """
         num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
         num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
@@ -126,7 +126,7 @@ class StepAttention:
                 for index, spans in enumerate(sequences.spans)
             },
             for_cudagraph_capture=for_capture,
-            # A batch of prompts alone takes the backends' cheaper causal path; a graph has flags.
+            # A batch of only prompts takes the backends' cheaper causal path; a graph needs flags.
             causal=sequences.causal
             if for_capture or padded or input_batch.num_draft_tokens
             else True,
@@ -135,9 +135,9 @@ class StepAttention:
         return metadata
 
     def _parts(self, input_batch: InputBatch) -> Parts | None:
-        """Text and canvas rows where a slot's phase does not say which a request's rows are.
+        """Text and canvas rows, if a slot's phase does not determine what a request's rows are.
 
-        Only fused commits run text in a slot whose canvas has begun, before it or alone.
+        Only fused commits run text in a slot whose canvas has begun, either before it or alone.
         """
         drafts = input_batch.num_draft_tokens_per_req
         if self._fusion.why_not is not None or drafts is None:
@@ -154,11 +154,11 @@ class StepAttention:
         attn_groups: list[list[AttentionGroup]],
         spans: list[list[tuple[int, int]]],
     ) -> dict[str, Any]:
-        """Every segment a sequence of its own: how a CPU host attends."""
-        # Importing the CPU backend elsewhere than on a CPU host would look for its kernels.
+        """Metadata for CPU hosts: every segment is a sequence of its own."""
+        # Imported here because the CPU backend looks for its kernels, which only CPU hosts have.
         from vllm_diffusion.engine.attention.cpu import segmented_metadata
 
-        # A slot that is not causal may still run text alone, or before its canvas.
+        # A slot that is not causal may still run text, alone or before its canvas.
         drafts = input_batch.num_draft_tokens_per_req
         canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
         canvas, padding = np.where(causal.numpy() == 0, canvas, 0), None

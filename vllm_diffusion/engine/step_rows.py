@@ -1,4 +1,4 @@
-"""Records of a step's rows: whose they are, what they were granted for, and what came of them."""
+"""Records of a step's rows: their requests, what they were granted for, and the output."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRows:
-    """Of N requests, on the device: whose rows a step runs."""
+    """The rows of a step's N requests, on the device."""
 
     slots: Tensor  # [N] integer
-    seq_lens: Tensor  # [N] int32 or more of it, positions up to the last row of the step
-    first: Tensor  # [N + 1] int32, where each request's rows behind logits begin; the last is R
+    seq_lens: Tensor  # [N or more] int32, sequence length including the rows of the step
+    first: Tensor  # [N + 1] int32, first row with logits of each request; the last is R
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What a step says of its N requests, as vLLM's sampler does."""
+class StepOutput:
+    """Output of a step for its N requests, as vLLM's sampler returns it."""
 
-    tokens: Tensor  # [N, L] int32, in the first ``gained`` places
+    tokens: Tensor  # [N, L] int32, valid in the first ``gained`` places
     gained: Tensor  # [N] int32
     rejected: Tensor  # [N] int32, rows that do not count as computed
     committed: CommittedCanvases | None = None  # None where no canvas ran
@@ -36,29 +36,29 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class GrantedRows:
-    """What the rows of B requests are, each of which has rows for a canvas, [B] on the device."""
+    """What the rows of B requests with rows for a canvas are; tensors [B] on the device."""
 
     slots: Tensor  # int64
-    fused: Tensor  # bool, the slot's
-    committed: Tensor  # int64, of all its rows, from the first one on; 0 where none commits
-    idle: Tensor  # bool, no canvas runs: its place is a commit's, or it cannot stand there
-    text: Tensor | None = None  # int64, rows granted in front of the canvas's; None for nowhere
-    before: Tensor | None = None  # int64, so many rows further in front the canvas stands
-    index: Tensor | None = None  # int64, which requests they are; None for all
-    ran: Tensor | None = None  # int64, the slots that ``begin`` lets denoise, where it is done
+    fused: Tensor  # bool, the slot has fused commits
+    committed: Tensor  # int64, number of its first rows that commit; 0 for none
+    idle: Tensor  # bool, no canvas runs: its rows commit, or there is no room for it
+    text: Tensor | None = None  # int64, rows granted before the canvas's; None for none anywhere
+    before: Tensor | None = None  # int64, rows by which the canvas starts earlier than its grant
+    index: Tensor | None = None  # int64, indices of the requests; None for all
+    ran: Tensor | None = None  # int64, slots that ``begin`` lets denoise, if it was done already
 
     def placed(self, batch: CanvasBatch) -> CanvasBatch:
-        """The canvases where they stand: behind the rows granted in front of them, or on those."""
+        """The canvases at their positions: after the rows granted before them, or on those rows."""
         if self.before is None:
             return batch
         return replace(batch, position=batch.position - self.before[:, None])
 
     def begin(self, pool: CanvasPool, batch: CanvasBatch) -> CanvasBatch:
-        """Let the canvases of a batch of these requests denoise; the last slot stands for no one.
+        """Let the canvases of these requests denoise; idle ones run in the last slot, a dummy.
 
         Args:
             pool: the canvases.
-            batch: where each canvas stands, idle ones anywhere.
+            batch: position of each canvas, arbitrary for idle ones.
         """
         ran, nobody = self.ran, pool.num_slots - 1
         if ran is None:

@@ -1,1 +1,1 @@
-"""Who sees whom: the segments of a step, and how a CPU or GPU backend is told of them."""
+"""Attention masks: the segments of a step, and their forms for CPU and GPU backends."""

@@ -1,15 +1,16 @@
-"""Segments on CPU_ATTN: the stock paged kernel, called once for every window in the batch.
+"""Segments on CPU_ATTN: the stock paged kernel, called once per window in the batch.
 
-The kernel knows a causal flag a sequence and one symmetric window a call: row q sees keys k with
-|q - k| < window. A canvas on a layer with window W must see the same prefix from every row instead.
-Three cases:
+The kernel takes a causal flag per sequence and one symmetric window per call: row q sees keys k
+with |q - k| < window. On a layer with window W all rows of a canvas must see the same prefix
+instead. Three cases:
 
-    end <= W             the window reaches over everything: ride along with the causal rows
+    end <= W             the window covers everything: same call as the causal rows
     prefix <= W - 1      everything is visible: one sequence, no window
-    prefix > W - 1       each row becomes a sequence of one row ending behind the canvas with window
-                         W - 1 + canvas: exactly the last W - 1 prefix positions and the canvas
+    prefix > W - 1       each row becomes a sequence of one row that ends after the canvas, with
+                         window W - 1 + canvas: exactly the last W - 1 prefix positions and the
+                         canvas
 
-An image longer than the window needs the last form too, see ``_beyond_window``.
+An image longer than the window also needs the last form, see ``_beyond_window``.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _NO_WINDOW = -1
 class KernelCall:
     """One call of the paged kernel over some of the batch's rows."""
 
-    rows: slice | Tensor  # which rows of the batch, a slice where they are consecutive
+    rows: slice | Tensor  # rows of the batch; a slice if they are consecutive
     query_start_loc: Tensor  # [n + 1] int32
     seq_lens: Tensor  # [n] int32
     block_table: Tensor  # [n, blocks] int32
-    dynamic_causal: Tensor | None  # [n] int32, None when all sequences are of one kind
+    dynamic_causal: Tensor | None  # [n] int32, None if all sequences are of one kind
     causal: bool
     window: int
     scheduler_metadata: Tensor
@@ -54,13 +55,13 @@ class KernelCall:
 
 @dataclass
 class SegmentedMetadata(CPUAttentionMetadata):
-    """CPU_ATTN's metadata of one step, plus the calls our implementation makes from it."""
+    """CPU_ATTN's metadata of one step, plus the kernel calls that our implementation makes."""
 
     calls: tuple[KernelCall, ...] = ()
 
 
 class CanvasCPUAttentionBackend(CPUAttentionBackend):
-    """CPU_ATTN that honours segments."""
+    """CPU_ATTN with support for segments."""
 
     @staticmethod
     def get_impl_cls() -> type[CanvasCPUAttentionImpl]:
@@ -69,7 +70,7 @@ class CanvasCPUAttentionBackend(CPUAttentionBackend):
 
 
 class CanvasCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Runs a batch's kernel calls; any other batch goes to vLLM's implementation."""
+    """Runs a batch's kernel calls; a batch without segments goes to vLLM's implementation."""
 
     def forward(
         self,
@@ -130,7 +131,7 @@ def segmented_metadata(
 
     Args:
         segments: all rows of the step, in row order.
-        builder: the group's metadata builder; gives heads, window, dtype and instruction set.
+        builder: the group's metadata builder; provides heads, window, dtype and instruction set.
         block_table: [requests, blocks] int32.
         slot_mapping: [tokens] int64.
         num_tokens: rows of the step.
@@ -160,7 +161,7 @@ def _by_window(
 ) -> list[tuple[int, list[tuple[Segment, bool]]]]:
     """Segments grouped by the window of their call, in the order of the calls.
 
-    The flag says "one sequence a row".
+    The flag means one sequence per row.
     """
     groups: dict[tuple[int, bool], list[Segment]] = defaultdict(list)
     corrections: dict[int, list[Segment]] = defaultdict(list)
@@ -185,11 +186,11 @@ def _by_window(
 
 
 def _beyond_window(span: Segment, window: int) -> Iterator[tuple[int, Segment]]:
-    """The rows of an image longer than the window to which the window does not show all of it.
+    """The rows of an image longer than the window that do not see all of it through the window.
 
-    Row q sees [min(q - W + 1, first), end). Those far enough from both ends of the image are right
-    after the call with the layer's window; these are run again, one sequence a row, with a window
-    that reaches back from the end of the image.
+    Row q must see [min(q - W + 1, first), end). Rows for which the layer's window covers that are
+    correct after the ordinary call. The others run again, one sequence per row, with a window that
+    reaches back from the end of the image.
     """
     start = span.end - span.length
 
@@ -258,7 +259,7 @@ def _offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def _rows(segments: Sequence[Segment]) -> slice | Tensor:
-    """The segments' rows: a slice where they are consecutive, so that nothing is copied."""
+    """The segments' rows; a slice if they are consecutive, which avoids a copy."""
     start, stop = segments[0].start, segments[0].start
     for segment in segments:
         if segment.start != stop:

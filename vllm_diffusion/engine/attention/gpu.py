@@ -1,24 +1,24 @@
 """Block-local attention on GPU backends: every canvas row sees the same keys.
 
 On a layer with window W, the rows of a canvas at positions [L, L + C) all see the keys
-[max(0, L - W + 1), L + C); causal rows see the last W keys, and all of their image where they lie
-in one. vLLM slides its own window past every row of a non-causal sequence, but its kernels also
-know "(causal and window) or range": a canvas is a range.
+[max(0, L - W + 1), L + C). Causal rows see the last W keys, and all of their image if they are part
+of one. vLLM applies a sliding window per row to a non-causal sequence, but its kernels also support
+the mask "(causal and window) or range": a canvas is a range.
 
-    TRITON_ATTN   reads a list of ranges per sequence. A second mask, over V, knows no ranges: it
-                  zeroes values SLIDING_WINDOW or further from the first row of a query block. So
-                  the layers get a SLIDING_WINDOW of W + C - 1, more than any pair of ours is apart,
-                  and W goes into ``chunk_lookback``, which replaces the window in the mask over
-                  scores: with chunks of one key it allows keys up to W - 1 back. Ranges clamped to
-                  the wider window lose nothing, and let the kernel skip tiles that no row sees.
-    FLASH_ATTN    FlashAttention 4 reads one range per row, and only from a batch that is causal as
-                  a whole: canvas rows are then non-causal by their range alone. This mask visits
-                  every key, so each sequence is cut at the first block that one of its rows sees;
-                  else a long prompt would cost as much as in a full layer.
+    TRITON_ATTN   takes a list of ranges per sequence. A second mask, over V, ignores ranges: it
+                  zeroes values SLIDING_WINDOW or further from the first row of a query block. The
+                  layers therefore get a SLIDING_WINDOW of W + C - 1, more than the distance of any
+                  visible pair, and W goes into ``chunk_lookback``, which replaces the window in the
+                  mask over scores: with chunks of one key it allows keys up to W - 1 back. Ranges
+                  clamped to the wider window lose nothing, and let the kernel skip unseen tiles.
+    FLASH_ATTN    FlashAttention 4 takes one range per row, and only in a batch that is causal as a
+                  whole; canvas rows are non-causal only through their range. Its mask visits every
+                  key, so each sequence is cut at the first block that any of its rows sees;
+                  otherwise a long prompt would cost as much as on a full layer.
 
-Takes the metadata of ``build_attn_metadata``. Gives metadata that the stock kernels understand.
-Never waits for the device, never writes into metadata another layer may hold, and keeps what a
-captured graph reads at one address.
+Takes the metadata of ``build_attn_metadata`` and returns metadata for the stock kernels. Never
+syncs with the device, never writes into metadata that another layer may share, and keeps tensors
+that captured graphs read at fixed addresses.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ FLASH_VERSION = 4
 def needs_block_local(max_model_len: int, window: int | None) -> bool:
     """Whether a window can ever hide a key from a canvas row.
 
-    No canvas reaches past ``max_model_len``, so a window at least as wide hides nothing, and vLLM's
-    own masks are then exact.
+    No canvas extends beyond ``max_model_len``, so a window at least that wide hides nothing and
+    vLLM's own masks are exact.
     """
     return window is not None and window < max_model_len
 
@@ -63,9 +63,9 @@ def supports_block_local(backend: str, fa_version: int | None = None) -> bool:
 
     Args:
         backend: vLLM's name of the backend, such as "TRITON_ATTN".
-        fa_version: the FlashAttention version that serves the layer under FLASH_ATTN; 2 and 3 take
-            neither a mask function nor causal flags. None if it is none of them, or version 4's
-            separate kernel for heads of 256 on Blackwell, which vLLM never gives ranges.
+        fa_version: the layer's FlashAttention version under FLASH_ATTN; 2 and 3 take neither a mask
+            function nor causal flags. None for other backends, and for version 4's separate kernel
+            for heads of 256 on Blackwell, to which vLLM never passes ranges.
     """
     return backend in {_TRITON, _CPU} or (backend == _FLASH and fa_version == FLASH_VERSION)
 
@@ -88,7 +88,7 @@ def require_block_local(
         got += f" (FlashAttention {fa_version or 'that takes no ranges'})"
     raise ConfigError(
         f"attention backend {got} cannot show all rows of a canvas the same {window - 1} positions "
-        f"before it, as max_model_len {max_model_len} with a sliding window of {window} demands; "
+        f"before it, which max_model_len {max_model_len} with a sliding window of {window} needs; "
         f"accepted are {_TRITON}, {_FLASH} with FlashAttention 4 on Hopper, and {_CPU}: start with "
         f"--attention-backend {_TRITON}, or with --max-model-len {window}."
     )
@@ -96,37 +96,37 @@ def require_block_local(
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a layer of the model is to the mask."""
+    """Properties of a layer that its mask depends on."""
 
     attention: Any
     backend: str
     window: int | None
-    """W, or None where no window can hide anything: a full layer, or a short max_model_len."""
+    """W, or None if no window can hide a key: a full layer, or a short max_model_len."""
 
 
 @dataclass(slots=True)
 class _View:
-    """What FLASH_ATTN's layers with one window and one block size read in a step."""
+    """What FLASH_ATTN layers with the same window and block size read in a step."""
 
     ranges: Tensor  # [T, 2] int32
-    lens: Tensor | None = None  # [N] int32, with the two below, or None: nothing is skipped
+    lens: Tensor | None = None  # [N] int32; None, like first_blocks, if no blocks are skipped
     first_blocks: Tensor | None = None  # [N] int32
-    block: int = 0  # keys a block
+    block: int = 0  # keys per block
     width: int = 0  # blocks a sequence may need
     tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Block tables of cache groups [R, blocks], and what their layers see of them [N, width]."""
+    """Block tables of cache groups [R, blocks], and the part their layers see [N, width]."""
 
 
 class BlockLocalMask:
-    """Prepares a model's attention layers once, and each step's metadata.
+    """Prepares a model's attention layers once, and the metadata of each step.
 
     Args:
-        layers: the model's attention layers by name, those without a window among them.
+        layers: the model's attention layers by name, including those without a window.
         canvas_length: the widest canvas, C.
         max_model_len: longest sequence served, in tokens.
-        max_rows: most sequences a step, padding included.
-        max_tokens: most tokens a step, padding included.
-        device: where the step runs.
+        max_rows: most sequences per step, padding included.
+        max_tokens: most tokens per step, padding included.
+        device: device of the step.
         max_span: most consecutive positions of one image; wider ones are cut, from 2W - 1 at least.
 
     Raises `ConfigError` if a sliding layer's backend cannot express the mask, or if the canvas is
@@ -167,27 +167,27 @@ class BlockLocalMask:
     def cudagraph_support() -> tuple[AttentionCGSupport, str]:
         """What ``ModelState.get_additional_cg_support`` returns.
 
-        A batch of running requests, C rows each, has exactly one range a sequence, in buffers that
-        stay where they are: its FULL graph replays. A batch with prompt rows may have any number of
-        images, and the number of ranges is compiled into the kernel: PIECEWISE.
+        A batch of running requests, C rows each, has exactly one range per sequence, in buffers at
+        fixed addresses, so its FULL graph can be replayed. A batch with prompt rows may have any
+        number of images, and the number of ranges is compiled into the kernel: PIECEWISE.
         """
         return AttentionCGSupport.UNIFORM_BATCH, BlockLocalMask.__name__
 
     def set_canvas_ranges(self, attn_metadata: dict[str, Any]) -> None:
-        """Put metadata with the canvases' ranges in place of what ``build_attn_metadata`` made.
+        """Replace the metadata of ``build_attn_metadata`` by metadata with the canvases' ranges.
 
         Call right after it, in every step whose ``causal`` is a tensor, also before a capture. A
-        batch known to hold prompt rows alone is cheaper with ``causal=True`` and needs no call.
-        Image ranges that are already there stay.
+        batch known to hold only prompt rows is cheaper with ``causal=True`` and needs no call.
+        Existing image ranges are kept.
 
         Args:
-            attn_metadata: metadata by layer name; values are replaced, never changed. Layers this
-                object does not know are left alone. Read of a value: ``causal`` [N] int32 with 0
-                for canvases, ``seq_lens`` [N] int32, ``query_start_loc`` [N + 1] int32, all on the
+            attn_metadata: metadata by layer name; values are replaced, never modified. Layers
+                unknown to this object are left alone. Fields read: ``causal`` [N] int32 with 0 for
+                canvases, ``seq_lens`` [N] int32, ``query_start_loc`` [N + 1] int32, all on the
                 device and the same for all layers; padding sequences have length 0.
         """
         made: dict[tuple[int, int | None], Any] = {}
-        # Masks are the same for all cache groups; written once for all layers that share them.
+        # Masks do not depend on the cache group; they are written once for all layers sharing them.
         views: dict[tuple[int | None, int], _View] = {}
         ranges: dict[int, Tensor] = {}
         for name, metadata in list(attn_metadata.items()):
@@ -203,8 +203,8 @@ class BlockLocalMask:
                         ranges[layer.window] = self._sequence_ranges(metadata, layer.window)
                     made[key] = copy.copy(metadata)
                     made[key].mm_prefix_range_tensor = ranges[layer.window]
-                # Without images a full layer is better off with its causal flags; with them it
-                # takes ranges too, since version 4 forgets the images of a batch that has flags.
+                # Without images a full layer is faster with its causal flags. With images it takes
+                # ranges too, since version 4 ignores the images of a batch that has flags.
                 elif layer.backend == _FLASH and (
                     layer.window is not None or metadata.mm_prefix_query_range_tensor is not None
                 ):
@@ -217,28 +217,28 @@ class BlockLocalMask:
             for alike in of_one_shape(view.tables):
                 self._form.gather_blocks(*zip(*alike, strict=True), first=view.first_blocks)
 
-    # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is no range ----
+    # ---- TRITON_ATTN: [N, ranges, 2], a pair that does not ascend is empty ----
 
     def _sequence_ranges(self, metadata: Any, window: int) -> Tensor:
         causal, starts, lens = _sequences(metadata)
         ranges = self._buffer("ranges", window, shape=(self._max_rows, 1, 2))[: lens.shape[0]]
-        # The buffer is written first, so that a graph captured on it sees this step's canvases
-        # even where running requests still bring the images of their prompts.
+        # The buffer is written first, so that a graph captured on it sees this step's canvases even
+        # if running requests still carry the images of their prompts.
         self._form.write_sequence_ranges(causal, starts, lens, window, ranges)
         images = metadata.mm_prefix_range_tensor
         if images is None:
             return ranges
-        # The kernel is compiled for a number of ranges: few different ones.
+        # The kernel is compiled per number of ranges, so it is rounded up to a power of two.
         filler = _power_of_two(images.shape[1] + 1) - images.shape[1] - 1
         return functional.pad(torch.cat((ranges, images), dim=1), (0, 0, 0, filler))
 
     # ---- FLASH_ATTN: [T, 2], relative to the start of the view ----
 
     def _view(self, metadata: Any, window: int | None, block: int) -> _View:
-        """Ranges of all rows, and where each sequence starts: at the first block a row of it sees.
+        """Ranges of all rows, and the start of each sequence: the first block that it sees.
 
-        Masks compare positions within one sequence, and cached keys carry their rotary embedding,
-        so a sequence may lose its head as long as its length, table and ranges all do.
+        Masks compare positions within one sequence, and cached keys carry their rotary embedding.
+        So a sequence can drop its first blocks if length, block table and ranges all do.
         """
         causal, starts, lens = _sequences(metadata)
         kind, count = (window, block), lens.shape[0]
@@ -272,7 +272,7 @@ class BlockLocalMask:
     def _write_with_images(
         self, view: _View, metadata: Any, window: int | None, block: int
     ) -> None:
-        """The view of a step with images, or from the first key on."""
+        """The view of a step with images, or one that starts at the first key."""
         causal, starts, lens = _sequences(metadata)
         first = first_seen(starts, lens, window)
         sequence, padding = sequence_of_rows(starts, view.ranges.shape[0])
@@ -295,7 +295,7 @@ class BlockLocalMask:
 
     def _seen_through(self, view: _View, metadata: Any, name: str) -> Any:
         out = copy.copy(metadata)
-        out.causal = True  # the flags' work is done by the ranges
+        out.causal = True  # the ranges replace the flags
         out.mm_prefix_query_range_tensor = view.ranges
         if view.lens is None:
             return out
@@ -309,17 +309,17 @@ class BlockLocalMask:
         return out
 
     def _buffer(self, *key: Hashable, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of zeros that stays where it is."""
+        """A tensor of zeros at a fixed address."""
         if key not in self._kept:
             self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return self._kept[key]
 
 
 def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> None:
-    """Tell a TRITON_ATTN layer its window through the lookback, so that V is masked further out.
+    """Pass a TRITON_ATTN layer its window as the lookback, so that V is masked further out.
 
-    The kernel takes chunks of ``SLIDING_WINDOW // (lookback + 1)`` keys: of one key as long as the
-    wider window stays below 2W. Hence no canvas longer than W, and images cut from 2W - 1 on.
+    The kernel uses chunks of ``SLIDING_WINDOW // (lookback + 1)`` keys, which is one key as long as
+    the wider window is below 2W. Hence canvases of at most W, and images cut from 2W - 1 on.
     """
     if canvas_length > window:
         raise ConfigError(
@@ -329,7 +329,7 @@ def _widen(attention: Any, window: int, canvas_length: int, max_span: int) -> No
     reach = min(2 * window - 1, window - 1 + max(canvas_length, max_span))
     attention.impl.sliding_window = (reach - 1, 0)
     attention.impl.chunk_lookback = window - 1
-    # Clamped to the reach, not to the window: clips nothing, and lets the kernel prune its tiles.
+    # Clamped to the reach, not the window: this clips nothing and lets the kernel skip tiles.
     attention.mm_prefix_clamp_sliding_window = True
 
 
@@ -344,7 +344,7 @@ def _sequences(metadata: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _block_of(layer: _Layer) -> int:
-    """Keys a block of the layer's cache; 0 in a profiling run without a cache."""
+    """Keys per block of the layer's cache; 0 in a profiling run without a cache."""
     cache = layer.attention.kv_cache
     return cache.shape[2] if cache.dim() == len(("block", "head", "slot", "key and value")) else 0
 

@@ -1,6 +1,6 @@
-"""``attention.ranges`` as Triton kernels for GPUs, a launch each.
+"""``attention.ranges`` as Triton kernels for GPUs, one launch each.
 
-Imported on a GPU alone. Arguments and results are the definition's.
+Imported only on a GPU. Arguments and results are those of the definition.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_SEQUENCES = 128  # sequences a program
+_SEQUENCES = 128  # sequences per program
 _ROWS = 256
 _BLOCKS = 128
-_PROGRAMS = 8  # programs that share the rows of a sequence, at most
+_PROGRAMS = 8  # most programs that share the rows of a sequence
 
 NO_RANGE = tl.constexpr(-1)  # as in ``attention.ranges``
 
@@ -73,7 +73,7 @@ def write_row_ranges(
 ) -> None:
     """See ``attention.ranges.write_row_ranges``."""
     count = causal.shape[0]
-    # One more than sequences: the rows behind them all.
+    # One more than there are sequences: for the rows after all of them.
     _row_ranges[(count + 1, min(_PROGRAMS, triton.cdiv(longest, _ROWS)))](
         causal,
         starts,

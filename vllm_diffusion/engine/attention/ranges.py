@@ -1,8 +1,8 @@
-"""What each sequence of a step shows to its rows, in plain torch: the definition.
+"""The keys that each sequence of a step shows to its rows, in plain torch (the definition).
 
-On a GPU ``attention.kernels`` does the same in one launch each, and is chosen by ``form_for``.
-Nothing here waits for the device, and everything is written into tensors of the caller's, which
-captured graphs read.
+``attention.kernels`` is the same for GPUs, one launch per function; ``form_for`` chooses. Nothing
+here syncs with the device, and results are written into the caller's tensors, which captured graphs
+read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_RANGE = -1
-"""FlashAttention's mark for a row in no range."""
+"""FlashAttention's marker for a row without a range."""
 
 
 def form_for(device: torch.device) -> Any:
-    """The module whose functions of these names are for a device: this one, or its kernels."""
+    """The module that implements these functions for a device: this one, or ``kernels``."""
     kernels = "vllm_diffusion.engine.attention.kernels"
     return import_module(kernels if device.type == "cuda" else __name__)
 
@@ -30,13 +30,13 @@ def form_for(device: torch.device) -> Any:
 def mark_sequences(
     phase: Tensor, slots: Tensor, causal: Tensor, *, text: Tensor | None = None
 ) -> None:
-    """Write which sequences are causal, one sequence a request.
+    """Write which sequences are causal, if every request is one sequence.
 
     Args:
         phase: [slots] bool, the next rows of a slot are causal.
         slots: [R] int64, the slot of each request.
-        causal: [N] int32, written: 1 for causal ones; N - R sequences of padding behind get 0.
-        text: [R] int32, 1 where the rows are text whatever the slot's phase; None for nowhere.
+        causal: [N] int32, written: 1 for causal ones; the N - R padding sequences get 0.
+        text: [R] int32, 1 for rows that are text whatever the slot's phase; None for none.
     """
     flags = phase[slots].int()
     causal.zero_()
@@ -53,16 +53,16 @@ def mark_parts(
     causal: Tensor,
     part_lens: Tensor,
 ) -> None:
-    """Write which sequences are causal and where each ends, where a request is several.
+    """Write which sequences are causal and where each ends, if a request may be several.
 
     Args:
         phase, slots: as in ``mark_sequences``.
-        lens: [R] int32, positions behind each request's last row.
-        request: [P] int32, the request a sequence belongs to.
-        behind: [P] int32, rows of the request behind the sequence's.
-        text: [P] int32, as there; -1 where they are none whatever the phase.
+        lens: [R] int32, sequence length of each request.
+        request: [P] int32, the request of each sequence.
+        behind: [P] int32, rows of the request after those of the sequence.
+        text: [P] int32, as in ``mark_sequences``; -1 for rows that are not text in any phase.
         causal: [P] int32, written.
-        part_lens: [P] int32, written: positions behind each sequence's last row.
+        part_lens: [P] int32, written: the length of each sequence.
     """
     causal.copy_((text | phase[slots[request]].int()) > 0)
     part_lens.copy_(lens[request] - behind)
@@ -71,14 +71,15 @@ def mark_parts(
 def write_sequence_ranges(
     causal: Tensor, starts: Tensor, lens: Tensor, window: int, ranges: Tensor
 ) -> None:
-    """Write what a canvas sees on a layer with this window; a causal sequence has no range.
+    """Write the range of keys that a canvas sees on a layer with this window.
 
     Args:
         causal: [N] int32, 0 for canvases.
         starts: [N + 1] int32, the first row of each sequence.
-        lens: [N] int32, positions behind each sequence's last row.
+        lens: [N] int32, the length of each sequence.
         window: W, in tokens.
-        ranges: [N, 1, 2] int32, written: first and last key; a pair that does not ascend is none.
+        ranges: [N, 1, 2] int32, written: first and last key; a pair that does not ascend for causal
+            sequences, which have no range.
     """
     seen = torch.stack((first_seen(starts, lens, window), lens - 1), dim=1)
     ranges[:, 0] = torch.where((causal == 0)[:, None], seen, 0)
@@ -95,16 +96,16 @@ def write_row_ranges(
     view_lens: Tensor,
     first_blocks: Tensor,
 ) -> None:
-    """Write what every row sees, from the first block on that any row of its sequence sees.
+    """Write the range of every row, relative to the first block that its sequence sees.
 
     Args:
         causal, starts, lens, window: as in ``write_sequence_ranges``.
-        block: keys a block of the cache.
-        longest: most rows of a sequence; the kernel's grid.
+        block: keys per block of the cache.
+        longest: most rows of a sequence; sets the kernel's grid.
         ranges: [T, 2] int32, written: first and last key; ``NO_RANGE`` for rows of causal
-            sequences and behind all sequences.
-        view_lens: [N] int32, written: length without the blocks that are skipped.
-        first_blocks: [N] int32, written: how many are.
+            sequences and rows after all sequences.
+        view_lens: [N] int32, written: length without the skipped blocks.
+        first_blocks: [N] int32, written: number of skipped blocks.
     """
     del longest
     first = first_seen(starts, lens, window)
@@ -124,13 +125,13 @@ def gather_blocks(
     rows: Tensor | None = None,
     first: Tensor | None = None,
 ) -> None:
-    """Write rows of block tables from their first block on; beyond its end the last is repeated.
+    """Copy rows of block tables, each from its first block on; past the end the last is repeated.
 
     Args:
         tables: each [R, blocks] int32, all of one shape and stride.
         out: each [N, width] int32, written, all of one shape and stride.
-        rows: [N] int32, which row; its own number if None.
-        first: [N] int32, its first block; 0 if None.
+        rows: [N] int32, row of the table; None for row n.
+        first: [N] int32, first block to copy; None for 0.
     """
     for table, view in zip(tables, out, strict=True):
         column = torch.arange(view.shape[1], device=view.device)[None]
@@ -142,7 +143,7 @@ def gather_blocks(
 
 
 def of_one_shape(tables: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Block tables and what is cut of them, those together that ``gather_blocks`` takes at once."""
+    """Group pairs of block table and output by shape, one ``gather_blocks`` call per group."""
     alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
     for table, view in tables:
         alike.setdefault((table.shape, table.stride(), view.shape), []).append((table, view))
@@ -150,7 +151,7 @@ def of_one_shape(tables: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor,
 
 
 def sequence_of_rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """[T] int64 the sequence of each row, and [T] bool which rows lie behind all sequences."""
+    """[T] int64, the sequence of each row, and [T] bool, the rows after all sequences."""
     row = torch.arange(tokens, device=starts.device, dtype=starts.dtype)
     sequence = torch.searchsorted(starts[1:], row, right=True)
     last = starts.shape[0] - 2
@@ -158,6 +159,6 @@ def sequence_of_rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def first_seen(starts: Tensor, lens: Tensor, window: int | None) -> Tensor:
-    """[N] int32 leftmost key that the window shows to any row, also of a causal sequence."""
+    """[N] int32, first key that the window shows to any row, for causal sequences too."""
     prefix = lens - (starts[1:] - starts[:-1])
     return torch.zeros_like(prefix) if window is None else (prefix - window + 1).clamp_(min=0)

@@ -1,14 +1,14 @@
-"""Who sees whom: the rows of one forward as segments, one rule of visibility each.
+"""Attention masks: the rows of one forward as segments, each with one visibility rule.
 
     causal   prompt and commit rows: everything up to themselves, clipped by the layer's window
     span     an image's rows: as causal rows, and the whole image
     canvas   denoising rows: the whole prefix and the whole canvas; on a layer with window W every
              row sees the same prefix, its last W - 1 positions, and the whole canvas
 
-A segment is an attention sequence of its own over its request's block table, so one request may be
+A segment is a separate attention sequence over its request's block table, so a request may have
 several: text, image, text; or a finished canvas's commit rows and the next canvas. Every layer
-writes the keys of all rows before any row looks, so a segment sees those before it. Backends that
-can only take whole requests get the same visibility as ranges (``attention.gpu``).
+writes the keys of all rows before any row attends, so a segment sees those before it. Backends that
+take only whole requests get the same visibility as ranges (``attention.gpu``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Visibility(Enum):
-    """The rule by which a segment's rows see keys."""
+    """Which keys the rows of a segment see."""
 
     CAUSAL = auto()
     SPAN = auto()
@@ -38,11 +38,11 @@ class Segment:
     request: int
     """Index in the batch."""
     start: int
-    """First row in the batch's flat rows."""
+    """First row, in the rows of the batch."""
     length: int
     """Number of rows."""
     end: int
-    """Absolute position behind the last row, and behind the last visible key."""
+    """Absolute position after the last row, which is also the end of the visible keys."""
     visibility: Visibility
     span_start: int = 0
     """Absolute first position of the image that a SPAN lies in; rows before it may be cached."""
@@ -59,11 +59,11 @@ def plan_segments(
 
     Args:
         query_start: N + 1 row offsets.
-        seq_lens: N absolute positions behind each request's last row.
-        canvas: N counts, how many of the request's rows, the last ones, are canvas rows.
+        seq_lens: N sequence lengths, including the rows of this step.
+        canvas: N counts of canvas rows, the last rows of each request.
         spans: for each request the half-open absolute ranges that attend bidirectionally, ascending
             and disjoint; ranges outside the rows of this step are ignored.
-        padding: N counts of rows behind the canvas that nobody reads; None for none at all.
+        padding: N counts of unused rows after the canvas; None for none.
     """
     segments = []
     for request, last in enumerate(seq_lens):
@@ -92,10 +92,10 @@ def plan_segments(
 
 
 def use_canvas_attention() -> None:
-    """Make layers built from now on in this process use attention that knows canvases.
+    """Make attention layers built from now on in this process support canvases.
 
-    Only CPU_ATTN needs a class of ours. It behaves like vLLM's own for every batch that carries no
-    segments, so another model in the same process notices nothing.
+    Only CPU_ATTN needs a class of ours. For batches without segments it behaves like vLLM's own, so
+    other models in the same process are not affected.
     """
     if not current_platform.is_cpu():
         return

@@ -1,11 +1,11 @@
 """The rows of a forward as attention sequences for GPU backends, each causal or a canvas.
 
-A request is one sequence, but where a finished canvas is committed beside its successor: then it is
+A request is one sequence, except if a finished canvas is committed beside its successor: then it is
 two over the same block table, text rows and canvas rows. Every layer writes the keys of all rows
-before any row looks, so the second sees the first.
+before any row attends, so the second sequence sees the first.
 
-How many rows are text and how many are canvas is known on the host. Whether a canvas's rows are
-being committed instead, and where a request ends, only the device knows.
+The host knows how many rows are text and how many are canvas. Only the device knows whether a
+canvas's rows are being committed instead, and where a request ends.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Parts:
     """Sequences on the host, [P] int32 each, in row order."""
 
     request: np.ndarray
-    """The request a sequence belongs to."""
+    """Request of each sequence."""
     rows: np.ndarray
-    """How many it has."""
+    """Number of rows."""
     behind: np.ndarray
-    """How many the request has behind them."""
+    """Number of rows of the request after them."""
     text: np.ndarray
-    """1 for text rows, 0 for canvas rows, which may be those of a finished canvas's commit; -1 for
-    canvas rows that may not."""
+    """1 for text rows, 0 for canvas rows that may be the commit of a finished canvas, -1 for canvas
+    rows that may not."""
 
 
 def parts_of(rows: np.ndarray, canvas: np.ndarray, *, foreseen: bool = False) -> Parts:
-    """Cut every request's rows into text and, behind it, canvas.
+    """Split every request's rows into text rows and canvas rows after them.
 
     Args:
-        rows: [R] rows of each request.
-        canvas: [R] how many of them, the last ones, are canvas rows.
-        foreseen: whether rows in front of a canvas's may be the canvas itself, if its slot is not
-            in the phase of a commit; what is behind them is then padding, see ``engine.fusion``.
+        rows: [R], rows of each request.
+        canvas: [R], number of canvas rows, the last ones.
+        foreseen: whether rows before the canvas rows may be the canvas itself, if its slot is not
+            committing; the rows after them are then padding, see ``engine.fusion``.
     """
     both = np.stack((rows - canvas, canvas), axis=1).astype(np.int32)
     behind = np.stack((canvas, np.zeros_like(canvas)), axis=1).astype(np.int32)
@@ -66,15 +66,15 @@ def parts_of(rows: np.ndarray, canvas: np.ndarray, *, foreseen: bool = False) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """What ``build_attn_metadata`` and ``BlockLocalMask`` read of a step's N sequences."""
+    """A step's N sequences, as ``build_attn_metadata`` and ``BlockLocalMask`` read them."""
 
-    starts: Tensor  # [N + 1] int32, first rows
+    starts: Tensor  # [N + 1] int32, first row of each
     starts_on_host: Tensor
-    longest: int  # most rows of one
-    lens: Tensor  # [N] int32, positions behind the last row
-    lens_at_most: Tensor  # [N] int32 on the host
+    longest: int  # most rows of any
+    lens: Tensor  # [N] int32, lengths
+    lens_at_most: Tensor  # [N] int32, upper bounds of the lengths, on the host
     causal: Tensor  # [N] int32
-    block_tables: tuple[Tensor, ...]  # a cache group each, [N, blocks] int32
+    block_tables: tuple[Tensor, ...]  # one per cache group, [N, blocks] int32
     spans: list[list[tuple[int, int]]]  # images, see ``plan_segments``
 
 
@@ -90,17 +90,17 @@ def sequences_of(
 ) -> Sequences:
     """The sequences of a batch.
 
-    Where each is a whole request, every tensor is the runner's own, at the address that a captured
-    graph reads, and so is ``causal`` in any case. No batch with more sequences is a graph: all
-    requests of a graph have as many rows as a canvas.
+    If each is a whole request, every tensor is the runner's own, at the address that a captured
+    graph reads; ``causal`` always is. A batch with more sequences is never a graph: all requests
+    of a graph have as many rows as a canvas.
 
     Args:
         batch: the runner's ``InputBatch``.
-        parts: how its requests are cut, None where each is a sequence of its slot's phase.
-        count: N where each request is one, those of padding among them.
+        parts: how its requests are split; None if each is one sequence in its slot's phase.
+        count: N if each request is one sequence, including padding sequences.
         phase: [slots] bool, the next rows of a slot are causal.
-        causal: int32, its beginning is written; twice as long as most requests.
-        block_tables: a cache group each, [N, blocks] int32.
+        causal: int32, its first N elements are written; twice as long as most requests.
+        block_tables: one per cache group, [N, blocks] int32.
         spans: images of every request.
     """
     form = form_for(causal.device)
@@ -132,7 +132,7 @@ def _cut_requests(
     form = form_for(device)
     starts = np.zeros(count + 1, np.int32)
     np.cumsum(parts.rows, out=starts[1:])
-    # One copy for all, which nobody waits for.
+    # One asynchronous copy for all.
     sent = async_tensor_h2d(
         np.concatenate((starts, parts.request, parts.behind, parts.text)), device=device
     )
