@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.denoise.constants import RuleConstants
     from vllm_diffusion.engine.committed import CommittedCanvases
-    from vllm_diffusion.engine.constraints.backend import NamedConstraint
     from vllm_diffusion.telemetry import CanvasReport, Telemetry
 
 _SERVED: Final = "vllm_diffusion"
@@ -138,7 +137,7 @@ def put_constraint(sampling: SamplingParams, sent: str) -> None:
 # ---- from the scheduler to the worker ----
 
 
-def put_named_constraint(new: NewRequestData, named: NamedConstraint) -> None:
+def put_named_constraint(new: NewRequestData, named: object) -> None:
     """Send a constraint to the worker with a request that it does not know.
 
     The scheduler's own copy of the options stays as it is: a request is sent again after
@@ -150,12 +149,11 @@ def put_named_constraint(new: NewRequestData, named: NamedConstraint) -> None:
     new.sampling_params = sampling
 
 
-def named_constraint(new: NewRequestData) -> NamedConstraint | None:
+def named_constraint(new: NewRequestData) -> Any:
     """The constraint of a request, None if it has none."""
     sampling = new.sampling_params
     extra = sampling.extra_args if sampling is not None else None
-    named: NamedConstraint | None = (extra or {}).get(_CONSTRAINT)
-    return named
+    return (extra or {}).get(_CONSTRAINT)
 
 
 # ---- from the worker to the scheduler ----
