@@ -33,7 +33,6 @@ import torch
 from vllm_diffusion.belief import beliefs, read_rows
 from vllm_diffusion.constrain.corrections import enforce, look_ahead
 from vllm_diffusion.constrain.masked import under_mask
-from vllm_diffusion.constrain.rewrite import Rewrite
 from vllm_diffusion.constrain.slack import without_slack
 from vllm_diffusion.constrain.words import repaired, word_ends
 from vllm_diffusion.head.rows import Rows
