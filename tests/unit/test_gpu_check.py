@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.cases import for_each
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -326,16 +327,15 @@ def test_a_profile_adds_up():
     assert costs.busy_ms == pytest.approx(0.004)  # what overlaps counts once
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+@for_each(
+    name=[
         "cudaStreamSynchronize",
         "cudaDeviceSynchronize",
         "cudaEventSynchronize",
         "cudaMemcpy",
         "cuStreamSynchronize",
         "cuMemcpyDtoH_v2",
-    ],
+    ]
 )
 def test_a_wait_of_the_launching_thread_within_a_step_counts(name):
     from _step_costs import account

@@ -26,7 +26,7 @@ def items_of(task, count=20):
     return [make_item(task, rng, size) for size in TASKS[task].sizes for _ in range(count)]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@for_each(task=TASKS)
 def test_the_given_answer_is_right_at_every_size(task):
     for item in items_of(task):
         assert solved(item, item.answer), item
@@ -48,7 +48,7 @@ def test_other_texts_are_wrong(task, text):
     assert not solved(items_of(task, 1)[0], text)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@for_each(task=TASKS)
 def test_easy_and_hard_sizes_are_sizes_and_do_not_meet(task):
     made = TASKS[task]
     assert set(made.easy) < set(made.sizes)
@@ -127,7 +127,7 @@ def test_invented_names_come_with_three_people():
     assert set(invented(4)) == {2}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@for_each(task=TASKS)
 def test_held_out_items_repeat_with_the_seed_differ_from_each_other_and_are_held_out(task):
     sizes = TASKS[task].sizes
     items = list(held_out_items(task, 30, seed=3, sizes=sizes))

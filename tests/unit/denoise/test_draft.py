@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import for_each
 
 from vllm_diffusion.denoise.draft import first_step, noised_draft, seed_canvas_from_draft
 from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
@@ -11,7 +12,7 @@ from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
 DRAFT = list(range(100, 2100))
 
 
-@pytest.mark.parametrize("level", [0.01, 0.3, 0.5, 0.9])
+@for_each(level=[0.01, 0.3, 0.5, 0.9])
 def test_the_share_of_noise_is_the_level(level: float) -> None:
     noised = noised_draft(DRAFT, seed=3, start=7, level=level)
     assert all(ours in {-1, theirs} for ours, theirs in zip(noised, DRAFT, strict=True))

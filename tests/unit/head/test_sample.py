@@ -71,7 +71,7 @@ def test_ids_of_zero_weight_are_never_drawn(vocab: int) -> None:
     assert bool((weight.gather(1, drawn[:, None]) > 0).all())
 
 
-@pytest.mark.parametrize("only", [0, 1, TILE - 1, TILE, 2 * TILE + 16])
+@for_each(only=[0, 1, TILE - 1, TILE, 2 * TILE + 16])
 def test_a_certain_row_draws_its_only_id(only: int) -> None:
     weight = torch.zeros(2 * TILE + 17)
     weight[only] = 1e-20

@@ -164,10 +164,8 @@ def test_what_is_well_formed_is_read_whatever_else_is_wrong():
     assert read_options({}) == (DiffusionParams(), [])
 
 
-@for_each(value=[-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]])
-@pytest.mark.parametrize(
-    "option",
-    [
+@for_each(
+    option=[
         "diffusion_t_min",
         "diffusion_t_max",
         "diffusion_entropy_bound",
@@ -175,6 +173,7 @@ def test_what_is_well_formed_is_read_whatever_else_is_wrong():
         "diffusion_hold_threshold",
         "diffusion_doubt_threshold",
     ],
+    value=[-0.1, "0.5", True, None, float("nan"), float("inf"), [0.5]],
 )
 def test_only_finite_numbers_are_thresholds(option: str, value: object):
     assert f"{option} must be a finite number" in message_of(Sampling(extra_args={option: value}))

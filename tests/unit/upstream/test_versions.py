@@ -3,6 +3,7 @@ from __future__ import annotations
 import types
 
 import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.errors import UnsupportedVllmError, VllmDiffusionError
 from vllm_diffusion.upstream import versions
@@ -26,14 +27,12 @@ def host(monkeypatch, tmp_path):
     return install
 
 
-@pytest.mark.parametrize(
-    "version", ["0.32.0", "0.32.1", "0.33.0", "0.33.1.dev3+g12ab", "0.32.0+cpu", "0.33.0rc1"]
-)
+@for_each(version=["0.32.0", "0.32.1", "0.33.0", "0.33.1.dev3+g12ab", "0.32.0+cpu", "0.33.0rc1"])
 def test_accepts_the_tested_range(version):
     versions.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.32.0rc1", "0.34.0", "0.34.0rc1", "1.0", "dev"])
+@for_each(version=["0.31.9", "0.32.0rc1", "0.34.0", "0.34.0rc1", "1.0", "dev"])
 def test_refuses_the_rest_in_one_sentence_with_a_way_out(version):
     with pytest.raises(UnsupportedVllmError) as caught:
         versions.check_version(version)

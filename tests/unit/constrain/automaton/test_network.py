@@ -3,6 +3,7 @@
 from itertools import product
 
 import pytest
+from helpers.cases import for_each
 
 from vllm_diffusion.constrain.automaton.network import Networks
 from vllm_diffusion.constrain.language.syntax import (
@@ -35,7 +36,7 @@ def nesting(word):
     return deepest if height == 0 else None
 
 
-@pytest.mark.parametrize("depth", range(4))
+@for_each(depth=range(4))
 def test_self_embedding_nests_as_deep_as_allowed(depth):
     # One level is in the root, and needs no call.
     balanced = choice(EMPTY, sequence(text("("), Call("s"), text(")"), Call("s")))

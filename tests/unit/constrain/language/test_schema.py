@@ -250,17 +250,14 @@ def test_what_cannot_be_followed_is_refused_by_name(name):
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", '{"type": "strnig"}', '{"maxLength": "3"}', "[]", "3", '{"minimum": NaN}']
-)
+@for_each(text=["{", '{"type": "strnig"}', '{"maxLength": "3"}', "[]", "3", '{"minimum": NaN}'])
 def test_what_is_no_schema(text):
     with pytest.raises(ConstraintError, match="not a JSON schema"):
         json_schema(text)
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
+@for_each(
+    schema=[
         False,
         obj({"a": False}, ["a"]),
         {**J, "minimum": 5, "maximum": 3},
@@ -271,7 +268,7 @@ def test_what_is_no_schema(text):
         {"enum": [1, 2], "type": "string"},
         obj({"a": J}, ["b"], additionalProperties=False),
         obj({"a": {"$ref": "#"}}, ["a"]),
-    ],
+    ]
 )
 def test_what_nothing_satisfies(schema):
     with pytest.raises(ConstraintError, match="Nothing satisfies"):
@@ -302,14 +299,13 @@ def test_a_long_list_of_values_is_not_searched_for_each_of_them(
     assert len(grammar.rules["#"].options) == 5000
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
+@for_each(
+    schema=[
         {"enum": [1], "$ref": "#/nowhere"},
         {"const": 1, "$ref": "http://other/place"},
         {"enum": [{"a": 1}], "properties": {"a": {"$ref": "#/nowhere"}}},
         {"$id": "http://[bad", "properties": {"a": {"$ref": "#/x"}}},
-    ],
+    ]
 )
 def test_a_reference_that_leads_nowhere_is_the_clients_mistake(schema):
     with pytest.raises(ConstraintError, match=r"leads|Invalid"):
