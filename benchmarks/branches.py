@@ -24,7 +24,7 @@ from _loop import CHECKPOINT, CanvasLoop, items_of, seed_of
 
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.testing.tasks import TASKS, Item
-from vllm_diffusion.tune.compare import paired, summarised
+from vllm_diffusion.tune.compare import paired, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +92,7 @@ def report(
             forwards, granted = (sum(sum(run.steps) for run in each) for each in (own, other))
             ran, usual = (sum(run.rows for run in each) for each in (own, other))
             row = {
-                "exact %": summarised(judged).score,
+                "exact %": summarise(judged).score,
                 "diff": ""
                 if own is other or runs is first
                 else f"{difference:+.1f} +- {error:.1f}",

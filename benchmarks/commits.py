@@ -38,7 +38,7 @@ from _loop import CanvasLoop, items_of, seed_of
 
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.testing.tasks import TASKS
-from vllm_diffusion.tune.compare import paired, summarised
+from vllm_diffusion.tune.compare import paired, summarise
 
 if TYPE_CHECKING:
     import argparse
@@ -242,9 +242,9 @@ def partial_commits(
                 {
                     "task": task,
                     "commits": name,
-                    "exact %": summarised(judged).score,
+                    "exact %": summarise(judged).score,
                     "diff": "" if runs is whole else f"{difference:+.1f} +- {error:.1f}",
-                    "finished %": summarised(judged).finished,
+                    "finished %": summarise(judged).finished,
                     "forwards": sum(one.denoise for one in judged) / len(judged),
                     "of whole": sum(one.denoise for one in judged)
                     / sum(one.denoise for one in first),

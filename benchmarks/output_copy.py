@@ -38,7 +38,7 @@ from quality import judge
 from vllm_diffusion.denoise.accept import entropy_bound
 from vllm_diffusion.head.output_copy import HEAD_FORMS, RESCORED, QuantisedOutput
 from vllm_diffusion.testing.tasks import TASKS, held_out_items
-from vllm_diffusion.tune.compare import paired, summarised
+from vllm_diffusion.tune.compare import paired, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,7 +182,7 @@ def main() -> None:
             difference, error = paired(own, baseline)
             pairs = zip(answers, results[EXACT], strict=True)
             same = 100 * sum(a.tokens == b.tokens for a, b in pairs) / len(items)
-            figures = summarised(own)
+            figures = summarise(own)
             row: dict[str, _report.Value] = {
                 "preset": preset,
                 "head": name,

@@ -38,7 +38,7 @@ from _native_host import use_stand_ins
 
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
-from vllm_diffusion.tune.compare import Outcome, paired, repeated_share, summarised
+from vllm_diffusion.tune.compare import Outcome, paired, repeated_share, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,7 +210,7 @@ def report(results: dict[str, list[Outcome]], items: Sequence[Item], options: An
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """What is known of one arm on some items, by the names of the columns."""
-    own = summarised(outcomes)
+    own = summarise(outcomes)
     return {
         "exact": own.score,
         "finished": own.finished,

@@ -80,7 +80,7 @@ def test_it_finds_a_rule_with_fewer_forwards(task, tmp_path):
     for line in run.stdout.splitlines():
         assert re.fullmatch(rf"|\d+ items|{row}|for (a request|the engine): .*", line), line
     first, bars = run.stderr.split("\n", 1)
-    assert re.fullmatch(r"Starting the engine; its log is in \S+, or here with -v\.", first)
+    assert re.fullmatch(r"Starting the engine; its log is in \S+ \(-v shows it here\)\.", first)
     assert "reference: " in bars
     assert "\n" not in bars
 

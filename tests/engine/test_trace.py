@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_to_stops_the_start(
 
     (tmp_path / "file").touch()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
-    with pytest.raises((ConfigError, ValueError), match=f"{VARIABLE}=.*is no folder"):
+    with pytest.raises((ConfigError, ValueError), match=f"{VARIABLE}=.*is not a folder"):
         EngineArgs(str(parity_checkpoint), **DEFAULTS).create_engine_config()
 
 

@@ -659,7 +659,7 @@ def test_no_cut_and_no_flipped_byte_goes_unnoticed(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in range(0, len(content), 53):
         path.write_bytes(content[:length])
-        with pytest.raises(TraceError, match="is not a whole trace"):
+        with pytest.raises(TraceError, match="is not a complete trace"):
             load(path)
     for at in range(0, len(content), 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
@@ -673,10 +673,10 @@ def test_no_cut_and_no_flipped_byte_goes_unnoticed(tmp_path: Path) -> None:
 
 OTHERS = {
     b"": "it is empty",
-    b"no archive": "it is no archive of arrays",
+    b"no archive": "it is not an npz archive",
     b"PK\x03\x04": "File is not a zip file",
-    b"\x93NUMPY": "it is no archive of arrays",
-    b"\x80\x04.": "it is no archive of arrays",
+    b"\x93NUMPY": "it is not an npz archive",
+    b"\x80\x04.": "it is not an npz archive",
 }
 
 
@@ -684,7 +684,7 @@ OTHERS = {
 def test_another_file_is_no_trace(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes(content)
-    with pytest.raises(TraceError, match=r"a\.npz is not a whole trace of format 1") as caught:
+    with pytest.raises(TraceError, match=r"a\.npz is not a complete trace of format 1") as caught:
         load(path)
     assert f"{OTHERS[content]}. Record it again" in str(caught.value)
 
@@ -772,7 +772,7 @@ def test_the_command_shows_a_trace_on_one_screen(
     assert first.split()[:5] == ["0", "5", "12", str(len(entropies)), "committed"]
     assert first.split()[5] == entropies[0]
     assert first.endswith("the same")
-    assert f"{len(trace.canvases)} of {len(trace.canvases)} canvases bit for bit" in lines[-2]
+    assert f"{len(trace.canvases)} of {len(trace.canvases)} canvases equal bit for bit" in lines[-2]
 
 
 def test_the_command_says_what_differs_and_fails(
@@ -794,5 +794,5 @@ def test_the_command_goes_on_after_a_file_it_cannot_read(
     assert cli.main(["trace", *paths]) == 1
     printed = capsys.readouterr().out
     assert "No such file" in printed
-    assert "is not a whole trace" in printed
+    assert "is not a complete trace" in printed
     assert "request 'a'" in printed

@@ -1,7 +1,6 @@
-"""`python -m vllm_diffusion.trace FILE...`: a recorded trace on one screen.
+"""`python -m vllm_diffusion.trace FILE...`: show a recorded trace on one screen.
 
-Torch is loaded by ``run`` alone: the command line must start, and `doctor` speak, where torch
-cannot be imported.
+Only ``run`` imports torch: the command line and `doctor` must work where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
     from vllm_diffusion.trace.file import Canvas, Step, Trace
     from vllm_diffusion.trace.replay import ReplayedCanvas
 
-SUMMARY: Final = "show recorded traces (VLLM_DIFFUSION_TRACE=DIR), replay the rule on them"
+SUMMARY: Final = "show recorded traces (VLLM_DIFFUSION_TRACE=DIR) and replay the rule on them"
 
-_ROWS: Final = 30  # canvases shown of a file
-_SAMPLES: Final = 6  # steps shown of a canvas, evenly spaced, the first and the last among them
+_ROWS: Final = 30  # most canvases shown per file
+_SAMPLES: Final = 6  # most steps shown per canvas, evenly spaced, including first and last
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replay",
         action="store_true",
-        help="run the published rule on the recording and compare; status 1 where they differ",
+        help="replay the recorded rule and compare; exit status 1 if they differ",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print every file; 1 if one cannot be read, or is replayed and not reproduced, else 0."""
+    """Print every file; 1 if one cannot be read or its replay differs, else 0."""
     from vllm_diffusion.trace.file import load
     from vllm_diffusion.trace.replay import replay
 
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         print(_header(path, trace))
         replayed = replay(trace) if options.replay else None
         canvases = trace.canvases
-        print(_TITLE + ("  the published rule" if replayed else ""))
+        print(_TITLE + ("  replay" if replayed else ""))
         for number, canvas in enumerate(canvases[:_ROWS]):
             verdict = f"  {_verdict(replayed.canvases[number])}" if replayed else ""
             print(_row(number, canvas) + verdict)
@@ -57,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         if replayed:
             reproduced = sum(canvas.reproduced for canvas in replayed.canvases)
             print(
-                f"replayed: {reproduced} of {len(canvases)} canvases bit for bit, "
-                f"{replayed.steps} denoising steps for {replayed.recorded_steps} recorded"
+                f"replayed: {reproduced} of {len(canvases)} canvases equal bit for bit, "
+                f"{replayed.steps} denoising steps, {replayed.recorded_steps} recorded"
             )
             status |= not replayed.reproduced
         print()

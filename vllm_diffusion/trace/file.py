@@ -1,8 +1,8 @@
-"""What a trace holds, and the file it is kept in.
+"""The content of a trace and its file format.
 
-The file is an npz: a header in JSON, one array a field. It is deflated because argmax and sample
-hardly change from step to step; safetensors does not compress.
-Positions of all steps stand behind each other (P = sum of the widths of N steps), accepted as bits.
+The file is an npz: a header in JSON and one array per field. It is compressed because argmax and
+sample change little from step to step; safetensors does not compress. Arrays by position
+concatenate all steps (P = sum of the widths of N steps); ``accepted`` is packed to bits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_ARCHIVE: Final = b"PK"  # how every npz begins
+_ARCHIVE: Final = b"PK"  # first bytes of every npz
 
 FORMAT: Final = 1
-"""Raised when a field changes; a reader takes its own format alone."""
+"""Incremented when a field changes; a reader accepts only its own format."""
 
 _OF_STEPS: Final = {
     "start": np.int32,
@@ -52,15 +52,15 @@ _OF_POSITIONS: Final = {
 class Step:
     """One forward of a canvas that is W positions wide.
 
-    A commit writes the KV of a finished canvas: its argmax is the canvas's last (what is committed,
-    unless a text with holes had slack), and the other values are 0, because commit rows have no
-    distribution.
+    A commit writes the KV of a finished canvas. Its argmax is that of the canvas's last step (the
+    committed tokens, unless a text with holes had slack), and the other values are 0, because
+    commit rows have no distribution.
     """
 
     start: int  # absolute position of the first row
-    step: int  # where the canvas is in its schedule; one that began from a draft begins later
-    committing: bool  # phase: commit, or denoise
-    finished: bool  # the rule stops here; without fused commits the next forward commits
+    step: int  # step of the schedule; a canvas that begins from a draft starts above 0
+    committing: bool  # whether this is a commit rather than a denoising step
+    finished: bool  # the rule stopped here; without fused commits the next forward commits
     input_crc: int  # ``checksum`` of the input canvas
     argmax: NDArray[np.int32]  # [W]
     sample: NDArray[np.int32]  # [W]
@@ -77,14 +77,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Canvas:
-    """One canvas from its first denoising step to its end, or to where it was interrupted."""
+    """One canvas from its first denoising step to its end or interruption."""
 
     steps: tuple[Step, ...]
     """The denoising steps; at least one."""
     commit: Step | None
-    """None if commits are fused, or if the request was preempted, aborted or closed first."""
+    """None if commits are fused or the request was preempted, aborted or closed first."""
     tokens: NDArray[np.int32] | None
-    """[W], the argmax that it ended with; None if the request was interrupted first."""
+    """[W], its final argmax; None if the request was interrupted first."""
 
     @property
     def start(self) -> int:
@@ -93,34 +93,34 @@ class Canvas:
 
     @property
     def width(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return self.steps[0].width
 
     @property
     def finished(self) -> bool:
-        """The rule stopped; without it there is no commit."""
+        """Whether the rule stopped; otherwise there is no commit."""
         return self.steps[-1].finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Everything one request went through while it held a slot, in order."""
+    """All steps of one request while it held a slot, in order."""
 
     request_id: str
     seed: int  # 64-bit key of the request's noise
     rule: RuleConstants  # of this request
     vocab_size: int
     canvas_length: int  # L of the pool; a canvas may be narrower
-    plugin_version: str  # that recorded it
+    plugin_version: str  # version that recorded it
     prompt_length: int = 0  # tokens
-    seed_canvas: tuple[int, ...] = ()  # first input behind the prompt instead of noise; -1 is noise
-    guarded: bool = False  # bad words, or a parser, may have kept a canvas from finishing
-    fused: bool = False  # a canvas ends with its last step, and its commit is no step of its own
+    seed_canvas: tuple[int, ...] = ()  # first input after the prompt instead of noise; -1 is noise
+    guarded: bool = False  # bad words or a parser may have prevented a canvas from finishing
+    fused: bool = False  # a canvas ends with its last step; its commit is not a separate step
     steps: tuple[Step, ...] = ()
 
     @property
     def canvases(self) -> tuple[Canvas, ...]:
-        """The steps by canvas."""
+        """The steps grouped by canvas."""
         grouped: list[list[Step]] = []
         for step in self.steps:
             if not grouped or self._ends(grouped[-1][-1]):
@@ -142,14 +142,14 @@ class Trace:
 def checksum(tokens: NDArray[np.int32]) -> int:
     """CRC-32 of a canvas's tokens, [W].
 
-    Of its input a step keeps this alone. The tokens follow from seed and decisions, so a replay
-    makes them again and proves them; stored, their noise would double the file.
+    A step stores only this of its input. The tokens follow from seed and decisions, so a replay
+    regenerates and verifies them; storing their noise would double the file.
     """
     return zlib.crc32(tokens.astype("<i4").tobytes())
 
 
 def to_bytes(trace: Trace) -> bytes:
-    """The content of the file that ``load`` reads."""
+    """The file content for a trace, which ``load`` reads."""
     header = {
         "format": FORMAT,
         "plugin_version": trace.plugin_version,
@@ -187,18 +187,19 @@ def load(path: Path | str) -> Trace:
     """
     content = Path(path).read_bytes()
     try:
-        if not content.startswith(_ARCHIVE):  # numpy would speak of pickles
-            raise ValueError("it is no archive of arrays" if content else "it is empty")
+        if not content.startswith(_ARCHIVE):  # numpy's message would be about pickles
+            raise ValueError("it is not an npz archive" if content else "it is empty")
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return _parse(archive)
     except _DAMAGE as error:
         raise TraceError(
-            f"{path} is not a whole trace of format {FORMAT}, which vllm-diffusion {__version__} "
-            f"reads: {str(error).rstrip('.')}. Record it again with VLLM_DIFFUSION_TRACE=DIR."
+            f"{path} is not a complete trace of format {FORMAT}, which vllm-diffusion "
+            f"{__version__} reads: {str(error).rstrip('.')}. Record it again with "
+            "VLLM_DIFFUSION_TRACE=DIR."
         ) from error
 
 
-# What numpy, zipfile and zlib raise over bytes that are something else, cut short or damaged.
+# Raised by numpy, zipfile and zlib for files of another type, truncated or damaged files.
 _DAMAGE: Final = (
     BadZipFile,
     EOFError,
@@ -212,10 +213,10 @@ _DAMAGE: Final = (
 
 
 def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
-    """Check everything a reader relies on.
+    """Build a trace from the arrays, checking everything that readers rely on.
 
     Raises:
-        ValueError, KeyError, TypeError: something is missing or does not fit.
+        ValueError, KeyError, TypeError: something is missing or inconsistent.
     """
     header = json.loads(arrays["header"].tobytes())
     if header["format"] != FORMAT:
@@ -235,9 +236,9 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
     if packed.shape != (-(-positions // 8),):
         raise ValueError(f"accepted has {packed.shape} bytes for {positions} positions")
     columns["accepted"] = np.unpackbits(packed, count=positions).astype(np.bool_)
-    # Of recordings made before there were fused commits none is fused.
+    # Recordings made before fused commits existed lack the key.
     fused = header.get("fused", False)
-    # A canvas begins where the recording does, or behind the end of another.
+    # A canvas begins at the start of the recording or after the end of another canvas.
     commits, steps = columns["committing"], columns["step"]
     if not count or commits[0] or (commits[1:] & (commits[:-1] | fused)).any():
         raise ValueError("a canvas without a beginning")
@@ -259,7 +260,7 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
             **{name: columns[name][rows] for name in _OF_POSITIONS},
         )
 
-    # Recordings made before there was a second rule do not name theirs.
+    # Recordings made before a second rule existed lack the key.
     kind = KINDS[header.get("kind", EntropyBoundConstants.kind)]
     return Trace(
         request_id=header["request_id"],

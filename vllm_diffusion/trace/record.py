@@ -1,8 +1,8 @@
-"""Recorder: watches ``step.advance`` and writes one file a request.
+"""Recorder: observes ``step.advance`` and writes one file per request.
 
-While on, a step copies about 25 bytes a position to the host and waits for the device; they stay in
-host memory until the request gives its slot up. Then the file is compressed and written in that
-step. While off there is no recorder, and a step tests one attribute.
+While on, each step copies about 25 bytes per position to the host, which syncs with the device.
+They stay in host memory until the request leaves its slot; the file is compressed and written in
+that step. While off there is no recorder, and a step tests one attribute.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
-# vLLM's handlers serve loggers under its own name.
+# vLLM's log handlers apply only to loggers under its name.
 logger = logging.getLogger(f"vllm.{__name__}")
 
 VARIABLE: Final = "VLLM_DIFFUSION_TRACE"
 
-_LONGEST_STEM: Final = 120  # characters of a file name; file systems take 255 bytes
+_LONGEST_STEM: Final = 120  # characters of a file name; file systems allow 255 bytes
 
 
 def trace_folder(environment: Mapping[str, str]) -> Path | None:
-    """The folder that ``VLLM_DIFFUSION_TRACE`` asks to record to, made if missing; None if unset.
+    """The folder that ``VLLM_DIFFUSION_TRACE`` names, created if missing; None if unset.
 
     Raises:
         ConfigError: it cannot be written to.
@@ -50,12 +50,12 @@ def trace_folder(environment: Mapping[str, str]) -> Path | None:
     folder = Path(asked).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell: root, read-only and full file systems.
+        # Try it: permission bits do not account for root, read-only or full file systems.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError(
-            f"{VARIABLE}={asked} is no folder that traces can be written to ({error}); "
+            f"{VARIABLE}={asked} is not a folder that traces can be written to ({error}); "
             "name another one, or unset it to record nothing."
         ) from error
     return folder
@@ -63,17 +63,17 @@ def trace_folder(environment: Mapping[str, str]) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A request that holds a slot."""
+    """The recording of a request that holds a slot."""
 
     header: Trace  # without steps
     steps: list[Step] = field(default_factory=list)
 
 
 class Recorder:
-    """Records the slots it is told of, from ``begin`` to ``end``.
+    """Records slots from ``begin`` to ``end``.
 
-    A preempted request gives its slot up and comes back to another: it leaves a file for each stay.
-    Where that cut a canvas short, the next file begins with the same canvas anew.
+    A preempted request leaves its slot and later gets another, so it has one file per scheduling
+    episode. If a canvas was interrupted, the next file starts that canvas over.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,10 +90,10 @@ class Recorder:
         prompt_length: int = 0,
         guarded: bool = False,
     ) -> None:
-        """A request was admitted to a slot of the pool; waits for the device.
+        """Start recording a request that was admitted to a slot; syncs with the device.
 
-        Of its constraints only those are kept that a replay cannot see in the statistics.
-        ``guarded`` says that a parser keeps one of them.
+        Only those constraints are recorded that a replay cannot derive from the statistics.
+        ``guarded`` means that a parser enforces one of them.
         """
         asked = constraints or Constraints()
         low, high = pool.seed[slot].tolist()
@@ -114,7 +114,7 @@ class Recorder:
     def observe(
         self, pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats, decision: Decision
     ) -> None:
-        """Keep one step of every canvas of the batch; a ``step.Observer``."""
+        """Record one step of every canvas of the batch; a ``step.Observer``."""
         slots = batch.slots
         committing = pool.causal[slots]
         row_committing = committing[:, None]
@@ -141,7 +141,7 @@ class Recorder:
         for row, (slot, start, width, step, commits, finished) in enumerate(of_rows.tolist()):
             if slot not in self._open:
                 continue
-            # Copies: a view would keep the whole batch for as long as the request lives.
+            # Copies: a view would keep the whole batch in memory as long as the request.
             self._open[slot].steps.append(
                 Step(
                     start=start,
@@ -159,7 +159,7 @@ class Recorder:
             )
 
     def end(self, slot: int) -> None:
-        """The slot was given up; write what it went through and forget it. Never raises OSError."""
+        """Write the recording of a slot that its request has left. Never raises OSError."""
         recording = self._open.pop(slot, None)
         if recording is None or not recording.steps:
             return
@@ -170,7 +170,7 @@ class Recorder:
             logger.warning("The trace of request %r is lost: %s", trace.request_id, error)
 
     def close(self) -> None:
-        """End every recording, where the engine closes with requests in it."""
+        """End every recording; requests may still be running when the engine closes."""
         for slot in list(self._open):
             self.end(slot)
 
@@ -194,12 +194,12 @@ class Recorder:
 def file_names(request_id: str) -> Iterator[str]:
     """Names for a request's files: ``ID.npz``, ``ID.1.npz``, ``ID.2.npz`` ...
 
-    A request id is text of the client's choice. Anything that could lead out of the folder, hide
-    the file or be refused by a file system is replaced; the trace itself holds the id as it is.
+    The client chooses the request id. Anything that could lead out of the folder, hide the file or
+    be refused by a file system is replaced; the trace itself stores the id unchanged.
     """
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", request_id).lstrip(".") or "request"
     if len(stem) > _LONGEST_STEM:
-        # The end stays: vLLM makes ids unique there.
+        # Keep the end, where vLLM makes ids unique.
         stem = f"{stem[: _LONGEST_STEM // 2]}_{stem[-_LONGEST_STEM // 2 :]}"
     yield f"{stem}.npz"
     for number in itertools.count(1):

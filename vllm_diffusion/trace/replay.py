@@ -1,8 +1,8 @@
-"""Run a rule on a recorded trace: no model, the same rule, pool and records as a live engine.
+"""Run a rule on a recorded trace: the rule, pool and records of a live engine, without a model.
 
-A rule decides what the model sees next, so the recorded statistics are its own only as long as it
-decides what was decided. Each canvas says how far that went, and each stands alone: behind a canvas
-that would have been committed with other tokens, the recording is of another text.
+A rule decides the model's next input, so the recorded statistics apply only as long as the rule
+decides as recorded. Each canvas reports how far that was, and each is replayed independently: after
+a canvas that would have committed other tokens, the recording belongs to another text.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplayedCanvas:
-    """What a rule made of one recorded canvas of width W, in n denoising steps."""
+    """The replay of one recorded canvas of width W, in n denoising steps."""
 
     recorded: Canvas
     accepted: NDArray[np.bool_]  # [n, W]
-    next_tokens: NDArray[np.int32]  # [n, W], the decision's
+    next_tokens: NDArray[np.int32]  # [n, W], of the decision
     tokens: NDArray[np.int32] | None  # [W], committed; None if the recording ended first
     diverged: int | None
-    """The first step at which another set was accepted than in the recording."""
+    """The first step at which the accepted positions differ from the recording."""
     on_trajectory: bool
-    """Every input the rule made is the recorded one: a live run would have ended here too."""
+    """Every input equals the recorded one, so a live run would have ended the same way."""
 
     @property
     def steps(self) -> int:
@@ -47,19 +47,19 @@ class ReplayedCanvas:
 
     @property
     def censored(self) -> bool:
-        """The recording ended before the rule stopped."""
+        """Whether the recording ended before the rule stopped."""
         return self.tokens is None
 
     @property
     def same_tokens(self) -> bool | None:
-        """What the rule commits is what was committed; None where either did not get that far."""
+        """Whether the committed tokens are the recorded ones; None if either has none."""
         if self.tokens is None or self.recorded.tokens is None:
             return None
         return np.array_equal(self.tokens, self.recorded.tokens)
 
     @property
     def reproduced(self) -> bool:
-        """Inputs, accepted sets, stop and committed tokens are the recorded ones, bit for bit."""
+        """Whether inputs, accepted positions, stop and committed tokens equal the recorded ones."""
         return (
             self.on_trajectory
             and self.diverged is None
@@ -71,15 +71,15 @@ class ReplayedCanvas:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Replay:
-    """What a rule made of a trace."""
+    """The replay of a trace."""
 
     canvases: tuple[ReplayedCanvas, ...]
 
     @property
     def steps(self) -> int:
-        """Denoising forwards the rule used; every committed canvas takes one more, as recorded.
+        """Denoising forwards of the rule, without those for commits.
 
-        Of censored canvases it counts those there were: a lower bound.
+        A lower bound if canvases are censored, which count up to the end of their recording.
         """
         return sum(canvas.steps for canvas in self.canvases)
 
@@ -90,23 +90,24 @@ class Replay:
 
     @property
     def reproduced(self) -> bool:
-        """Nothing differs from the recording; always so for the rule that was recorded."""
+        """Whether nothing differs from the recording; always true for the recorded rule."""
         return all(canvas.reproduced for canvas in self.canvases)
 
 
 def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Replay:
     """Run a rule on a trace.
 
-    Whether its commits were fused changes nothing: the canvases are the same.
+    Fused commits make no difference: the canvases are the same.
 
     For other constants of the rule: ``replay(dataclasses.replace(trace, rule=constants))``.
-    Temperatures came before the statistics and cannot be changed any more. A canvas of a guarded
-    trace never stops before the recording.
+    Temperatures were applied before the statistics were recorded, so changing them has no effect. A
+    canvas of a guarded trace never stops before the recording.
 
     Args:
         trace: the recording.
-        rule: instead of the recorded one; its pool has one slot.
-        device: where to run. Sums are bit for bit those of the recording on a device of its kind.
+        rule: replaces the recorded one; its pool has one slot.
+        device: where to run. Sums equal those of the recording bit for bit only on a device of the
+            same kind.
     """
     where = torch.device(device)
     pool = pool_class(where.type)(
@@ -141,7 +142,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
         stats = _stats(pool, step)
         decision = rule.decide(pool, batch, stats)
         if trace.guarded and not step.finished:
-            # The canvas held a bad word, which the statistics do not tell.
+            # A bad word or the parser prevented the stop, which the statistics do not show.
             decision = replace(decision, finished=torch.zeros_like(decision.finished))
         pool.apply(batch, stats, decision)
         accepted.append(decision.accept[0, :width].numpy(force=True))
@@ -149,7 +150,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
         if diverged is None and not np.array_equal(accepted[-1], step.accepted):
             diverged = step.step
         if pool.causal[0]:
-            # The commit's own statistics and decision do not count.
+            # A commit ignores statistics and decision.
             emission = pool.apply(batch, stats, decision)
             tokens = emission.tokens[0, :width].int().numpy(force=True)
             break
@@ -164,7 +165,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
 
 
 def _batch(pool: CanvasPool, canvas: Canvas) -> CanvasBatch:
-    """The canvas as the live pool had it: padded to L, which decides the order of sums."""
+    """The canvas as in the live pool: padded to L, which determines the order of sums."""
     offset = torch.arange(pool.canvas_length, device=pool.device)
     return CanvasBatch(
         slots=torch.tensor([0], device=pool.device),

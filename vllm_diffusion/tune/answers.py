@@ -1,6 +1,7 @@
-"""An engine answers the items of a task under one arm after the other.
+"""Answer the items of a task under one arm after the other.
 
-One engine for all arms: they are options of requests. Forwards come from the answers' telemetry.
+One engine serves all arms, which are options of requests. Forwards come from the answers'
+telemetry.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Answerer:
-    """Answers items, scored, the same seed for an item under every arm."""
+    """Answers and scores items, with the same seed for an item under every arm."""
 
     def __init__(
         self,
@@ -41,8 +42,8 @@ class Answerer:
             model: path or name of a checkpoint.
             verifier: scores an answer.
             engine: arguments of ``LLM``.
-            max_tokens: of items that name none.
-            seed: of the run; every item's is derived from it.
+            max_tokens: default for items that set none.
+            seed: seed of the run, from which every item's is derived.
 
         Raises:
             TuneError: the model is not one of ours.
@@ -71,9 +72,9 @@ class Answerer:
         """Answer all items under the options of one arm, in order.
 
         Args:
-            items: of the task.
-            options: of every request.
-            bar: what shows the progress, called as tqdm is.
+            items: items of the task.
+            options: options of every request.
+            bar: progress bar factory, called like tqdm.
 
         Raises:
             TuneError: the engine refuses these options, or an item.

@@ -1,4 +1,4 @@
-"""The rules a tuning run tries: presets, constants a user names, neighbours of the best so far."""
+"""The rules a tuning run tries: presets, constants from the user, neighbours of the best so far."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_arm(text: str) -> dict[str, Any]:
     """``fast`` or ``preset=fast,entropy_bound=0.3`` as options of a request.
 
     Raises:
-        TuneError: a name or a value that no request may have; the message lists them all.
+        TuneError: a name or value is not accepted; the message lists all of them.
     """
     options: dict[str, Any] = {}
     problems = []
@@ -30,7 +30,7 @@ def parse_arm(text: str) -> dict[str, Any]:
         if not equals:
             name, value = "preset", name
         if name not in _NAMES:
-            problems.append(f"no {name!r}; accepted: {', '.join(_NAMES)}")
+            problems.append(f"unknown {name!r}; accepted: {', '.join(_NAMES)}")
             continue
         read = value if name == "preset" else _number(value)
         if expected := malformed(name, read):
@@ -41,8 +41,8 @@ def parse_arm(text: str) -> dict[str, Any]:
     return options
 
 
-def written(options: Mapping[str, Any]) -> str:
-    """Options of a request as ``parse_arm`` reads them, a preset without its name."""
+def format_arm(options: Mapping[str, Any]) -> str:
+    """Options of a request in the form that ``parse_arm`` reads; a preset by its bare name."""
     parts = {name.removeprefix(PREFIX): value for name, value in options.items()}
     preset = parts.pop("preset", None)
     constants = ",".join(f"{name}={value:g}" for name, value in parts.items())
@@ -50,11 +50,11 @@ def written(options: Mapping[str, Any]) -> str:
 
 
 def neighbours(options: Mapping[str, Any], rule: RuleConstants) -> Iterator[dict[str, Any]]:
-    """Every rule that has one constant halved or doubled.
+    """Every rule with one constant halved or doubled.
 
     Args:
         options: the arm.
-        rule: its constants as they are served. One that is 0 is off and stays so.
+        rule: its constants as served. Constants that are 0 are off and stay off.
     """
     for name, value in asdict(rule).items():
         for factor in _FACTORS:

@@ -1,7 +1,7 @@
-"""`vllm-diffusion tune MODEL --task FILE`: try decoding rules on a task, print what each costs.
+"""`vllm-diffusion tune MODEL --task FILE`: try decoding rules on a task, print score and cost.
 
-Torch and vLLM are loaded by ``run`` alone: the command line must start, and `doctor` speak, where
-they cannot be imported.
+Only ``run`` imports torch and vLLM: the command line and `doctor` must work where they cannot be
+imported.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verifier",
         default="exact",
-        help="exact, contains, json, or FILE.py:FUNCTION, which takes (text, item) and gives 0 "
+        help="exact, contains, json, or FILE.py:FUNCTION, which takes (text, item) and returns 0 "
         "to 1 (default: exact)",
     )
     parser.add_argument(
         "--arm",
         action="append",
         metavar="RULE",
-        help="a preset, or constants: preset=fast,entropy_bound=0.3; repeatable, the first is what "
-        "the others are compared with (default: every preset, `reference` first)",
+        help="a preset, or constants: preset=fast,entropy_bound=0.3; repeatable, the first is the "
+        "baseline (default: every preset, `reference` first)",
     )
     parser.add_argument(
         "--search",
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="then halve and double the constants of the best rule, one at a time, this many "
-        "times, on one half of the items, and confirm on the other (default: 0)",
+        help="then search this many rounds on one half of the items, halving and doubling one "
+        "constant of the best rule at a time, and confirm on the other half (default: 0)",
     )
-    parser.add_argument("--n", type=int, help="only the first items")
+    parser.add_argument("--n", type=int, help="use only the first N items")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=512, help="of items that name none")
+    parser.add_argument("--max-tokens", type=int, default=512, help="for items without a limit")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -79,16 +79,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_object,
         default={},
         metavar="JSON",
-        help='arguments of LLM(), {"max_model_len": 4096}',
+        help='arguments of LLM(), such as {"max_model_len": 4096}',
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show the engine's log, not a file with it"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="show the engine's log; write no log file",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tune; 2 where the input is wrong or the engine does not start."""
+    """Tune; 2 if the input is invalid or the engine does not start, 130 if interrupted."""
     try:
         items, verifier, arms = _read(options)
         with screen(verbose=options.verbose) as shown:
@@ -105,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
 def _read(
     options: argparse.Namespace,
 ) -> tuple[list[TaskItem], Verifier, list[dict[str, Any]]]:
-    """What is to be tried, on what, judged by whom; all that can be wrong without an engine is."""
+    """Items, verifier and arms; checks everything that can be checked without an engine."""
     from vllm_diffusion.denoise.presets import PRESETS
     from vllm_diffusion.tune.arms import parse_arm
     from vllm_diffusion.tune.items import load_items, load_verifier
@@ -114,12 +117,12 @@ def _read(
         raise TuneError("--search must be at least 0, --n and --max-tokens at least 1")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise TuneError(
-            f"--json {options.json} cannot be written: name a file of a folder there is"
+            f"--json {options.json} cannot be written: name a file in an existing folder"
         )
     items = load_items(options.task)[: options.n]
     if options.search and len(items) < _SEARCHABLE:
         raise TuneError(
-            f"--search looks on half of the items and confirms on the others: it needs "
+            f"--search uses half of the items to search and half to confirm: it needs at least "
             f"{_SEARCHABLE}, got {len(items)}"
         )
     verifier = load_verifier(options.verifier)
@@ -133,11 +136,11 @@ def _tune(
     arms: Sequence[dict[str, Any]],
     shown: Screen,
 ) -> None:
-    """Start an engine, and try."""
-    log = f"; its log is in {shown.log}, or here with -v" if shown.log else ""
+    """Start an engine and try the arms."""
+    log = f"; its log is in {shown.log} (-v shows it here)" if shown.log else ""
     shown.note(f"Starting the engine{log}.")
     with _explained(f"the engine of {options.model} did not start", options, shown):
-        # Here, since vLLM logs while it is imported.
+        # Imported here, since vLLM logs while it is imported.
         from vllm_diffusion.tune.answers import Answerer
 
         answerer = Answerer(
@@ -161,7 +164,7 @@ def _tune(
 
 @contextmanager
 def _explained(what: str, options: argparse.Namespace, shown: Screen) -> Iterator[None]:
-    """Turn whatever vLLM raises into a `TuneError` of one line; the log has the rest."""
+    """Turn any error of vLLM into a short `TuneError`; the log has the rest."""
     from vllm_diffusion.tune.refusal import reason, way_out
 
     try:
@@ -183,7 +186,7 @@ def _tried(
     answerer: Answerer,
     shown: Screen,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All figures, and the options of the rule to recommend."""
+    """All figures, and the options of the recommended rule."""
     from vllm_diffusion.request.options import PREFIX
     from vllm_diffusion.tune.arms import neighbours
 
@@ -199,12 +202,12 @@ def _tried(
     told, baseline = {"tried": curve.figures()}, next(iter(curve.arms))
     arm = curve.arms[best]
     if options.search and best != baseline:
-        # The best of many is best by luck too; on other items it is one against one.
+        # The best of many is partly luck; on the other items it is compared with the baseline only.
         other = _Curve(answerer, items[1::2], options.tolerance, shown)
         other.extend([curve.arms[baseline], arm])
         told["confirmed"] = other.figures()
         arm = other.arms[other.best()]
-    # What was tried on an engine is served with what else that engine had.
+    # The arm was tried on top of the engine's own options.
     served = {**_ours(options.engine), **{n.removeprefix(PREFIX): v for n, v in arm.items()}}
     shown.say(f"\nfor a request:  {json.dumps(arm)}")
     shown.say(f"for the engine: --additional-config '{json.dumps({'diffusion': served})}'")
@@ -212,7 +215,7 @@ def _tried(
 
 
 class _Curve:
-    """Arms on the same items, each printed as it comes; the first is the baseline."""
+    """Arms on the same items, each printed when it is done; the first is the baseline."""
 
     def __init__(
         self, answerer: Answerer, items: Sequence[TaskItem], tolerance: float, shown: Screen
@@ -226,11 +229,11 @@ class _Curve:
         shown.say(f"\n{len(items)} items\n{_HEADER}")
 
     def extend(self, arms: Iterable[dict[str, Any]], *, may_be_refused: bool = False) -> None:
-        """Try the arms that have not been; what an engine serves bounds some constants."""
-        from vllm_diffusion.tune.arms import written
+        """Try the arms not tried yet; the engine's rule bounds some constants, so it may refuse."""
+        from vllm_diffusion.tune.arms import format_arm
 
         for arm in arms:
-            name = written(arm)
+            name = format_arm(arm)
             if name in self.arms:
                 continue
             try:
@@ -244,22 +247,20 @@ class _Curve:
             self._shown.say(self._row(name))
 
     def best(self) -> str:
-        """The arm to recommend, see ``compare.recommended``."""
-        from vllm_diffusion.tune.compare import recommended
+        """The recommended arm, see ``compare.recommend``."""
+        from vllm_diffusion.tune.compare import recommend
 
-        return recommended(
-            self._outcomes, baseline=next(iter(self.arms)), tolerance=self._tolerance
-        )
+        return recommend(self._outcomes, baseline=next(iter(self.arms)), tolerance=self._tolerance)
 
     def figures(self) -> dict[str, Any]:
-        """All that is known of every arm."""
-        from vllm_diffusion.tune.compare import summarised
+        """All figures of every arm."""
+        from vllm_diffusion.tune.compare import summarise
 
         return {
             name: {
                 "options": arm,
                 "items": len(self._items),
-                **asdict(summarised(self._outcomes[name])),
+                **asdict(summarise(self._outcomes[name])),
                 **dict(zip(("difference", "standard_error"), self._difference(name), strict=True)),
             }
             for name, arm in self.arms.items()
@@ -271,9 +272,9 @@ class _Curve:
         return paired(self._outcomes[name], self._outcomes[next(iter(self.arms))])
 
     def _row(self, name: str) -> str:
-        from vllm_diffusion.tune.compare import summarised
+        from vllm_diffusion.tune.compare import summarise
 
-        own, (difference, error) = summarised(self._outcomes[name]), self._difference(name)
+        own, (difference, error) = summarise(self._outcomes[name]), self._difference(name)
         shown = f"{difference:+.1f} +- {error:.1f}" if len(self.arms) > 1 else ""
         return (
             f"{own.score:>8.1f}{shown:>15}{own.finished:>10.1f}{own.empty:>7.1f}{own.steps:>7.2f}"
@@ -282,7 +283,7 @@ class _Curve:
 
 
 def _ours(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """``additional_config["diffusion"]`` of an engine's arguments, which the engine has taken."""
+    """``additional_config["diffusion"]`` of an engine's arguments, already accepted by it."""
     return (engine.get("additional_config") or {}).get("diffusion") or {}
 
 
@@ -292,5 +293,5 @@ def _object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value

@@ -1,7 +1,7 @@
-"""What an arm scored and what it cost, beside another arm on the same items.
+"""Score and cost of an arm, compared with another arm on the same items.
 
-Takes one ``Outcome`` an item. Gives means, paired differences with their standard error, and the
-arm to recommend. Knows nothing of engines.
+Takes one ``Outcome`` per item. Returns means, paired differences with their standard error, and the
+recommended arm. Independent of engines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 NGRAM: Final = 8
-"""Tokens in a row that count as a loop when they come again."""
+"""Length of the n-grams whose repetition counts as a loop, in tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,22 +25,22 @@ class Outcome:
     score: float
     """From 0 to 1."""
     finished: bool
-    """Whether the model ended its turn, rather than max_tokens."""
+    """Whether the model ended its turn before max_tokens."""
     empty: bool
     repeated: float
-    """Share of n-grams that the answer had before."""
+    """Share of n-grams that repeat earlier ones of the answer."""
     tokens: int
     """Before the end of the turn, without padding."""
     denoise: int
     commits: int
-    """Forwards after the prompt's that denoise a canvas, and that only commit one."""
+    """Forwards after the prompt's that denoise a canvas, and forwards that only commit one."""
     steps: list[int]
     """Denoising steps of every canvas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """An arm over some items; shares in percent, tokens per forward as a ratio of sums."""
+    """Figures of an arm over its items: shares in percent, tokens per forward as ratio of sums."""
 
     score: float
     finished: float
@@ -50,12 +50,12 @@ class Summary:
     p50: float
     p90: float
     tpf_all: float
-    """Tokens over every forward after the prompt's."""
+    """Tokens per forward, counting every forward after the prompt's."""
     tpf_denoise: float
-    """Tokens over the denoising ones alone, for comparison with Transformers' figure."""
+    """Tokens per denoising forward, for comparison with Transformers' figure."""
 
 
-def summarised(outcomes: Sequence[Outcome]) -> Summary:
+def summarise(outcomes: Sequence[Outcome]) -> Summary:
     """Means of at least one outcome."""
     steps = [count for one in outcomes for count in one.steps] or [0]
     tokens = sum(one.tokens for one in outcomes)
@@ -80,24 +80,24 @@ def paired(one: Sequence[Outcome], other: Sequence[Outcome]) -> tuple[float, flo
     return fmean(differences), error
 
 
-def recommended(
+def recommend(
     arms: Mapping[str, Sequence[Outcome]], *, baseline: str, tolerance: float = 0.0
 ) -> str:
-    """The arm with the most tokens per forward of those that lose nothing against the baseline.
+    """The arm with the most tokens per forward among those no worse than the baseline.
 
-    Lose nothing: the loss is within its own standard error, and the answers finish, loop and stay
-    empty no worse than by that error either.
+    No worse: the loss of score is within its own standard error, and so are, in points, the changes
+    for the worse in the shares of answers that finish, loop or stay empty.
 
     Args:
-        arms: outcomes of every arm, item by item in the same order.
-        baseline: the arm to compare with; it is among the candidates.
+        arms: outcomes of every arm, for the same items in the same order.
+        baseline: the arm to compare with; also a candidate.
         tolerance: points of score that may be lost beyond the standard error.
     """
-    first = summarised(arms[baseline])
+    first = summarise(arms[baseline])
     fit = []
     for name, outcomes in arms.items():
         difference, error = paired(outcomes, arms[baseline])
-        own, slack = summarised(outcomes), tolerance + (0.0 if math.isnan(error) else error)
+        own, slack = summarise(outcomes), tolerance + (0.0 if math.isnan(error) else error)
         worst = max(
             -difference,
             first.finished - own.finished,
@@ -106,7 +106,7 @@ def recommended(
         )
         if worst <= slack:
             fit.append(name)
-    return max([baseline, *fit], key=lambda name: summarised(arms[name]).tpf_all)
+    return max([baseline, *fit], key=lambda name: summarise(arms[name]).tpf_all)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -117,6 +117,6 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of the n-grams of a text that it had before."""
+    """Share of the n-grams of a text that repeat earlier ones."""
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

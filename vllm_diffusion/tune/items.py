@@ -1,9 +1,9 @@
-"""Items of a user's task, from a file of JSON lines, and who judges the answers to them.
+"""Items of a user's task, from a file of JSON lines, and the verifiers that score answers.
 
     {"prompt": "What is 2 + 2?", "answer": "4"}
     {"prompt": [{"role": "user", "content": "..."}], "answer": {"name": "Ann"}, "max_tokens": 300}
 
-A prompt is a text, asked as one user's turn, or a conversation. ``answer`` is whatever the verifier
+A prompt is a text, sent as one user turn, or a conversation. ``answer`` is what the verifier
 compares with, ``max_tokens`` the item's own limit.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     """Answer and item -> score from 0 (wrong) to 1 (right)."""
 
 _KEYS: Final = ("prompt", "answer", "max_tokens")
-_SHOWN: Final = 10  # problems of a file that the message lists
+_SHOWN: Final = 10  # most problems of a file that the message lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +37,13 @@ class TaskItem:
 
 
 def load_items(path: str | Path) -> list[TaskItem]:
-    """Read a file of JSON lines; blank lines do not count.
+    """Read a file of JSON lines; blank lines are ignored.
 
     Raises:
-        TuneError: the file cannot be read, holds nothing, or has lines that are no items. The
-            message names the lines.
+        TuneError: the file cannot be read, is empty, or has invalid lines, which the message names.
     """
     try:
-        # Not splitlines: a text may hold U+2028 and its like as they are.
+        # Not splitlines: JSON strings may contain U+2028 and the like unescaped.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TuneError(f"{path} cannot be read: {error}") from error
@@ -58,10 +57,10 @@ def load_items(path: str | Path) -> list[TaskItem]:
             problems.append(f"line {number}: {error}")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise TuneError(f"{path} is no task: {'; '.join(problems[:_SHOWN])}{more}.")
+        raise TuneError(f"{path} is not a task: {'; '.join(problems[:_SHOWN])}{more}.")
     if not items:
         raise TuneError(
-            f'{path} holds no items; write one JSON object a line: {{"prompt": ..., "answer": ...}}'
+            f'{path} holds no items; write a JSON object per line: {{"prompt": ..., "answer": ...}}'
         )
     return items
 
@@ -69,8 +68,8 @@ def load_items(path: str | Path) -> list[TaskItem]:
 def load_verifier(name: str) -> Verifier:
     """The verifier of a name: one of ``VERIFIERS``, or ``FILE.py:FUNCTION``.
 
-    A function of a file takes the text of an answer and the ``TaskItem``, and gives a boolean or a
-    number from 0 to 1.
+    A function in a file takes the text of an answer and the ``TaskItem``, and returns a boolean or
+    a number from 0 to 1.
 
     Raises:
         TuneError: no such verifier, or its file cannot be run.
@@ -85,7 +84,7 @@ def load_verifier(name: str) -> Verifier:
     spec = importlib.util.spec_from_file_location("verifier", file)
     try:
         if spec is None or spec.loader is None:
-            raise ImportError("it is no Python file")  # noqa: TRY301 - one message for all
+            raise ImportError("it is not a Python file")  # noqa: TRY301 - one message for all
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         verifier = vars(module)[function]
@@ -97,17 +96,17 @@ def load_verifier(name: str) -> Verifier:
 
 
 def exact(text: str, item: TaskItem) -> float:
-    """Whether the answer is the item's, but for white space around it."""
+    """Whether the answer equals the item's, ignoring surrounding white space."""
     return float(text.strip() == str(item.answer).strip())
 
 
 def contains(text: str, item: TaskItem) -> float:
-    """Whether the item's answer stands in the answer."""
+    """Whether the text contains the item's answer."""
     return float(str(item.answer) in text)
 
 
 def same_json(text: str, item: TaskItem) -> float:
-    """Whether the answer is JSON that says what the item's says; that may be JSON text itself."""
+    """Whether the text is JSON equal to the item's answer, which may be a value or JSON text."""
     try:
         wanted = json.loads(item.answer) if isinstance(item.answer, str) else item.answer
         return float(json.loads(text) == wanted)
@@ -120,7 +119,7 @@ VERIFIERS: Final[dict[str, Verifier]] = {"exact": exact, "contains": contains, "
 
 def _checked(verifier: Any, name: str) -> Verifier:  # noqa: ANN401 - from a user's file
     if not callable(verifier):
-        raise TuneError(f"{name} is no function")
+        raise TuneError(f"{name} is not a function")
 
     def score(text: str, item: TaskItem) -> float:
         try:
@@ -128,7 +127,7 @@ def _checked(verifier: Any, name: str) -> Verifier:  # noqa: ANN401 - from a use
         except Exception as error:
             raise TuneError(f"the verifier {name} failed on {text!r}: {error!r}") from error
         if not 0 <= value <= 1:
-            raise TuneError(f"the verifier {name} gave {value}, not a number from 0 to 1")
+            raise TuneError(f"the verifier {name} returned {value}, not a number from 0 to 1")
         return value
 
     return score
@@ -139,7 +138,7 @@ def _item(line: str) -> TaskItem:
     if not isinstance(values, dict):
         raise ValueError("not an object")  # noqa: TRY004 - one kind for all that a line may be
     if unknown := values.keys() - set(_KEYS):
-        raise ValueError(f"no {', '.join(sorted(unknown))}; accepted: {', '.join(_KEYS)}")
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; accepted: {', '.join(_KEYS)}")
     prompt, limit = values.get("prompt"), values.get("max_tokens")
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]

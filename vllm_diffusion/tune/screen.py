@@ -1,7 +1,7 @@
-"""What a user sees of a run: its table on stdout, one line of progress on stderr, no engine's log.
+"""The user's output of a run: the table on stdout, a progress line on stderr, no engine log.
 
-vLLM logs to stdout, and so do the processes it starts; libraries below it write to stderr. All of
-them inherit the file descriptors of this process, so that is where they are sent to a file.
+vLLM and the processes it starts log to stdout, and the libraries they use write to stderr. All of
+them inherit the file descriptors of this process, which are therefore redirected to a file.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _OUT, _ERR = 1, 2
-_UPDATE: Final = 10.0  # seconds between updates of a bar that no terminal shows
+_UPDATE: Final = 10.0  # seconds between updates of a bar that is not on a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Where a run speaks to the user."""
+    """The streams on which a run addresses the user."""
 
     out: TextIO
     err: TextIO
     log: Path | None
-    """The engine's log; None where it is shown."""
+    """File of the engine's log; None if the log is shown."""
 
     def say(self, text: str) -> None:
-        """Print a line of what was asked for."""
+        """Print a line of results."""
         print(text, file=self.out, flush=True)
 
     def note(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Screen:
         print(text, file=self.err, flush=True)
 
     def bar(self, name: str) -> Callable[..., Any]:
-        """What vLLM is to take for tqdm: a bar of this name, gone once it is full."""
+        """A replacement for tqdm to pass to vLLM: a bar of this name, removed once full."""
         from tqdm import tqdm
 
         def make(*items: Any, **options: Any) -> Any:  # noqa: ANN401 - tqdm's own
@@ -53,9 +53,9 @@ class Screen:
 
 @contextmanager
 def screen(*, verbose: bool) -> Iterator[Screen]:
-    """Send what anything else writes to a file until the block ends; leave it with `verbose`.
+    """Redirect all other output to a file until the block ends; with `verbose`, redirect nothing.
 
-    The file stays if the block fails, since a message then names it.
+    The file is kept if the block fails, since a message then names it.
     """
     if verbose:
         yield Screen(sys.stdout, sys.stderr, None)

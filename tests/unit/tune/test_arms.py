@@ -7,7 +7,7 @@ import pytest
 from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.errors import TuneError
-from vllm_diffusion.tune.arms import neighbours, parse_arm, written
+from vllm_diffusion.tune.arms import format_arm, neighbours, parse_arm
 
 RULE = EntropyBoundConstants(
     max_steps=48,
@@ -33,18 +33,18 @@ RULE = EntropyBoundConstants(
 )
 def test_an_arm_is_a_preset_and_constants(text, options):
     assert parse_arm(text) == options
-    assert parse_arm(written(options)) == options
+    assert parse_arm(format_arm(options)) == options
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_an_arm(name):
-    assert written(parse_arm(name)) == name
+    assert format_arm(parse_arm(name)) == name
 
 
 def test_everything_wrong_with_an_arm_is_said():
     with pytest.raises(TuneError) as caught:
         parse_arm("quick,entropy_bound=much,max_steps=0,pace=3")
-    for part in ("preset must be", "entropy_bound must be", "max_steps must be", "no 'pace'"):
+    for part in ("preset must be", "entropy_bound must be", "max_steps must be", "unknown 'pace'"):
         assert part in str(caught.value)
 
 
@@ -56,7 +56,7 @@ def test_neighbours_change_one_constant_and_can_be_served():
     for arm in found:
         assert len(arm) == 2
         (name,) = arm.keys() - {"diffusion_preset"}
-        assert parse_arm(written(arm)) == arm
+        assert parse_arm(format_arm(arm)) == arm
         assert arm[name] != getattr(RULE, name.removeprefix("diffusion_"))
 
 

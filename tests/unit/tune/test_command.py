@@ -20,7 +20,7 @@ def task(tmp_path):
         (["--arm", "slow"], "preset must be one of"),
         (["--arm", "reference", "--arm", "max_steps=0"], "max_steps must be a positive integer"),
         (["--verifier", "taste"], "there is no verifier 'taste'"),
-        (["--search", "1", "--n", "3"], "--search looks on half of the items"),
+        (["--search", "1", "--n", "3"], "--search uses half of the items"),
         (["--n", "0"], "at least 1"),
         (["--search", "-1"], "at least 0"),
         (["--max-tokens", "0"], "at least 1"),
@@ -40,4 +40,4 @@ def test_a_mistake_is_told_in_one_line_before_an_engine_starts(task, arguments, 
 def test_arguments_of_the_engine_are_an_object(task, engine, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "no-such-model", "--task", task, "--engine", engine])
-    assert "is no JSON object" in capsys.readouterr().err
+    assert "is not a JSON object" in capsys.readouterr().err

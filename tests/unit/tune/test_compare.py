@@ -11,9 +11,9 @@ from vllm_diffusion.tune.compare import (
     Outcome,
     paired,
     percentile,
-    recommended,
+    recommend,
     repeated_share,
-    summarised,
+    summarise,
 )
 
 ONE = Outcome(
@@ -34,7 +34,7 @@ def answers(scores, **changed):
 
 def test_tokens_per_forward_are_a_ratio_of_sums():
     slow = replace(ONE, tokens=20, denoise=14, commits=1, steps=[14], score=0.0, finished=False)
-    told = summarised([ONE, slow])
+    told = summarise([ONE, slow])
     assert told.tpf_all == 80 / 20
     assert told.tpf_denoise == 80 / 18
     assert told.score == told.finished == 50
@@ -43,7 +43,7 @@ def test_tokens_per_forward_are_a_ratio_of_sums():
 
 
 def test_an_answer_without_a_canvas_counts():
-    told = summarised([replace(ONE, tokens=0, denoise=0, commits=0, steps=[], empty=True)])
+    told = summarise([replace(ONE, tokens=0, denoise=0, commits=0, steps=[], empty=True)])
     assert (told.tpf_all, told.steps, told.empty) == (0, 0, 100)
 
 
@@ -74,18 +74,18 @@ def test_items_must_be_the_same():
 )
 def test_the_fastest_that_loses_nothing_is_recommended(arm, wins):
     arms = {"reference": answers([1] * 10), "arm": arm}
-    assert recommended(arms, baseline="reference") == ("arm" if wins else "reference")
+    assert recommend(arms, baseline="reference") == ("arm" if wins else "reference")
 
 
 def test_a_tolerance_lets_points_go():
     arms = {"reference": answers([1] * 10), "arm": answers([1] * 6 + [0] * 4, denoise=2)}
-    assert recommended(arms, baseline="reference", tolerance=20) == "reference"
-    assert recommended(arms, baseline="reference", tolerance=24) == "arm"
+    assert recommend(arms, baseline="reference", tolerance=20) == "reference"
+    assert recommend(arms, baseline="reference", tolerance=24) == "arm"
 
 
 def test_one_item_has_no_error_and_forgives_nothing():
     arms = {"reference": answers([1]), "arm": answers([0.9], denoise=2)}
-    assert recommended(arms, baseline="reference") == "reference"
+    assert recommend(arms, baseline="reference") == "reference"
 
 
 def test_percentiles_and_loops():

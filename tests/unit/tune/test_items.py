@@ -35,7 +35,7 @@ def test_a_prompt_is_a_turn_or_a_conversation(tmp_path):
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be"),
         ('{"prompt": "a", "max_tokens": true}', "max_tokens must be"),
         ("[" * 100_000, "recursion"),
-        ('{"prompt": "a", "solution": 1}', "no solution; accepted: prompt, answer, max_tokens"),
+        ('{"prompt": "a", "solution": 1}', "unknown solution; accepted: prompt, answer"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, said):
@@ -109,7 +109,7 @@ def test_a_function_of_a_file_verifies(tmp_path):
     [
         ("def f(", "f", "cannot be run"),
         ("x = 1", "f", "has no 'f'"),
-        ("f = 1", "f", "is no function"),
+        ("f = 1", "f", "is not a function"),
         ("def f(text, item): return 2", "f", "not a number from 0 to 1"),
         ("def f(text, item): return float('nan')", "f", "not a number from 0 to 1"),
         ("def f(text, item): return text.nothing", "f", "failed on 'x'"),
