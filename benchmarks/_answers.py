@@ -1,4 +1,4 @@
-"""Answers of ours, native vLLM and Transformers to the same items, with the forwards they took.
+"""Answers of our engine, native vLLM and Transformers to the same items, and their forwards.
 
 A forward is one pass of one request's rows after its prompt: denoising a canvas or committing it.
 Requests that share a batch count as if each had run alone. Called in a process of its own.
@@ -90,19 +90,19 @@ def ask_ours(
     answers, published = [], sampler.rule
     for make, options in ways:
         sampler.rule = published if make is None else make(published.noise)
-        answers.append([told(output) for output in generate_ours(llm, items, seed, options)])
+        answers.append([answer_of(output) for output in generate_ours(llm, items, seed, options)])
     return answers
 
 
 def generate_ours(
     llm: Any, items: Sequence[Item], seed: int, options: Mapping[str, Any], **how: Any
 ) -> list[Any]:
-    """`generate` with a seed for every item, and telemetry for `told`."""
+    """`generate` with a seed for every item, and telemetry for `answer_of`."""
     seeds = [seed * 1_000_003 + number for number in range(len(items))]
     return generate(llm, items, seeds, {"diffusion_telemetry": True, **options}, **how)
 
 
-def told(output: Any) -> Answer:
+def answer_of(output: Any) -> Answer:
     """An output of ours, which says itself what it took."""
     telemetry = output.outputs[0].diffusion
     steps = [canvas.steps for canvas in telemetry.canvases]
@@ -115,7 +115,7 @@ def ask_native(checkpoint: str, items: Sequence[Item], seed: int) -> list[Answer
     llm = start_vllm(checkpoint)
     counter = NativeForwards(llm)
     torch.manual_seed(seed)
-    return [counter.told(output) for output in generate(llm, items, [None] * len(items), {})]
+    return [counter.answer_of(output) for output in generate(llm, items, [None] * len(items), {})]
 
 
 class NativeForwards:
@@ -132,7 +132,7 @@ class NativeForwards:
 
         sampler.__call__ = call
 
-    def told(self, output: Any) -> Answer:
+    def answer_of(self, output: Any) -> Answer:
         """An output with what was counted for it."""
         (name,) = (name for name in self._counted if name.split("-")[0] == output.request_id)
         return finish(output, self._counted.pop(name))
@@ -190,9 +190,11 @@ class Transformers:
             attention_mask=asked.attention_mask,
             max_new_tokens=max(budget(item, self._tokenizer, canvas) for item in items),
         )
-        return [self._told(ids) for ids in output.sequences[:, asked.input_ids.shape[1] :].tolist()]
+        return [
+            self._answer_of(ids) for ids in output.sequences[:, asked.input_ids.shape[1] :].tolist()
+        ]
 
-    def _told(self, ids: list[int]) -> Answer:
+    def _answer_of(self, ids: list[int]) -> Answer:
         end = ids.index(token_id(TURN_END)) if token_id(TURN_END) in ids else None
         return Answer(
             text=self._tokenizer.decode(ids[:end], skip_special_tokens=True),

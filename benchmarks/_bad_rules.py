@@ -1,4 +1,4 @@
-"""Decoding rules that are known to lose quality: an instrument that misses them measures nothing.
+"""Decoding rules known to lose quality, to verify that a quality benchmark detects the loss.
 
 One object serves one engine.
 """

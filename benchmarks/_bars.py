@@ -1,7 +1,7 @@
-"""What a check must reach, what a stage of it found, and the one line that sums them up.
+"""Thresholds of a check, the findings of its stages, and the one-line verdict.
 
-No stage may stop another: what it raises becomes a part of the verdict, and what it had found by
-then stays.
+A failing stage does not stop the others: its error becomes part of the verdict, and its findings up
+to then are kept.
 """
 
 from __future__ import annotations

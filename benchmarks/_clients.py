@@ -1,7 +1,7 @@
-"""What clients of a server send, of every sort, right and wrong, for `soak.py`.
+"""Valid and invalid client requests of every kind, for `soak.py`.
 
-A request says which statuses are right, and, where it asks for a text that must obey, how to judge
-the answer. New constraints differ from every other one sent before.
+A request lists the accepted statuses and, if it has a constraint, how to validate the answer. New
+constraints differ from all those sent before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The head of a step on a device, by its own clock, beside the two products that no head can save.
+"""Device time of a step's head, beside that of the two matrix products it cannot avoid.
 
     python benchmarks/_device_head.py --rows 256 1024 --hidden 2816 --vocab 262144
 
-The last line is JSON: of every number of rows the milliseconds of both. The products run whole and
-in large tiles, whichever is faster; they have the shapes of the head's and nothing between them.
+The last line is JSON: the milliseconds of both for every number of rows. The products have the
+shapes of the head's and nothing between them; they run whole and in large tiles, and the faster
+counts.
 """
 
 from __future__ import annotations

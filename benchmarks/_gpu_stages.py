@@ -1,6 +1,6 @@
-"""The stages of `gpu_check.py`: each runs a program and says what its results must keep.
+"""The stages of `gpu_check.py`: each runs a program and sets thresholds for its results.
 
-A stage fills in `Findings`; what it makes bars of is a function of the results alone.
+A stage fills in `Findings`; its bars are a function of the results only.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The denoising loop on Transformers' model with our rule, for what the engine does not do.
+"""The denoising loop on Transformers' model with our rule, for experiments the engine lacks.
 
-Takes an item and a rule. Gives its answer and what it took, with the step, canvas and head of
-this package, so that one branch and no cut give what the engine gives for the same seed
-(`branches.py` compares them). Beside that
+Takes an item and a rule; returns the answer and its cost. Uses the step, canvas and head of this
+package, so with one branch and no cut the answer equals the engine's for the same seed
+(`branches.py` compares them). Additionally:
 
-    branches    several canvases of one request, each with noise of its own, over one prefix; the
-                first to end is committed for all, the surest of several that end together
-    cut         a canvas that goes on may have a part of it committed, the rest moves up: tokens,
-                belief and self-conditioning; noise follows
+    branches    several canvases of one request, each with its own noise, over one prefix; the first
+                to finish is committed for all, or the most certain if several finish together
+    cut         commits part of an unfinished canvas; the rest moves up (tokens, belief and
+                self-conditioning) and noise is appended
 
-Commits count as fused: rows, but no forward of their own, and none behind the last canvas.
+Commits count as fused: rows but no separate forward, and none after the last canvas.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Native vLLM's DiffusionGemma under our noise, watched from inside.
+"""Native vLLM's DiffusionGemma with our noise, recorded step by step.
 
-Takes the seed of one request. Gives the input and the logits of every denoising step. Only what
-native draws is replaced; its arithmetic and its rule stay. One request at a time, on the CPU, with
-the compiler off (TORCHDYNAMO_DISABLE=1): it would freeze the numbers put in.
+Takes the seed of one request; returns the input and the logits of every denoising step. Only the
+random numbers are replaced; arithmetic and rule are native. One request at a time, on the CPU, with
+the compiler off (TORCHDYNAMO_DISABLE=1), which would treat the injected numbers as constants.
 """
 # ruff: noqa: ANN401 - wraps functions of vLLM, which are not followed by a type checker
 

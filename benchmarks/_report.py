@@ -1,4 +1,4 @@
-"""What every benchmark program shares: --json and --quick, provenance, a table, a headline."""
+"""Shared by all benchmarks: --json and --quick, provenance, table, headline."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the results, flat keys")
-    arguments.add_argument("--quick", action="store_true", help="smaller, under two minutes")
+    arguments.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results with flat keys"
+    )
+    arguments.add_argument("--quick", action="store_true", help="smaller sizes, under two minutes")
     return arguments
 
 

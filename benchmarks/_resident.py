@@ -1,4 +1,4 @@
-"""What this process holds in memory, and held at its highest, as Linux tells."""
+"""Resident memory of this process and its peak, from Linux."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the head of a step must take on a GPU, from the launches of a step that runs without one.
+"""Roofline estimate of a step's head on a GPU, from launches recorded without a GPU.
 
-The real head runs on tensors that have a device, a shape and a type but no numbers, and every
-product and kernel it launches is written down with its operands. A product takes the longer of its
-bytes and its operations at 70 % of the GPU's peak. A kernel takes its bytes at 70 % of the
-bandwidth, each of them from memory: what a level-2 cache spares is not counted. A launch takes 4 us
-of the host, as if the GPU waited for every one of them. No time here was measured.
+The real head runs on tensors with a device, a shape and a dtype but no data, and every matrix
+product and kernel launch is recorded with its operands. A product takes the longer of its bytes and
+its operations at 70 % of the GPU's peak. A kernel takes its bytes at 70 % of the memory bandwidth,
+ignoring the level-2 cache. A launch takes 4 us of the host, as if the GPU waited for each. These
+times are estimates; nothing is measured.
 """
 
 from __future__ import annotations

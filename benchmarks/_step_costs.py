@@ -1,9 +1,9 @@
-"""What a denoising step asks of the device, by torch's profiler.
+"""Device syncs, launches and kernels of a denoising step, by torch's profiler.
 
-Takes an engine in this process. Gives, by step: waits of the thread that launches, launches by the
-host, kernels. What belongs to the model's forward is counted apart: a forward that is one captured
-graph is one launch, whatever it runs. Nothing of the engine is replaced; ranges around three of its
-calls say in the profile where they begin and end.
+Takes an engine in this process. Returns, per step: syncs of the launching thread, launches by the
+host, and kernels. The model's forward is counted separately: a forward that is one captured graph
+is one launch. The engine is unchanged, except that three of its calls are marked as ranges in the
+profile.
 """
 # ruff: noqa: ANN401 - wraps functions of vLLM, which are not followed by a type checker
 

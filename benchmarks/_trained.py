@@ -1,4 +1,4 @@
-"""The presets beside native vLLM and Transformers, on a model that was trained and stops by itself.
+"""The presets beside native vLLM and Transformers, on a trained model that ends its turns itself.
 
 `engine.py --trained` calls `compare`; this program is also the process in which one engine runs.
 Every engine answers the same held-out items of hard sizes from chat messages to text, one by one
@@ -32,7 +32,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Self
 
 import _report
-from _answers import NativeForwards, Transformers, generate, generate_ours, start_vllm, told
+from _answers import NativeForwards, Transformers, answer_of, generate, generate_ours, start_vllm
 from _native_host import has_gpu, pretend_triton_has_a_cpu_backend, use_stand_ins
 
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
@@ -189,7 +189,7 @@ def ours(_: str, *, eager: bool) -> dict[str, Any]:
     def asking(options: dict[str, Any]) -> Callable[..., list[Answer]]:
         def ask(items: Sequence[Item], concurrency: int) -> list[Answer]:
             outputs = generate_ours(llm, items, 0, options, one_by_one=concurrency == 1)
-            return [told(output) for output in outputs]
+            return [answer_of(output) for output in outputs]
 
         return ask
 
@@ -205,7 +205,7 @@ def native(engine: str, *, eager: bool) -> dict[str, Any]:
 
     def ask(items: Sequence[Item], concurrency: int) -> list[Answer]:
         outputs = generate(llm, items, [None] * len(items), {}, one_by_one=concurrency == 1)
-        return [counter.told(output) for output in outputs]
+        return [counter.answer_of(output) for output in outputs]
 
     return {engine: ask}
 

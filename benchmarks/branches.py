@@ -1,11 +1,11 @@
-"""What look-ahead branches save and cost: several canvases of one request, the first to end wins.
+"""Savings and cost of look-ahead branches: several canvases per request, first to finish wins.
 
     python benchmarks/branches.py [--preset NAME ...] [--branches K ...] [--task NAME ...] [--n N]
 
-Outside the engine, see `_loop`: the same items and seeds for every arm, hard sizes. `forwards` and
-`rows` are per answer, commits fused; the ratios and the difference are to one branch of the same
-preset, the difference paired, in points of exact match with its standard error. `--engine` also
-lets the engine answer, and counts the answers that differ from one branch's.
+Runs outside the engine, see `_loop`: the same items and seeds for every arm, hard sizes. `forwards`
+and `rows` are per answer, with fused commits. Ratios and difference are relative to one branch of
+the same preset; the difference is paired, in points of exact match, with its standard error.
+`--engine` also runs the engine and counts answers that differ from those of one branch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS)
     parser.add_argument("--n", type=int, default=200, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", action="store_true", help="compare one branch with it")
+    parser.add_argument("--engine", action="store_true", help="compare one branch with the engine")
     parser.add_argument("--worker", type=Path, help="internal: the engine answers here")
     options = parser.parse_args()
     if options.worker:

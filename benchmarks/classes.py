@@ -1,15 +1,15 @@
-"""What statistics by class add to the head of one denoising step, at the real vocabulary.
+"""Cost of statistics by class in the head of one denoising step, at the real vocabulary.
 
     OMP_NUM_THREADS=1 python benchmarks/classes.py [--quick] [--json FILE] [--rows N ...]
 
-    even       every id is of some class, all classes of about one size: no order suits the cache
-    skewed     sizes fall as 1 / rank, as tokens of a grammar do: few classes hold most ids
-    sparse     nine of ten ids are of class 0, which nobody asks about; the others as in skewed
+    even       all classes have about the same size: the worst case for the cache
+    skewed     sizes fall as 1 / rank, as with the tokens of a grammar: few classes hold most ids
+    sparse     nine of ten ids are in class 0, which needs no statistics; the others as in skewed
 
-Seconds are those of the processor over all threads, the median of ``--repeats`` runs, the head with
-and without classes in turns, so that what else the machine does falls on both. Extra is the added
-time over the head's, its first run, in which the order of the ids is made, left out; that is "order
-s", once for a set of classes.
+Seconds are processor time over all threads, the median of ``--repeats`` runs; the head with and
+without classes alternate, so that other load affects both. Extra is the added time relative to the
+head's, without the first run, which sorts the ids; that is "order s", needed once per set of
+classes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
     arguments.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     arguments.add_argument("--dtypes", nargs="+", default=["float32"])
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--torch", action="store_true", help="the form without C++")
+    arguments.add_argument(
+        "--torch", action="store_true", help="use the torch version instead of C++"
+    )
     options = arguments.parse_args()
     if options.quick:
         options.rows, options.classes, options.repeats = [64], [10, 1000], 3

@@ -1,29 +1,29 @@
-"""What the forward that commits a canvas knows of it, and what committing a part would save.
+"""Whether a commit forward could verify its canvas, and what partial commits would save.
 
     python benchmarks/commits.py [--preset NAME] [--task NAME ...] [--n N]
     python benchmarks/commits.py --async ...
 
 Outside the engine, see `_loop`: hard sizes, the same items and seeds for every arm.
 
-The first table asks whether a commit could verify what it commits. Its rows are causal, so the row
-before a token says what it expects there without having seen it. Tokens are right that the answer
-has at the same place; `joint` has several answers and is left out. Of the right and of the wrong
-ones, the share whose token is not the row's best, and that is more than 3 nats behind the best.
-A verifier is of use if these shares are far apart. `own row` is the same of the token's own row,
-which has seen it. `soft` are tokens that had a probability below 0.9 when their canvas ended.
+The first table asks whether a commit forward could verify the tokens it commits. Its rows are
+causal, so the row before a token predicts it without having seen it. A token is right if the answer
+has it at the same place; `joint` has several answers and is left out. Among right and wrong tokens,
+the columns give the share that is not the row's best, and the share more than 3 nats behind the
+best. A verifier is useful if these shares are far apart. `own row` is the same for the token's own
+row, which has seen it. `soft` are tokens with a probability below 0.9 when their canvas ended.
 
-The second commits the settled part of a canvas that goes on after some steps: the tokens from the
-left on that the step before had too and that have a probability of 0.9, at least 16 of them.
-`of whole` are forwards over those of the first row, which commits canvases whole.
+The second table commits the settled part of an unfinished canvas after some steps: the leftmost
+tokens that are unchanged since the last step and have a probability of 0.9, at least 16 of them.
+`of whole` are forwards relative to the first row, which commits only whole canvases.
 
-`--async` asks instead what it is worth to guess that a canvas is about to end, where the rows of a
-forward are granted while the one before still runs. What is known is the step before that one.
-`last step` is what the engine does: two canvases' rows where the canvas in flight takes the last
-step that it may. The others guess by mean entropy too. `beside` is the share of the commits behind
-which a canvas follows that share a forward with it; the others take one for themselves. `rows for
-nothing` are rows granted for a commit that does not come, and behind the last canvas of an answer,
-over all rows. `forwards` are per canvas; `behind` the same with no commit beside a canvas, `apart`
-with a forward for the commit of an answer's last canvas too.
+`--async` instead measures guesses that a canvas is about to end, if the rows of a forward are
+granted while the previous one still runs, so that only the step before that is known. `last step`
+is what the engine does: rows for two canvases if the canvas in flight is in the last step of its
+schedule. The others also guess by mean entropy. `beside` is the share of commits followed by a
+canvas that share a forward with it; the others take one of their own. `rows for nothing` are rows
+granted for a commit that does not come, or after the last canvas of an answer, relative to all
+rows. `forwards` are per canvas; `behind` is the same with every commit in a forward of its own, and
+`apart` also counts a forward for the commit of an answer's last canvas.
 """
 
 from __future__ import annotations

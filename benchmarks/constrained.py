@@ -1,13 +1,13 @@
-"""Whether a canvas obeys, and what that costs and gives.
+"""Whether canvases satisfy their constraints, what that costs and what it gains.
 
     python benchmarks/constrained.py [--n N] [--seed N] [--json FILE] [--quick]
         [--validity trained|random ...] [--quality] [--overhead]
 
     --validity   random constraints of every kind (vllm_diffusion/testing/constraints.py), each
                  with its own prompt, seed and preset: how many outputs end, and how many of those
-                 keep to their constraint in the eyes of `jsonschema`, `re` and the like. `trained`
-                 is examples/tiny-diffusiongemma, `random` has random weights, where nothing but
-                 the constraint can make an output valid.
+                 satisfy their constraint according to `jsonschema`, `re` and the like. `trained`
+                 is examples/tiny-diffusiongemma, `random` has random weights, so that only the
+                 constraint can make an output valid.
     --quality    the `json` task with and without its schema, the same items and seeds: exact
                  match, valid JSON, steps a canvas
     --overhead   a step of canvases of 64 and 256 rows at a vocabulary of 262,144, with and without

@@ -1,4 +1,4 @@
-"""How long constraints take to compile, and how large their automata become.
+"""Compile time of constraints and size of their automata.
 
     python benchmarks/constraints.py [--vocab N] [--quick] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What a decision costs beside a generated answer, and whether its numbers are the model's.
+"""Cost of a decision beside a generated answer, and whether its probabilities are the model's.
 
     python benchmarks/decisions.py [--n N] [--gaps N] [--engines ours native-standin]
 
@@ -57,7 +57,7 @@ def main() -> None:
     """Run every engine and Transformers, and print them side by side."""
     arguments = _report.parser(__doc__)
     arguments.add_argument("--n", type=int, default=64, help="sudokus")
-    arguments.add_argument("--gaps", type=int, default=7, help="of a sudoku")
+    arguments.add_argument("--gaps", type=int, default=7, help="gaps of a sudoku")
     arguments.add_argument("--engines", nargs="+", choices=(*ENGINES, "native"), default=ENGINES)
     arguments.add_argument("--worker", help="internal: run one engine here")
     options = arguments.parse_args()

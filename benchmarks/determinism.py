@@ -1,12 +1,12 @@
-"""Whether a seed is a promise: random requests in different company, token by token.
+"""Whether a seed determines the tokens: random requests in different batches, token by token.
 
     python benchmarks/determinism.py [--n N] [--seed N] [--steps N]
         [--checkpoint trained|random|DIR] [--quick] [--json FILE]
 
-Draws requests with any mix of parameters, each with its own seed, over chats that share beginnings,
-and lets engines answer them that group them differently: alone and in order, a forward of its own
-for every commit; three at once, shuffled, prompts cut into small pieces and taken from the prefix
-cache; sixteen at once, shuffled; commits beside the next canvas's first step in the last two.
+Draws requests with any mix of parameters, each with its own seed, over chats with common prefixes,
+and runs them on engines that batch differently: alone and in order with separate commits; three at
+once, shuffled, with chunked prompts and the prefix cache; sixteen at once, shuffled. Commits are
+fused in the last two.
 Every token is compared with that of the first engine. The generator is that of the tests
 (tests/helpers/random_requests.py).
 

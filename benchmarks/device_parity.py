@@ -1,9 +1,9 @@
-"""How far the engine on this host's device stands from Transformers, by what it records itself.
+"""Deviation of the engine on this host's device from Transformers, from the engine's own traces.
 
     python benchmarks/device_parity.py [--quick] [--json FILE]
 
-The truth is Transformers' `generate` in fp32 on the CPU, under our noise; its seeds are such that
-nothing hangs on rounding. Checkpoints are the trained tiny one and random ones. Ours answers the
+The oracle is Transformers' `generate` in fp32 on the CPU, with our noise and seeds at which no
+token depends on rounding. Checkpoints are the trained tiny one and random ones. Ours answers the
 same prompts, all at once, in these ways:
 
     eager      fp32, every product in fp32 too, each step recorded (`vllm_diffusion.trace`)
@@ -11,9 +11,9 @@ same prompts, all at once, in these ways:
     in step    the same under the synchronous scheduler
     bfloat16   heads as wide as the released model's, canvases of 256, bf16, recorded
 
-In fp32 every token must be Transformers'. In bf16 a run leaves another one at the first choice that
-hangs on rounding; there the entropies of the first step, whose input is the same, are compared, and
-Transformers' own in bf16 on this device stand beside them.
+In fp32 every token must equal Transformers'. In bf16 runs diverge at the first choice that depends
+on rounding. There the entropies of the first step, whose input is the same, are compared, beside
+Transformers' own in bf16 on this device.
 
 `entropy` is the difference in nats over all steps with equal input: the largest in fp32, the root
 mean square in bf16. A CPU host has the first way alone: there the others are the same, or are not

@@ -19,9 +19,9 @@ every canvas takes all its steps in every engine: this measures the engine, not 
 
 Steps per canvas and tokens per forward count every forward after the prompt's, commits included.
 
-`--size released` has the released model's widths; vLLM draws its weights on the device, so that
-nothing of gigabytes is written. `--steps` counts, after the clock has been read, what a denoising
-step asks of the device: waits, launches, kernels, see `_step_costs`.
+`--size released` has the released model's widths; vLLM draws its weights on the device, so that no
+gigabytes are written. `--steps` counts, after timing, the syncs, launches and kernels of a
+denoising step, see `_step_costs`.
 
 `--trained` measures the decoding rules: on examples/tiny-diffusiongemma, with questions that it was
 trained on and canvases that end when their rule says so, under presets of ours, see `_trained`.

@@ -1,4 +1,4 @@
-"""One look at this host's GPU: whether the plugin is right on it, and as fast as it must be.
+"""Check on this host's GPU that the plugin is correct and meets its speed targets.
 
     scripts/gpu-check [CHECKPOINT] [--dry] [--json FILE] [--stages NAME ...]
 
@@ -10,13 +10,13 @@
     head         the head beside its two products alone
     recipe       with CHECKPOINT: the published recipe, then the presets (`recipe.py`)
 
-Without a checkpoint at most ten minutes on one H100, H200 or RTX 5090 whose environment is made.
-Every stage has a limit of its own and cannot stop another. Prints a table a stage, a table of bars
-and one line that says what is below its bar; writes all of it as JSON with its provenance. The exit
-status is 1 if a bar is missed or a stage failed.
+Without a checkpoint this takes at most ten minutes on one H100, H200 or RTX 5090 with a prepared
+environment. Every stage has its own time limit, and a failing stage does not stop the others.
+Prints a table per stage, a table of bars and one line naming missed bars; writes everything as JSON
+with its provenance. The exit status is 1 if a bar is missed or a stage failed.
 
-`--dry` runs the same program on a CPU host in a minute or two: the same commands on small sizes;
-what only a GPU can say is named and not judged.
+`--dry` runs the same commands with small sizes on a CPU host in a minute or two; bars that need a
+GPU are listed and not judged.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", nargs="?", help="the released one, a folder or a name")
-    parser.add_argument("--dry", action="store_true", help="on a CPU host, in small")
+    parser.add_argument("checkpoint", nargs="?", help="the released checkpoint, a folder or a name")
+    parser.add_argument("--dry", action="store_true", help="small sizes, on a CPU host")
     parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), metavar="FILE")
     parser.add_argument("--stages", nargs="+", metavar="NAME", choices=list(LIMITS))
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The head of one denoising step: time, peak memory and error, of ours, of native vLLM, in one run.
+"""The head of one denoising step, ours and native vLLM's: time, peak memory and error.
 
     python benchmarks/head.py [--quick] [--json FILE] [--vocab N] [--hidden N ...] [--rows N ...]
     python benchmarks/head.py --roofline [--json FILE]
@@ -25,8 +25,8 @@ the process held at its highest during a run, less what it held before. Error is
 rows against fp64: of the entropy in nats, of the soft embedding relative to its norm; in bf16,
 against fp64 from the logits on, which all of them round alike.
 
---roofline runs nothing: it says what a step of the released head launches on a GPU, and what that
-takes there at the least, beside the two products alone; see ``_roofline``.
+--roofline measures nothing: it lists what a step of the released head launches on a GPU, and a
+lower bound of its time, beside the two products alone; see ``_roofline``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def main() -> None:
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments.add_argument("--heads", nargs="+", choices=HEADS + OTHER, default=list(HEADS))
     arguments.add_argument("--cell", help="internal: run one here")
-    arguments.add_argument("--roofline", action="store_true", help="of GPUs, without one")
+    arguments.add_argument(
+        "--roofline", action="store_true", help="estimate for GPUs; needs no GPU"
+    )
     options = arguments.parse_args()
     if options.roofline:
         import _roofline

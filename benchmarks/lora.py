@@ -1,4 +1,4 @@
-"""What adapters cost on a CPU beside the same adapter merged into the weights, in one run.
+"""Cost of adapters on a CPU beside the same adapter merged into the weights, in one run.
 
     python benchmarks/lora.py [--quick] [--json FILE] [--rows N ...] [--rank N]
 

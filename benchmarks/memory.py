@@ -1,4 +1,4 @@
-"""Memory of full batches at the real vocabulary: of ours and of native vLLM, in one run.
+"""Memory of full batches at the real vocabulary, of our engine and native vLLM, in one run.
 
     python benchmarks/memory.py [--json FILE] [--ours N ...] [--native N ...] [--canvas N]
 

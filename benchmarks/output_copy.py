@@ -1,4 +1,4 @@
-"""What a copy of the head's matrix in fewer bits changes: statistics, answers, thresholds.
+"""Effect of a lower-precision copy of the head's matrix on statistics, answers and thresholds.
 
     python benchmarks/output_copy.py [--quick] [--json FILE] [--n N] [--seed N] [--hard]
         [--form FORM ...] [--rescored K ...] [--preset NAME ...]
@@ -128,7 +128,9 @@ def main() -> None:
     parser = _report.parser(__doc__)
     parser.add_argument("--n", type=int, default=60, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hard", action="store_true", help="items of hard sizes, not easy ones")
+    parser.add_argument(
+        "--hard", action="store_true", help="items of hard sizes instead of easy ones"
+    )
     parser.add_argument("--form", nargs="+", choices=HEAD_FORMS, default=list(HEAD_FORMS))
     parser.add_argument("--rescored", nargs="+", type=int, default=[0, 1, 4, RESCORED])
     parser.add_argument("--preset", nargs="+", default=["reference"])
@@ -202,10 +204,10 @@ def main() -> None:
 
 def answer(llm: Any, items: Sequence[Item], seed: int, preset: str) -> list[Answer]:  # noqa: ANN401 - LLM
     """All items under a preset."""
-    from _answers import generate_ours, told
+    from _answers import answer_of, generate_ours
 
     options = {"diffusion_preset": preset}
-    return [told(output) for output in generate_ours(llm, items, seed, options)]
+    return [answer_of(output) for output in generate_ours(llm, items, seed, options)]
 
 
 def judged(items: Sequence[Item], answers: Sequence[Answer]) -> list[Outcome]:

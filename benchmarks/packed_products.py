@@ -1,4 +1,4 @@
-"""Products with packed weights beside plain bf16 ones on a CPU: time and memory, in one run.
+"""Matrix products with packed weights beside bf16 ones on a CPU: time and memory, in one run.
 
     python benchmarks/packed_products.py [--quick] [--json FILE] [--rows N ...] [--panel N ...]
 

@@ -1,13 +1,13 @@
-"""What becomes of every request parameter: here, and in vLLM's own DiffusionGemma.
+"""How every request parameter is handled by this plugin and by vLLM's own DiffusionGemma.
 
     python benchmarks/parameters.py [--checkpoint DIR] [--json FILE]
 
 Both engines get the same requests on the same checkpoint, each in a process of its own. A
 parameter is
 
-    honoured   if what it promises can be seen in the answer: a length, a set of tokens, the same
-               tokens under other noise; or, where it promises no more, other tokens than without it
-    ignored    if it was accepted and that cannot be seen
+    honoured   if the answer shows its effect: a length, a set of tokens, the same tokens under
+               other noise; or, if nothing more specific is promised, tokens other than without it
+    ignored    if it was accepted and shows no effect
     refused    if the request was answered with an error; the errors stand below the table
 
 Native runs with the plugin off, on our stand-ins for the Triton kernels that a CPU host cannot run.

@@ -1,9 +1,9 @@
-"""How far ours and native vLLM stand from Transformers, one trap at a time.
+"""Deviation of our engine and native vLLM from Transformers, one known pitfall at a time.
 
     python benchmarks/parity.py [--quick] [--json FILE]
 
-DiffusionGemma has three places where a port easily departs from the published model. Each is looked
-at where nothing else can show, both engines on the same checkpoint:
+There are three places where a port of DiffusionGemma easily departs from the published model. Each
+is tested in isolation, both engines on the same checkpoint:
 
     scalars   encoder and decoder may hold different layer scalars.
               Checkpoint: they differ. Short prompts, first canvas.

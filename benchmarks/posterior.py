@@ -1,4 +1,4 @@
-"""What a constraint adds to a denoising step: one canvas conditioned on an automaton, on a CPU.
+"""Cost of a constraint in a denoising step: one canvas conditioned on an automaton, on a CPU.
 
     python benchmarks/posterior.py [--quick] [--json FILE] [--repeats N] [--automaton FILE ...]
 

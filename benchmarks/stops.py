@@ -1,4 +1,4 @@
-"""What a stop could save at most, and what two simple ones would cost, on recorded traces.
+"""Upper bound of what a stop rule could save, and the cost of two simple ones, on recorded traces.
 
     VLLM_DIFFUSION_TRACE=DIR python benchmarks/quality.py --preset reference ...
     python benchmarks/stops.py DIR
@@ -24,7 +24,7 @@ from vllm_diffusion.trace.file import load
 if TYPE_CHECKING:
     from vllm_diffusion.trace.file import Canvas
 
-NATS, BELIEVED = 0.2, 0.5
+NATS, MAJORITY = 0.2, 0.5
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def entropy(canvas: Canvas, *, overturns: bool = True) -> int:
     """The first step with little entropy left, and nothing overturned unless that may be."""
     for number, step in enumerate(canvas.steps):
         before = canvas.steps[number - 1] if number else step
-        overturned = (step.argmax != before.argmax) & (before.top_prob > BELIEVED)
+        overturned = (step.argmax != before.argmax) & (before.top_prob > MAJORITY)
         if step.entropy.sum() < NATS and (overturns or not overturned.any()):
             return number
     return len(canvas.steps) - 1
