@@ -19,15 +19,15 @@ def _buffer_made_anew() -> None:
     """The causal flags that a captured graph reads are at another address in every step."""
     import torch
 
-    from vllm_diffusion.engine.model_state import CanvasModelState
+    from vllm_diffusion.engine.step_attention import StepAttention
 
-    original = CanvasModelState.prepare_attn
+    original = StepAttention.metadata
 
-    def prepare_attn(self: Any, *args: Any, **options: Any) -> Any:
+    def metadata(self: Any, *args: Any, **options: Any) -> Any:
         self._causal = torch.zeros_like(self._causal)
         return original(self, *args, **options)
 
-    CanvasModelState.prepare_attn = prepare_attn
+    StepAttention.metadata = metadata
 
 
 def _missing_range() -> None:

@@ -133,8 +133,16 @@ def test_an_unknown_sampler_class_is_refused_with_what_was_found(sampler: object
         ("max_denoising_steps", True, "max_denoising_steps must be a positive integer, got True"),
         ("max_denoising_steps", "48", "max_denoising_steps must be a positive integer, got '48'"),
         ("t_min", -0.1, "t_min must be a finite number of at least 0, got -0.1"),
-        ("t_max", "hot", "t_max must be a finite number of at least 1e-06, got 'hot'"),
-        ("t_max", [0.8], "t_max must be a finite number of at least 1e-06, got [0.8]"),
+        (
+            "t_max",
+            "hot",
+            "t_max must be a finite number of at least 1e-06 (logits are divided by it), got 'hot'",
+        ),
+        (
+            "t_max",
+            [0.8],
+            "t_max must be a finite number of at least 1e-06 (logits are divided by it), got [0.8]",
+        ),
         ("stability_threshold", -1, "stability_threshold must be an integer of at least 0, got -1"),
         (
             "stability_threshold",
@@ -365,7 +373,10 @@ def test_whether_commits_are_fused_is_no_constant_of_the_rule(
         ({"head_weights": None}, "head_weights must be one of exact, int8, fp8, nvfp4, got None"),
         ({"head_weights": ["fp8"]}, "got ['fp8']"),
         ({"fused_commit": "on"}, "fused_commit must be a boolean (or 0/1), got 'on'"),
-        ({"t_max": 0}, "t_max must be a finite number of at least 1e-06, got 0"),
+        (
+            {"t_max": 0},
+            "t_max must be a finite number of at least 1e-06 (logits are divided by it), got 0",
+        ),
         ({"t_min": 0.9}, "t_max (0.8) must not be below t_min (0.9)"),
     ],
 )
@@ -397,7 +408,7 @@ def test_one_message_names_what_is_wrong_in_every_place():
         )
     for problem in (
         "t_min is missing",
-        "t_max must be a finite number of at least 1e-06, got 'hot'",
+        "t_max must be a finite number of at least 1e-06 (logits are divided by it), got 'hot'",
         "max_denoising_steps must be a positive integer, got 0",
         "names max_steps",
         "preset must be one of",

@@ -39,6 +39,8 @@ class Constant:
     integral: bool = False
     least: float = 0.0
     most: float = LARGEST
+    because: str | None = None
+    """Why nothing below ``least`` is accepted, where that is not obvious."""
     off: str | None = None
     """Meaning of 0, if 0 is accepted although it is below ``least``; else None."""
     key: str | None = None
@@ -71,7 +73,8 @@ class Constant:
             return f"0 for {self.off}, or an integer from {self.least:g} to {self.most:g}"
         if self.integral:
             return "a positive integer" if self.least == 1 else "an integer of at least 0"
-        return f"a finite number of at least {self.least:g}"
+        reason = "" if self.because is None else f" ({self.because})"
+        return f"a finite number of at least {self.least:g}{reason}"
 
 
 def declare(constant: Constant, *, default: float | None = None) -> Any:  # noqa: ANN401 - a field
@@ -137,6 +140,7 @@ class EntropyBoundConstants(RuleConstants):
         Constant(
             help="Temperature of the first step, before `temperature` scales it.",
             least=SMALLEST,
+            because="logits are divided by it",
             key="t_max",
             exact=True,
         )

@@ -193,7 +193,8 @@ def test_nothing_is_divided_by_next_to_nothing(value: float):
     message = message_of(
         Sampling(extra_args={"diffusion_t_max": value}, repetition_penalty=value or 1e300)
     )
-    assert f"diffusion_t_max must be a finite number of at least 1e-06, got {value}" in message
+    expected = "a finite number of at least 1e-06 (logits are divided by it)"
+    assert f"diffusion_t_max must be {expected}, got {value}" in message
     assert "repetition_penalty must be 1e-06 to 1e+06, got " in message
 
 
