@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+import vllm.envs
 from helpers.spelling import Walk
 
 from vllm_diffusion.constrain.automaton.compile import compile_constraint
@@ -238,6 +239,7 @@ def test_parameters_nest_no_deeper_than_the_schema_of_a_response() -> None:
 
 
 def test_a_switch_of_vllm_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
+    # An engine that ran before in this process has had the environment read once and for all.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_ENFORCE_STRICT_TOOL_CALLING", False)
     request, _ = adjusted(tools=[tool()], tool_choice="required")
     assert request.structured_outputs is None

@@ -169,10 +169,13 @@ def the_published_loop() -> None:
     from vllm_diffusion.rules.entropy_bound_kernels import EntropyBoundKernels
 
     table_model.CanvasPool, table_model.EntropyBound = CanvasPoolKernels, EntropyBoundKernels
-    test_step.test_three_canvases_equal_the_published_loop(stability=2, sharpness=3.0, seeds=2)
-    test_step.test_other_entropy_bounds_equal_the_published_loop(bound=0.5)
-    test_step.test_what_held_is_the_next_input_beside_what_the_bound_accepts(hold=0.5)
-    test_step.test_a_narrow_canvas_equals_the_published_loop_at_that_length(width=7)
+    for test, case in (
+        ("three_canvases_equal_the_published_loop", {"stability": 2, "sharpness": 3.0, "seeds": 2}),
+        ("other_entropy_bounds_equal_the_published_loop", {"bound": 0.5}),
+        ("what_held_is_the_next_input_beside_what_the_bound_accepts", {"hold": 0.5}),
+        ("a_narrow_canvas_equals_the_published_loop_at_that_length", {"width": 7}),
+    ):
+        getattr(test_step, f"test_{test}").__wrapped__(**case)
     print("tests of the step pass")
 
 

@@ -16,6 +16,12 @@ from vllm_diffusion.upstream.versions import InstalledVllm
 PLUGIN = EntryPoint("diffusion", doctor.PLUGIN, "vllm.general_plugins")
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor silences vLLM for the rest of its process, which here has other tests to run."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def levels(findings: list[Finding]) -> list[Level]:
     return [finding.level for finding in findings]
 
