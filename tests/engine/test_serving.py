@@ -21,9 +21,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.presets import PRESETS
 from vllm_diffusion.engine import carriers, refusals, serving
-from vllm_diffusion.engine.refusals import refuse_head
+from vllm_diffusion.engine.refusals import refuse_head, refuse_unbuilt
 from vllm_diffusion.engine.scheduler import AsyncCanvasScheduler, CanvasScheduler, canvas_scheduler
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.family import Conditioning, Family, Text
 from vllm_diffusion.head import cuda
 from vllm_diffusion.head.output_copy import HEAD_FORMS
 from vllm_diffusion.quant import int8
@@ -401,3 +402,11 @@ def test_an_authors_sampling_parameters_are_a_chats_defaults(
     asked = ChatCompletionRequest(messages=plain.messages, temperature=0.9, top_p=1, top_k=0)
     sampling = asked.to_sampling_params(64, defaults)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 1.0, 0)
+
+
+def test_a_family_that_declares_what_is_not_built_is_refused_by_name():
+    plain = Family(name="some", rule="entropy_bound", conditioning=Conditioning.SELF)
+    refuse_unbuilt(plain)
+    for name, value in {"mask_id": 7, "text": Text.BLOCK, "reads": -1, "banned": (3,)}.items():
+        with pytest.raises(ConfigError, match=f"the family some declares {name}"):
+            refuse_unbuilt(replace(plain, **{name: value}))

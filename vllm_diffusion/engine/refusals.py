@@ -17,6 +17,7 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm_diffusion.config import HEAD_WEIGHTS
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.family import Conditioning, Text
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.scheduler import SchedulerConfig
 
+    from vllm_diffusion.family import Family
     from vllm_diffusion.head.output_copy import HeadForm
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -120,6 +122,24 @@ def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype
         raise ConfigError(f"{asked} on this processor, whose int8 sums overflow. Remove it.")
     if form == "nvfp4" and inputs % GROUP:
         raise ConfigError(f"{asked} for {inputs} inputs, which is not a multiple of {GROUP}.")
+
+
+def refuse_unbuilt(family: Family) -> None:
+    """A family that declares what the engine does not do yet, and would silently not do."""
+    declared = {
+        "mask_id": family.mask_id is not None,
+        f"text={family.text}": family.text is not Text.CAUSAL,
+        "reads": family.reads != 0,
+        "seeded": family.seeded,
+        "horizon": family.horizon,
+        "edits": family.edits,
+        f"conditioning={family.conditioning}": family.conditioning is Conditioning.TIME,
+        "banned": bool(family.banned),
+    }
+    if unbuilt := [name for name, is_declared in declared.items() if is_declared]:
+        raise ConfigError(
+            f"the family {family.name} declares {', '.join(unbuilt)}, which is not supported yet"
+        )
 
 
 def refuse_data_parallel_experts(vllm_config: VllmConfig) -> None:

@@ -31,6 +31,7 @@ from vllm_diffusion.engine.refusals import (
     refuse_data_parallel_experts,
     refuse_head,
     refuse_inert_options,
+    refuse_unbuilt,
 )
 from vllm_diffusion.head import cuda
 from vllm_diffusion.models import family_module
@@ -121,6 +122,7 @@ def publish(
     model = vllm_config.model_config
     generation, ours = model.try_get_generation_config(), ours_of(vllm_config)
     family = module.declare(model.hf_config, generation)
+    refuse_unbuilt(family)
     rules, origins = rules_of(vllm_config, family)
     if (folder := trace_folder(os.environ)) is not None:
         logger.info("Every request is recorded in %s.", folder)
