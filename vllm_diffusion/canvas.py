@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_diffusion.denoise.constants import ConstantTable
+from vllm_diffusion.denoise.constants import declared
 from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.records import (
@@ -32,6 +32,29 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.denoise.constants import RuleConstants
     from vllm_diffusion.denoise.noise import CanvasNoise
+
+
+class ConstantTable:
+    """The constants of every slot: one tensor [S] per constant, an attribute by its name."""
+
+    def __init__(self, constants: RuleConstants, *, num_slots: int, device: torch.device) -> None:
+        self._tensors: dict[str, Tensor] = {
+            name: torch.full(
+                (num_slots,), getattr(constants, name), dtype=constant.dtype, device=device
+            )
+            for name, constant in declared(type(constants)).items()
+        }
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def put(self, slot: int, constants: RuleConstants) -> None:
+        """Write a slot's constants without a device sync."""
+        for name, tensor in self._tensors.items():
+            tensor[slot].fill_(getattr(constants, name))
 
 
 class CanvasPool:

@@ -16,7 +16,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
 
 MAX_STEPS: Final = 1024
 """Most denoising steps of a canvas. Published rules take 48; the limit bounds a slot's use."""
@@ -258,26 +257,3 @@ class ServedRules:
         kind = KINDS[values["kind"]]
         presets = {name: kind(**rule) for name, rule in values["presets"].items()}
         return ServedRules(default=kind(**values["default"]), presets=presets)
-
-
-class ConstantTable:
-    """The constants of every slot: one tensor [S] per constant, an attribute by its name."""
-
-    def __init__(self, constants: RuleConstants, *, num_slots: int, device: torch.device) -> None:
-        self._tensors: dict[str, Tensor] = {
-            name: torch.full(
-                (num_slots,), getattr(constants, name), dtype=constant.dtype, device=device
-            )
-            for name, constant in declared(type(constants)).items()
-        }
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def put(self, slot: int, constants: RuleConstants) -> None:
-        """Write a slot's constants without a device sync."""
-        for name, tensor in self._tensors.items():
-            tensor[slot].fill_(getattr(constants, name))

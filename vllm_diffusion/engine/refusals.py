@@ -40,7 +40,7 @@ def refuse_attention_of_gpus(vllm_config: VllmConfig) -> None:
     if (
         current_platform.is_cpu()
         and asked not in {None, AttentionBackendEnum.CPU_ATTN}
-        # vLLM's settings for Gemma name one too, if this config was made before.
+        # vLLM's settings for a backbone may have named one when this config was made before.
         and not carriers.is_served(vllm_config.model_config.hf_config)
     ):
         raise ConfigError(
