@@ -8,7 +8,7 @@ family it is.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,6 +68,9 @@ class Family:
     """Ids that no text may hold."""
     ends: tuple[int, ...] = ()
     """Ids that end an answer."""
+    published: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Constants of the published rule that no file of a checkpoint gives, by their names in
+    ``RuleConstants``; the family's module says where each was published."""
     tools: str | None = None
     """What makes the grammar of tool calls, a ``constrain.language.calls.CallMaker`` by the name
     ``module:function``; None where the family has no form of its own."""
@@ -93,8 +96,11 @@ class Family:
 class FamilyModule(Protocol):
     """The module ``models/<family>/family.py``; importing it imports neither torch nor vLLM."""
 
-    MODEL: str
-    """The model class, ``module:name``."""
+    MODELS: Mapping[str, str]
+    """Architecture, as config.json names it -> the model class, ``module:name``."""
+    CONFIGS: Mapping[str, str]
+    """Model type, as config.json names it -> the config class, ``module:name``, where Transformers
+    has none. It answers ``canvas_length``, by which vLLM knows a diffusion model."""
     PATCHES: tuple[Patch, ...]
     """What the family changes in vLLM; they stand in the table of ``patches`` with the others."""
 
@@ -106,7 +112,12 @@ class FamilyModule(Protocol):
         """
 
     def settle(self, vllm_config: Any) -> None:  # noqa: ANN401
-        """Set what vLLM itself sets for the backbone, before ours is set on top."""
+        """Set what vLLM itself sets for the backbone, before ours is set on top.
+
+        Raises:
+            CheckpointError: the checkpoint does not say how wide a canvas is.
+            ConfigError: an option that the family cannot be served with.
+        """
 
 
 class CanvasModel(Protocol):
@@ -120,9 +131,6 @@ class CanvasModel(Protocol):
 
     def vocabulary(self) -> Vocabulary | None:
         """This rank's part of the vocabulary for a head that streams; None if it cannot."""
-
-    def soft_embedding(self, probabilities: Tensor) -> Tensor:
-        """[R, vocab] fp32 -> [R, H], the expected embedding."""
 
 
 class Normed(Protocol):
@@ -153,6 +161,9 @@ class SelfConditionedModel(CanvasModel, Protocol):
     self_conditioning: SelfConditioning
     adapters: Any
     """Told which rows are canvas rows, or None."""
+
+    def soft_embedding(self, probabilities: Tensor) -> Tensor:
+        """[R, vocab] fp32 -> [R, H], the expected embedding."""
 
     def embed_text(self, input_ids: Tensor, out: Tensor) -> None:
         """Write the embeddings of [N] tokens into [N, H]."""

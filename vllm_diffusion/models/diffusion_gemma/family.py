@@ -10,7 +10,12 @@ from vllm_diffusion.models.diffusion_gemma import patches
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MODEL: Final = "vllm_diffusion.models.diffusion_gemma.model:DiffusionGemmaForBlockDiffusion"
+MODELS: Final = {
+    "DiffusionGemmaForBlockDiffusion": (
+        "vllm_diffusion.models.diffusion_gemma.model:DiffusionGemmaForBlockDiffusion"
+    )
+}
+CONFIGS: Final[Mapping[str, str]] = {}  # Transformers has it
 PATCHES: Final = patches.PATCHES
 
 
