@@ -8,18 +8,24 @@ as the two disagree. So both ask here.
 
     text                  after a step of the canvas     after its commit, if that is a step
     causal                known                          known + what was committed
-    block                 the last grid point <= known   known + what was committed
+    block                 the last grid point <= known   the same of known + what was committed
     whole                 0                              0
+
+Counts are integers in the scheduler, and tensors of them, [N], in the worker.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_diffusion.family import Text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vllm_diffusion.family import Family
+
+    Count = TypeVar("Count", int, Tensor)
 
 
 def canvas_width(family: Family, *, known: int, asked: int, end: int) -> int:
@@ -34,6 +40,20 @@ def canvas_width(family: Family, *, known: int, asked: int, end: int) -> int:
     if family.text is Text.BLOCK:
         asked = _block(family) - known % _block(family)
     return min(asked, end - known)
+
+
+def drafted_rows(
+    family: Family, *, known: int, asked: int, end: int, answer_end: int
+) -> tuple[int, int]:
+    """Rows behind the known tokens: of the canvas, and of the canvas and its horizon.
+
+    Args:
+        family, known, asked, end: as for ``canvas_width``.
+        answer_end: prompt and most tokens of the answer; a horizon ends there.
+    """
+    end = min(end, answer_end) if family.horizon else end
+    width = canvas_width(family, known=known, asked=asked, end=end)
+    return width, width + horizon_rows(family, known=known, width=width, answer_end=end)
 
 
 def text_rows(family: Family, *, known: int, computed: int) -> int:
@@ -64,7 +84,7 @@ def horizon_rows(family: Family, *, known: int, width: int, answer_end: int) -> 
     return max(0, answer_end - known - width) if family.horizon else 0
 
 
-def kept_of_text(family: Family, *, upto: int, known: int) -> int:
+def kept_of_text(family: Family, *, upto: Count, known: Count) -> Count:
     """Positions that count as computed after a step that ran nothing but known text.
 
     Args:
@@ -73,24 +93,24 @@ def kept_of_text(family: Family, *, upto: int, known: int) -> int:
         known: all of the text; a chunk of it ends earlier.
     """
     if family.text is Text.WHOLE:
-        return upto if upto < known else 0
+        return upto * (upto < known)
     return _grid_point(family, upto)
 
 
-def kept_of_canvas(family: Family, *, known: int) -> int:
+def kept_of_canvas(family: Family, *, known: Count) -> Count:
     """Positions that count as computed after a step of a canvas, also after its last one.
 
     What is committed by a step of its own counts on top of that, see ``kept_of_commit``.
     """
-    return 0 if family.text is Text.WHOLE else _grid_point(family, known)
+    return known * 0 if family.text is Text.WHOLE else _grid_point(family, known)
 
 
-def kept_of_commit(family: Family, *, known: int, count: int) -> int:
+def kept_of_commit(family: Family, *, known: Count, count: Count) -> Count:
     """Positions that count as computed after a step that only committed ``count`` tokens."""
-    return 0 if family.text is Text.WHOLE else known + count
+    return known * 0 if family.text is Text.WHOLE else _grid_point(family, known + count)
 
 
-def _grid_point(family: Family, position: int) -> int:
+def _grid_point(family: Family, position: Count) -> Count:
     """The last point of the grid at or before a position; the position where there is no grid."""
     return position - position % _block(family) if family.text is Text.BLOCK else position
 

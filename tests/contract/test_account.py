@@ -24,8 +24,8 @@ def batch_of(widths: list[int]) -> SimpleNamespace:
 @pytest.fixture
 def account() -> Account:
     account = Account(Family(name="x", rule="entropy_bound"), slots=3, width=16, end=100)
-    account.admit(1, 8)
-    account.admit(2, None)
+    account.admit(1, 8, answer_end=30)
+    account.admit(2, None, answer_end=95)
     return account
 
 

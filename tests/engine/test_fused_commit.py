@@ -19,6 +19,7 @@ from helpers.parity import ENGINE, SPEC, make_prompt
 from helpers.probe import Probe
 from vllm import SamplingParams
 
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.fusion import Fusion
 
 if TYPE_CHECKING:
@@ -290,7 +291,8 @@ def test_a_next_turn_finds_the_canvases_that_were_committed(llm: LLM) -> None:
 
 def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
     config = engine_config(parity_checkpoint)
-    assert Fusion.of(config) == Fusion(why_not=None, served=True)
+    family = carriers.served(config.model_config.hf_config).family
+    assert Fusion.of(config, family) == Fusion(why_not=None, served=True)
 
     for part, name, value, found in (
         ("scheduler_config", "async_scheduling", True, Fusion(None, served=True, foreseen=True)),
@@ -300,7 +302,7 @@ def test_what_keeps_commits_apart(parity_checkpoint: Path) -> None:
         changed = copy.copy(config)
         setattr(changed, part, copy.copy(getattr(config, part)))
         setattr(getattr(changed, part), name, value)
-        assert Fusion.of(changed) == found
+        assert Fusion.of(changed, family) == found
         assert found.holds_for(asked=True) is (found.why_not is None)
 
 

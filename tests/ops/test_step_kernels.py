@@ -40,7 +40,8 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
     kinds |= dict.fromkeys(("accepts", "finisheds", "causals", "fuseds", "go_on"), "*i1")
     kinds |= {"t_mins": "*fp64", "t_maxs": "*fp64", "size": "i32"}
     kinds |= {"beliefs": "*bf16", "pool_beliefs": "*bf16"}
-    here = dict.fromkeys(("first", "seq_lens", "tokens", "gained", "rejected", "facts"), "*i32")
+    here = dict.fromkeys(("first", "seq_lens", "text_ends", "tokens", "gained"), "*i32")
+    here |= dict.fromkeys(("rejected", "facts"), "*i32")
     here |= {"request_slots": "*i64", "widths": "*i64", "places": "*i64", "drafts": "*i64"}
     kinds |= here | {"valids": "*i1", "emitted_entropies": "*i32", "draft_stride": "i32"}
     for kernel, constants, warps in (
@@ -51,7 +52,10 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         (canvas_kernels._store_soft_embeddings, {"BLOCK": canvas_kernels._COPIED}, 4),
         (canvas_kernels._begin_canvas, sizes, 4),
         (canvases_kernels._lay_out_canvas, {"LENGTH": 256, "BLOCK": 256}, 4),
-        (canvases_kernels._write_output, {"LENGTH": 256, "BLOCK": 256}, 4),
+        *(
+            (canvases_kernels._write_output, {"LENGTH": 256, "BLOCK": 256, **text}, 4)
+            for text in ({"GRID": 1, "WHOLE": False}, {"GRID": 32, "WHOLE": True})
+        ),
     ):
         options = {"num_warps": warps}
         compiled = compiled_for(
@@ -117,23 +121,30 @@ def in_the_interpreter() -> None:
 
 def requests() -> None:
     """Batches of prompts and canvases, some of them narrow, more than are counted at once."""
+    from itertools import product
+
     import torch
 
     from vllm_diffusion.engine import canvases, canvases_kernels
     from vllm_diffusion.engine.step_rows import StepRows
+    from vllm_diffusion.family import Family, Text
     from vllm_diffusion.records import Emission
 
     rng = torch.Generator().manual_seed(0)
     compared, length = 0, 5
-    for num in (1, 2, 7, 300):
+    for num, text in product((1, 2, 7, 300), Text):
+        family = Family(
+            name="x", rule="entropy_bound", text=text, block=length, horizon=text is Text.WHOLE
+        )
         pool = random_pool(rng, length, 1, slots=num + 1)
-        width = torch.randint(0, length + 1, (num,), generator=rng)
+        width = torch.randint(0, length + (4 if family.horizon else 1), (num,), generator=rng)
         width[0] = length
         count = int((width > 0).sum())
         rows = StepRows(
             slots=torch.randperm(num + 1, generator=rng)[:num],
             seq_lens=torch.randint(9, 500, (num + 3,), generator=rng, dtype=torch.int32),
             first=torch.cat([torch.zeros(1), width.cumsum(0)]).int(),
+            text_end=torch.randint(9, 500, (num + 1,), generator=rng, dtype=torch.int32),
         )
         batch, places = canvases.canvases_of(rows, count=count, length=length)
         same_batch, same_places = canvases_kernels.canvases_of(rows, count=count, length=length)
@@ -149,8 +160,8 @@ def requests() -> None:
         )
         drafts = torch.zeros(num + 1, length + 2, dtype=torch.int64)
         same_drafts = drafts.clone()
-        told = canvases.step_output(pool, rows, emission, drafts)
-        same_told = canvases_kernels.step_output(pool, rows, emission, same_drafts)
+        told = canvases.step_output(family, pool, rows, emission, drafts)
+        same_told = canvases_kernels.step_output(family, pool, rows, emission, same_drafts)
         assert torch.equal(drafts, same_drafts)
         assert_same(replace(told, committed=None), replace(same_told, committed=None))
         assert told.committed

@@ -28,18 +28,24 @@ class Account:
 
     def __init__(self, family: Family, *, slots: int, width: int, end: int) -> None:
         self._family, self._end, self._width = family, end, width
-        self._asked = [width] * slots
+        self._asked = [(width, end)] * slots
 
-    def admit(self, slot: int, asked: int | None) -> None:
-        """Set the canvas width that the slot's new owner asks for; None for the default."""
-        self._asked[slot] = asked or self._width
+    def admit(self, slot: int, asked: int | None, *, answer_end: int) -> None:
+        """Set what the slot's new owner asks for.
+
+        Args:
+            slot: index of the slot.
+            asked: canvas width; None for the default.
+            answer_end: prompt and most tokens of the answer.
+        """
+        self._asked[slot] = asked or self._width, answer_end
 
     def check(self, batch: Any, widths: np.ndarray) -> None:
         """Compare the rows scheduled for a step with the expected ones.
 
         Args:
             batch: the runner's ``InputBatch``.
-            widths: [N], rows of every request's canvas, 0 for none.
+            widths: [N], rows of every request's canvas and horizon, 0 for none.
 
         Raises:
             AssertionError: scheduler and worker disagree.
@@ -47,8 +53,13 @@ class Account:
         for row in np.flatnonzero(widths).tolist():
             width, slot = int(widths[row]), int(batch.idx_mapping_np[row])
             behind = int(batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row])
-            expected = grid.canvas_width(
-                self._family, known=behind - width, asked=self._asked[slot], end=self._end
+            asked, answer_end = self._asked[slot]
+            _, expected = grid.drafted_rows(
+                self._family,
+                known=behind - width,
+                asked=asked,
+                end=self._end,
+                answer_end=answer_end,
             )
             assert width == expected, (
                 f"the scheduler gave {batch.req_ids[row]} a canvas of {width} rows at "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_diffusion import grid
 from vllm_diffusion.engine.committed import CommittedCanvases
 from vllm_diffusion.engine.step_rows import StepOutput
 from vllm_diffusion.records import CanvasBatch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.engine.step_rows import StepRows
+    from vllm_diffusion.family import Family
     from vllm_diffusion.records import Emission
 
 
@@ -26,7 +28,8 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     """The canvases of a step, and the hidden row of each of their positions.
 
     Args:
-        rows: the step's rows; a request has a canvas if it has rows with logits.
+        rows: the step's rows; a request has a canvas if it has rows with logits. More than L of
+            them are a canvas of L and its horizon.
         count: B, number of canvases.
         length: L.
 
@@ -37,10 +40,11 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
         return _kernels().canvases_of(rows, count=count, length=length)
     index = _decoding(rows)
     first = rows.first.long()
-    width = (first[1:] - first[:-1])[index]
+    drafted = (first[1:] - first[:-1])[index]
+    width = drafted.clamp(max=length)
     offset = torch.arange(length, device=width.device)
     valid = offset < width[:, None]
-    start = rows.seq_lens[index].long() - width
+    start = rows.seq_lens[index].long() - drafted
     return (
         CanvasBatch(
             slots=rows.slots[index],
@@ -53,32 +57,52 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
 
 
 def step_output(
-    pool: CanvasPool, rows: StepRows, emission: Emission | None, drafts: Tensor
+    family: Family, pool: CanvasPool, rows: StepRows, emission: Emission | None, drafts: Tensor
 ) -> StepOutput:
     """The output of a step by request; writes every request's next input to ``drafts``.
 
     Args:
+        family: of the model, which says what counts as computed, see ``grid``.
         pool: the canvases after the step, including those begun after a prompt.
         rows: as for ``canvases_of``.
         emission: the canvases' emission; None if the step has no canvases.
         drafts: [S, L or more] int64, written in the slots of the requests.
     """
     if emission is not None and rows.first.device.type == "cuda":
-        return _kernels().step_output(pool, rows, emission, drafts)
+        return _kernels().step_output(family, pool, rows, emission, drafts)
     slots, length = rows.slots, pool.canvas_length
     drafts[slots, :length] = pool.tokens[slots]
     tokens = torch.zeros(len(slots), length, dtype=torch.int32, device=slots.device)
     gained = torch.zeros(len(slots), dtype=torch.int32, device=slots.device)
-    rejected = torch.zeros_like(gained)
     if emission is None:
-        return StepOutput(tokens=tokens, gained=gained, rejected=rejected)
+        return StepOutput(tokens=tokens, gained=gained, rejected=_rejected(family, rows, gained))
     index = _decoding(rows)
     tokens[index] = emission.tokens.int()
     gained[index] = emission.count.int()
-    counts = torch.where(pool.fused[slots[index]], 0, emission.count)
-    rejected[index] = ((rows.first[1:] - rows.first[:-1])[index] - counts).int()
     committed = CommittedCanvases.of(emission, index, len(slots))
+    separate = torch.where(pool.fused[slots], 0, gained)
+    rejected = _rejected(family, rows, separate)
     return StepOutput(tokens=tokens, gained=gained, rejected=rejected, committed=committed)
+
+
+def _rejected(family: Family, rows: StepRows, committed: Tensor) -> Tensor:
+    """[N] int32, rows that do not count as computed; more than the step had take back others.
+
+    Args:
+        family: of the model.
+        rows: the step's rows.
+        committed: [N] int32, tokens that a commit of its own has committed, 0 for none.
+    """
+    upto = rows.seq_lens[: len(rows.slots)]
+    drafted = rows.first[1:] - rows.first[:-1]
+    known = upto - drafted
+    kept = torch.where(
+        drafted > 0,
+        grid.kept_of_canvas(family, known=known),
+        grid.kept_of_text(family, upto=upto, known=rows.text_end[rows.slots]),
+    )
+    counted = grid.kept_of_commit(family, known=known, count=committed)
+    return (upto - torch.where(committed > 0, counted, kept)).int()
 
 
 def _decoding(rows: StepRows) -> Tensor:

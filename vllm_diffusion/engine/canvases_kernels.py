@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vllm_diffusion.engine.committed import CommittedCanvases
 from vllm_diffusion.engine.step_rows import StepOutput
+from vllm_diffusion.family import Text
 from vllm_diffusion.records import CanvasBatch
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.engine.step_rows import StepRows
+    from vllm_diffusion.family import Family
     from vllm_diffusion.records import Emission
 
 _COUNTED = tl.constexpr(128)  # requests read per iteration
@@ -51,7 +53,9 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     return batch, places
 
 
-def step_output(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Tensor) -> StepOutput:
+def step_output(
+    family: Family, pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Tensor
+) -> StepOutput:
     """See ``canvases.step_output``."""
     num, length = len(rows.slots), pool.canvas_length
     gained = torch.empty(num, dtype=torch.int32, device=drafts.device)
@@ -65,6 +69,8 @@ def step_output(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Te
     _write_output[(num,)](
         rows.first,
         rows.slots,
+        rows.seq_lens,
+        rows.text_end,
         emission.tokens,
         emission.count,
         emission.steps,
@@ -80,6 +86,8 @@ def step_output(pool: CanvasPool, rows: StepRows, emission: Emission, drafts: Te
         output.committed.facts,
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
+        GRID=family.block if family.text is Text.BLOCK else 1,
+        WHOLE=family.text is Text.WHOLE,
     )
     return output
 
@@ -111,14 +119,15 @@ def _lay_out_canvas(
 ) -> None:
     request = tl.program_id(0)
     begin = tl.load(first + request).to(tl.int64)
-    width = tl.load(first + request + 1) - begin
-    if width > 0:
+    drafted = tl.load(first + request + 1) - begin
+    if drafted > 0:
         canvas = _canvases_before(first, request)
         offset = tl.arange(0, BLOCK)
         there = offset < LENGTH
+        width = tl.minimum(drafted, LENGTH)
         valid = offset < width
         row = canvas * LENGTH + offset
-        start = tl.load(seq_lens + request) - width
+        start = tl.load(seq_lens + request) - drafted
         tl.store(slots + canvas, tl.load(request_slots + request).to(tl.int64))
         tl.store(widths + canvas, width)
         tl.store(positions + row, start + offset, mask=there)
@@ -130,6 +139,8 @@ def _lay_out_canvas(
 def _write_output(
     first: tl.tensor,
     request_slots: tl.tensor,
+    seq_lens: tl.tensor,
+    text_ends: tl.tensor,
     emitted_tokens: tl.tensor,
     emitted_counts: tl.tensor,
     emitted_steps: tl.tensor,
@@ -145,6 +156,8 @@ def _write_output(
     facts: tl.tensor,
     LENGTH: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    GRID: tl.constexpr,  # noqa: N803
+    WHOLE: tl.constexpr,  # noqa: N803
 ) -> None:
     request = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK)
@@ -153,8 +166,8 @@ def _write_output(
     next_input = tl.load(pool_tokens + slot * LENGTH + offset, mask=there, other=0)
     tl.store(drafts + slot * draft_stride + offset, next_input, mask=there)
 
-    width = tl.load(first + request + 1) - tl.load(first + request)
-    decodes = width > 0
+    drafted = tl.load(first + request + 1) - tl.load(first + request)
+    decodes = drafted > 0
     canvas = _canvases_before(first, request)
     its = offset < tl.where(decodes, LENGTH, 0)
     said = tl.load(emitted_tokens + canvas * LENGTH + offset, mask=its, other=0)
@@ -162,7 +175,14 @@ def _write_output(
     fused = tl.load(fuseds + slot) != 0
     tl.store(tokens + request * LENGTH + offset, said.to(tl.int32), mask=there)
     tl.store(gained + request, count)
-    tl.store(rejected + request, width - tl.where(fused, 0, count))
+    # As ``grid`` has it: a step keeps its text up to a point of the grid, a commit all of it.
+    upto = tl.load(seq_lens + request)
+    if WHOLE:
+        kept = tl.where(decodes | (upto >= tl.load(text_ends + slot)), 0, upto)
+    else:
+        final = upto - drafted + tl.where(fused, 0, count)
+        kept = final - final % GRID
+    tl.store(rejected + request, upto - kept)
     fact = facts + 3 * request
     tl.store(fact, tl.load(emitted_steps + canvas, mask=decodes, other=0).to(tl.int32))
     tl.store(fact + 1, tl.load(emitted_reasons + canvas, mask=decodes, other=0).to(tl.int32))

@@ -48,10 +48,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion.config import fused_commit
+from vllm_diffusion.family import Text
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_diffusion.family import Family
 
 SCHEDULER: Final = "vllm_diffusion.engine.scheduler.canvas_scheduler"
 """The scheduler that accounts for fused commits; with any other, tokens would be lost."""
@@ -67,9 +70,11 @@ class Fusion:
     """Whether to fuse commits of requests that do not set it."""
     foreseen: bool = False
     """Asynchronous scheduling: rows are granted before the previous step's outcome is known."""
+    always: bool = False
+    """Nothing is ever committed, because all text runs in every step."""
 
     @staticmethod
-    def of(vllm_config: VllmConfig) -> Fusion:
+    def of(vllm_config: VllmConfig, family: Family) -> Fusion:
         """Read it from an engine's config, complete as scheduler and worker see it."""
         scheduler, additional = vllm_config.scheduler_config, vllm_config.additional_config
         why_not = None
@@ -80,6 +85,7 @@ class Fusion:
             why_not=why_not,
             served=fused_commit(options),
             foreseen=bool(scheduler.async_scheduling),
+            always=family.text is Text.WHOLE,
         )
 
     def holds_for(self, asked: bool | None) -> bool:
@@ -88,7 +94,8 @@ class Fusion:
         Args:
             asked: what it says; None if it does not.
         """
-        return self.why_not is None and bool(self.served if asked is None else asked)
+        fused = self.always or bool(self.served if asked is None else asked)
+        return self.why_not is None and fused
 
 
 @dataclass(slots=True, eq=False)

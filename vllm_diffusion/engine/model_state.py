@@ -82,7 +82,7 @@ class CanvasModelState(ModelState):
         conditioned = self.family.conditioning is Conditioning.SELF
         self.pool = pool_class(device.type)(
             num_slots=self.max_num_reqs + 1,  # the last has no owner, see ``GrantedRows``
-            canvas_length=vllm_config.diffusion_config.canvas_length,
+            canvas_length=self._served.canvas_length,
             hidden_size=text_config.hidden_size if conditioned else None,
             vocab_size=self.model_config.get_vocab_size(),
             constants=self.rules.default,
@@ -99,7 +99,7 @@ class CanvasModelState(ModelState):
         )
         self.automata = AutomatonSlots(num_slots=self.max_num_reqs, device=device)
         self.guards = Guards()
-        self._fusion = Fusion.of(vllm_config)
+        self._fusion = Fusion.of(vllm_config, self.family)
         self._account = Account(
             self.family,
             slots=self.max_num_reqs,
@@ -111,6 +111,7 @@ class CanvasModelState(ModelState):
         self._recorder = self._make_recorder()
         self._attention = StepAttention(
             vllm_config,
+            self.family,
             self.pool,
             self._fusion,
             slots=self.max_num_reqs,
@@ -155,6 +156,7 @@ class CanvasModelState(ModelState):
                 "cannot be read as a plain matrix. Remove it."
             )
         canvas_sampler = CanvasSampler(
+            self.family,
             self.model,
             self.pool,
             head,
@@ -194,8 +196,10 @@ class CanvasModelState(ModelState):
         seed = request_seed(noise_seed(sampling), new_req_data.req_id)
         fused = self._fusion.holds_for(admitted.fused_commit)
         self.pool.admit(req_index, seed=seed, constants=admitted.rule, fused=fused)
-        self._account.admit(req_index, admitted.canvas_length)
         asked, prompt_length = constraints(sampling, admitted), len(new_req_data.prompt_token_ids)
+        self._account.admit(
+            req_index, admitted.canvas_length, answer_end=prompt_length + sampling.max_tokens
+        )
         if admitted.noise_level is not None:
             seed_canvas, first_step = seed_canvas_from_draft(
                 asked.seed_canvas,

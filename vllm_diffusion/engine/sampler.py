@@ -8,6 +8,8 @@ number of tokens gained and the number of rows that do not count as computed:
     commit rows       gained the committed tokens, which count
                                                    -> the next canvas begins after them
 
+Where text is not causal fewer rows count, and those of a horizon never do, see ``grid``.
+
 With fused commits no canvas row ever counts. The step that finishes a canvas gains its tokens and
 begins the next canvas. The finished canvas's rows then return as text rows, which count and need
 nothing from the sampler. Under asynchronous scheduling only the slot's state tells that returning
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.engine.account import Account
     from vllm_diffusion.engine.logprobs import CanvasLogprobs
     from vllm_diffusion.engine.step_rows import GrantedRows
-    from vllm_diffusion.family import CanvasModel
+    from vllm_diffusion.family import CanvasModel, Family
     from vllm_diffusion.head import Head
     from vllm_diffusion.records import CanvasBatch, Emission
     from vllm_diffusion.rules.rule import Rule
@@ -66,6 +68,7 @@ class CanvasSampler:
 
     def __init__(
         self,
+        family: Family,
         model: CanvasModel,
         pool: CanvasPool,
         head: Head,
@@ -79,6 +82,7 @@ class CanvasSampler:
         account: Account | None,
         foreseen: bool = False,
     ) -> None:
+        self.family = family
         self.model = model
         self.pool = pool
         self.head = head
@@ -119,6 +123,7 @@ class CanvasSampler:
             slots=input_batch.idx_mapping,
             seq_lens=input_batch.seq_lens,
             first=input_batch.cu_num_logits,
+            text_end=self.req_states.prefill_len.gpu,
         )
         if hidden.shape[0] and not input_batch.num_draft_tokens:
             self._run_widest_head(hidden)
@@ -136,7 +141,7 @@ class CanvasSampler:
         # canvas can be the last of a prompt.
         prompt = input_batch.is_prefilling_np[:num_reqs] & (widths == 0)
         self._begin_after_prompt(input_batch, prompt)
-        step = step_output(self.pool, rows, emission, self.req_states.draft_tokens)
+        step = step_output(self.family, self.pool, rows, emission, self.req_states.draft_tokens)
         if granted is not None and emission is not None:
             settle(granted, self.pool, emission, step.rejected, self.req_states.draft_tokens)
         output = SamplerOutput(
@@ -163,7 +168,7 @@ class CanvasSampler:
             hidden: [R, H].
             input_batch: the step's batch.
             rows: the same on the device.
-            widths: [N], rows of every request's canvas, 0 for none.
+            widths: [N], rows of every request's canvas and horizon, 0 for none.
             granted: what the rows are, if only the device knows.
         """
         decoding = np.flatnonzero(widths)

@@ -39,6 +39,7 @@ from vllm_diffusion.engine.constraints.backend import ConstraintBackend, Constra
 from vllm_diffusion.engine.constraints.thinking import thinking_of
 from vllm_diffusion.engine.fusion import Fusion, StepInFlight
 from vllm_diffusion.engine.telemetry import StepMeter
+from vllm_diffusion.family import Text
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,7 +68,6 @@ class WholeCanvasMixin:
         self._delayed: dict[str, dict[str, Any]] = {name: {} for name in _ABOUT_PROMPTS}
         self._meter = StepMeter()
         self._admitted: WeakKeyDictionary[Request, Admitted] = WeakKeyDictionary()
-        self._fusion = Fusion.of(self.vllm_config)  # type: ignore[attr-defined]
         self._commit_alone: set[str] = set()
         self._guesses: dict[str, int] = {}
         self._in_flight: deque[StepInFlight] = deque()
@@ -75,6 +75,8 @@ class WholeCanvasMixin:
         hf_config = self.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
         served = carriers.served(hf_config)
         self._family, self._rules = served.family, served.rules
+        self._canvas_length = served.canvas_length
+        self._fusion = Fusion.of(self.vllm_config, self._family)  # type: ignore[attr-defined]
         self._compile_for_canvases()
 
     def add_request(self, request: Request) -> None:
@@ -101,14 +103,17 @@ class WholeCanvasMixin:
         return scheduled
 
     def update_draft_token_ids(self: Any, draft_token_ids: DraftTokenIds) -> None:
-        """Record the canvases that continue; constrained ones keep their full width too."""
+        """Record the canvases that continue, each at its full width; vLLM knows one width."""
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
         ids = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         for req_id, tokens in ids:
             request = self.requests.get(req_id)
-            if request is None or not request.use_structured_output:
+            if request is None or request.is_prefill_chunk or request.is_finished():
                 continue
-            if not (request.is_prefill_chunk or request.is_finished()):
+            if self._family.text is not Text.CAUSAL:
+                # The worker has the tokens; only their number is read.
+                request.spec_token_ids = [0] * self._canvas_rows(request, request.num_tokens)
+            elif request.use_structured_output:
                 request.spec_token_ids = tokens
 
     def update_from_output(
@@ -118,6 +123,11 @@ class WholeCanvasMixin:
         for name in _ABOUT_PROMPTS:
             self._delay_until_tokens(name, model_runner_output)
         committing = self._account(scheduler_output, model_runner_output)
+        known = {
+            req_id: self.requests[req_id].num_tokens
+            for req_id in scheduler_output.num_scheduled_tokens
+            if req_id in self.requests
+        }
         committed = self._meter.take(
             scheduler_output,
             model_runner_output,
@@ -129,8 +139,33 @@ class WholeCanvasMixin:
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
+        if self._family.text is not Text.CAUSAL:
+            self._keep(scheduler_output, model_runner_output, known)
         self._meter.send(outputs, committed, self.requests)
         return outputs
+
+    def _keep(
+        self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput, known: dict[str, int]
+    ) -> None:
+        """Count as computed what ``grid`` says, as the worker does.
+
+        Args:
+            scheduled: the step.
+            output: its result, which vLLM has taken in.
+            known: tokens of its requests before that.
+        """
+        emitted = dict(zip(output.req_ids, output.sampled_token_ids or (), strict=False))
+        for req_id, before in known.items():
+            if (request := self.requests.get(req_id)) is None:
+                continue
+            if req_id not in scheduled.scheduled_spec_decode_tokens:
+                upto = request.num_computed_tokens
+                kept = grid.kept_of_text(self._family, upto=upto, known=before)
+            elif (tokens := emitted.get(req_id)) and not self._fuses(request):
+                kept = grid.kept_of_commit(self._family, known=before, count=len(tokens))
+            else:
+                kept = grid.kept_of_canvas(self._family, known=before)
+            request.num_computed_tokens = kept
 
     def _account(self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> set[str]:
         """Subtract tokens emitted before their commit; return the requests that only committed."""
@@ -154,7 +189,7 @@ class WholeCanvasMixin:
                 continue
             if not self._fuses(request):
                 done.alone.add(req_id)
-            elif not request.num_stale_output_tokens:
+            elif self._family.text is Text.CAUSAL and not request.num_stale_output_tokens:
                 # Nothing of a preempted request counts as computed.
                 known = request.num_tokens
                 kept = grid.kept_of_canvas(self._family, known=known)
@@ -203,10 +238,14 @@ class WholeCanvasMixin:
         return admitted is not None and self._fusion.holds_for(admitted.fused_commit)
 
     def _uncommitted(self, request: Request) -> int:
-        """Number of emitted tokens that no forward has committed."""
-        if request.is_prefill_chunk or request.num_computed_tokens < request.num_prompt_tokens:
+        """Number of known tokens that run in front of the request's canvas, if that runs next."""
+        if request.is_prefill_chunk:
             return 0
-        if not self._fuses(request):
+        if self._family.text is Text.CAUSAL:
+            prompt = request.num_computed_tokens < request.num_prompt_tokens
+            if prompt or not self._fuses(request):
+                return 0
+        elif not request.spec_token_ids:
             return 0
         computed = request.num_computed_tokens - request.num_output_placeholders
         return grid.text_rows(self._family, known=request.num_tokens, computed=computed)
@@ -286,7 +325,8 @@ class WholeCanvasMixin:
             width = self._canvas_rows(request, computed + ahead)
             in_last_step = self._in_last_step(request)
             both = ahead + width <= budget and request.spec_token_ids
-            if 0 < ahead <= budget and not both:
+            kept = grid.kept_of_text(self._family, upto=computed + ahead, known=computed + ahead)
+            if kept > computed and ahead <= budget and not both:
                 # No canvas rows in this step, nor in a later one if this one skips the request.
                 request.spec_token_ids = []
                 self._commit_alone.add(request.request_id)
@@ -306,9 +346,15 @@ class WholeCanvasMixin:
                 budget -= ahead + width
 
     def _canvas_rows(self: Any, request: Request, start: int) -> int:
-        """Rows of the request's canvas."""
-        asked = diffusion_canvas_width(request, self.num_spec_tokens)
-        return grid.canvas_width(self._family, known=start, asked=asked, end=self.max_model_len)
+        """Rows of the request's canvas, and of its horizon."""
+        _, rows = grid.drafted_rows(
+            self._family,
+            known=start,
+            asked=diffusion_canvas_width(request, self._canvas_length),
+            end=self.max_model_len,
+            answer_end=request.num_prompt_tokens + request.max_tokens,
+        )
+        return rows
 
     def _width_unsettled(self: Any, request: Request) -> bool:
         """Whether the start of a canvas near max_model_len depends on a step in flight.
@@ -336,7 +382,8 @@ def canvas_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
 
     It is a function because vLLM decides on asynchronous scheduling after the name is set.
     """
-    if (why_not := Fusion.of(vllm_config).why_not) is not None:
+    family = carriers.served(vllm_config.model_config.hf_config).family
+    if (why_not := Fusion.of(vllm_config, family).why_not) is not None:
         logger.info("Commits are not fused, each takes a forward of its own: %s.", why_not)
     asynchronous = vllm_config.scheduler_config.async_scheduling
     scheduler = AsyncCanvasScheduler if asynchronous else CanvasScheduler

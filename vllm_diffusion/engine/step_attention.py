@@ -16,9 +16,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
-from vllm_diffusion.engine.attention.segments import plan_segments
+from vllm_diffusion.engine.attention.segments import plan_blocks, plan_segments
 from vllm_diffusion.engine.attention.sequences import Parts, parts_of, sequences_of
 from vllm_diffusion.engine.granted import canvas_and_padding, text_rows
+from vllm_diffusion.family import Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.engine.attention.segments import Segment
     from vllm_diffusion.engine.fusion import Fusion
+    from vllm_diffusion.family import Family
 
 
 class StepAttention:
@@ -36,6 +39,7 @@ class StepAttention:
 
     Args:
         vllm_config: the engine's config.
+        family: of the model, which says what text sees.
         pool: the canvases, whose phase determines which rows are causal.
         fusion: whether text may run beside a canvas.
         slots: most concurrent requests.
@@ -46,6 +50,7 @@ class StepAttention:
     def __init__(
         self,
         vllm_config: VllmConfig,
+        family: Family,
         pool: CanvasPool,
         fusion: Fusion,
         *,
@@ -53,7 +58,7 @@ class StepAttention:
         max_tokens: int,
         max_span: int,
     ) -> None:
-        self._pool, self._fusion = pool, fusion
+        self._family, self._pool, self._fusion = family, pool, fusion
         self._max_model_len = vllm_config.model_config.max_model_len
         # A request may be two attention sequences.
         max_sequences = 2 * slots
@@ -93,12 +98,8 @@ class StepAttention:
         num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
         num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
         if self._pool.device.type == "cpu":
-            causal = self._causal[:num_reqs]
-            causal.zero_()
-            causal[: input_batch.num_reqs] = self._pool.causal[input_batch.idx_mapping].int()
-            return self._by_segments(
-                input_batch, causal, block_tables, slot_mappings, attn_groups, spans
-            )
+            segments = self._segments(input_batch, num_reqs, spans)
+            return _by_segments(segments, input_batch, block_tables, slot_mappings, attn_groups)
         sequences = sequences_of(
             input_batch,
             self._parts(input_batch),
@@ -145,44 +146,52 @@ class StepAttention:
         rows, foreseen = input_batch.num_scheduled_tokens, self._fusion.foreseen
         return parts_of(rows, drafts, foreseen=foreseen) if text_rows(input_batch).any() else None
 
-    def _by_segments(
-        self,
-        input_batch: InputBatch,
-        causal: Tensor,
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-        attn_groups: list[list[AttentionGroup]],
-        spans: list[list[tuple[int, int]]],
-    ) -> dict[str, Any]:
-        """Metadata for CPU hosts: every segment is a sequence of its own."""
-        # Imported here because the CPU backend looks for its kernels, which only CPU hosts have.
-        from vllm_diffusion.engine.attention.cpu import segmented_metadata
-
+    def _segments(
+        self, input_batch: InputBatch, num_reqs: int, spans: list[list[tuple[int, int]]]
+    ) -> list[Segment]:
+        """The rows of a step by visibility, for CPU hosts."""
+        starts = input_batch.query_start_loc_np.tolist()
+        lens = input_batch.seq_lens[:num_reqs].tolist()
+        if self._family.text is not Text.CAUSAL:
+            block = self._family.block if self._family.text is Text.BLOCK else None
+            return plan_blocks(starts, lens, block)
+        causal = self._causal[:num_reqs]
+        causal.zero_()
+        causal[: input_batch.num_reqs] = self._pool.causal[input_batch.idx_mapping].int()
         # A slot that is not causal may still run text, alone or before its canvas.
         drafts = input_batch.num_draft_tokens_per_req
         canvas = np.zeros(causal.shape[0], np.int64) if drafts is None else drafts
         canvas, padding = np.where(causal.numpy() == 0, canvas, 0), None
         if self._fusion.foreseen and drafts is not None:
             canvas, padding = canvas_and_padding(input_batch, self._pool)
-        segments = plan_segments(
-            input_batch.query_start_loc_np.tolist(),
-            input_batch.seq_lens[: causal.shape[0]].tolist(),
-            canvas.tolist(),
-            spans,
-            None if padding is None else padding.tolist(),
+        return plan_segments(
+            starts, lens, canvas.tolist(), spans, None if padding is None else padding.tolist()
         )
-        return {
-            name: metadata
-            for groups, table, slots in zip(attn_groups, block_tables, slot_mappings, strict=True)
-            for group in groups
-            for metadata in (
-                segmented_metadata(
-                    segments,
-                    builder=group.get_metadata_builder(),
-                    block_table=group.map_to_kernel_block_table(table),
-                    slot_mapping=slots,
-                    num_tokens=input_batch.num_tokens,
-                ),
-            )
-            for name in group.layer_names
-        }
+
+
+def _by_segments(
+    segments: list[Segment],
+    input_batch: InputBatch,
+    block_tables: tuple[Tensor, ...],
+    slot_mappings: Tensor,
+    attn_groups: list[list[AttentionGroup]],
+) -> dict[str, Any]:
+    """Metadata for CPU hosts: every segment is a sequence of its own."""
+    # Imported here because the CPU backend looks for its kernels, which only CPU hosts have.
+    from vllm_diffusion.engine.attention.cpu import segmented_metadata
+
+    return {
+        name: metadata
+        for groups, table, slots in zip(attn_groups, block_tables, slot_mappings, strict=True)
+        for group in groups
+        for metadata in (
+            segmented_metadata(
+                segments,
+                builder=group.get_metadata_builder(),
+                block_table=group.map_to_kernel_block_table(table),
+                slot_mapping=slots,
+                num_tokens=input_batch.num_tokens,
+            ),
+        )
+        for name in group.layer_names
+    }

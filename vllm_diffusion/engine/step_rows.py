@@ -22,6 +22,7 @@ class StepRows:
     slots: Tensor  # [N] integer
     seq_lens: Tensor  # [N or more] int32, sequence length including the rows of the step
     first: Tensor  # [N + 1] int32, first row with logits of each request; the last is R
+    text_end: Tensor  # [S] int32 by slot, end of the text that its request came with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class StepOutput:
 
     tokens: Tensor  # [N, L] int32, valid in the first ``gained`` places
     gained: Tensor  # [N] int32
-    rejected: Tensor  # [N] int32, rows that do not count as computed
+    rejected: Tensor  # [N] int32, rows that do not count as computed, see ``grid``
     committed: CommittedCanvases | None = None  # None where no canvas ran
 
 

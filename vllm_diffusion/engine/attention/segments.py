@@ -3,7 +3,8 @@
     causal   prompt and commit rows: everything up to themselves, clipped by the layer's window
     span     an image's rows: as causal rows, and the whole image
     canvas   denoising rows: the whole prefix and the whole canvas; on a layer with window W every
-             row sees the same prefix, its last W - 1 positions, and the whole canvas
+             row sees the same prefix, its last W - 1 positions, and the whole canvas. Text on a
+             grid, and text that sees all of itself, is made of these too
 
 A segment is a separate attention sequence over its request's block table, so a request may have
 several: text, image, text; or a finished canvas's commit rows and the next canvas. Every layer
@@ -88,6 +89,29 @@ def plan_segments(
         add(text_end, Visibility.CAUSAL)
         add(end, Visibility.CANVAS)
         add(last, Visibility.CAUSAL)
+    return segments
+
+
+def plan_blocks(
+    query_start: Sequence[int], seq_lens: Sequence[int], block: int | None
+) -> list[Segment]:
+    """Cut every request's rows at the points of a grid: a row sees its block and all before it.
+
+    Text and canvas rows are alike, so a block may hold some of both.
+
+    Args:
+        query_start, seq_lens: as for ``plan_segments``.
+        block: positions from one point of the grid to the next; None for no grid: all rows of a
+            request see each other.
+    """
+    segments = []
+    for request, last in enumerate(seq_lens):
+        row, stop = query_start[request], query_start[request + 1]
+        position = last - (stop - row)
+        while position < last:
+            end = last if block is None else min(last, position - position % block + block)
+            segments.append(Segment(request, row, end - position, end, Visibility.CANVAS))
+            row, position = row + end - position, end
     return segments
 
 
