@@ -22,7 +22,7 @@ import _report
 from _cell import measure
 from _loop import CHECKPOINT, CanvasLoop, items_of, seed_of
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.testing.tasks import TASKS, Item
 from vllm_diffusion.tune.compare import paired, summarise
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Answer with every arm and print them side by side."""
     parser = _report.parser(__doc__)
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["reference", "balanced"])
+    parser.add_argument(
+        "--preset", nargs="+", choices=preset_names(), default=["reference", "balanced"]
+    )
     parser.add_argument("--branches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--task", nargs="+", choices=TASKS)
     parser.add_argument("--n", type=int, default=200, help="items of each task")

@@ -36,7 +36,7 @@ import _report
 import torch
 from _loop import CanvasLoop, items_of, seed_of
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.testing.tasks import TASKS
 from vllm_diffusion.tune.compare import paired, summarise
 
@@ -64,7 +64,7 @@ FIXED = 16  # the recipe of published throughputs ends a canvas at so many steps
 def main() -> None:
     """Answer with every arm, print both tables."""
     parser = _report.parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="reference")
+    parser.add_argument("--preset", choices=preset_names(), default="reference")
     parser.add_argument("--task", nargs="+", choices=TASKS)
     parser.add_argument("--n", type=int, default=100, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)

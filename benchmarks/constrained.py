@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import _report
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec, make_tiny_checkpoint
 from vllm_diffusion.testing.constraints import PROMPTS, draw_constraint
 from vllm_diffusion.testing.tasks import held_out_items, solved
@@ -96,7 +96,7 @@ def validity(name: str, checkpoint: Path, options: Any) -> dict[str, _report.Val
     llm = engine(checkpoint)
     chats = [[{"role": "user", "content": rng.choice(PROMPTS)}] for _ in asked]
     requests = [
-        request(constraint, rng.choice((48, 150, 400)), rng.choice(list(PRESETS)), number)
+        request(constraint, rng.choice((48, 150, 400)), rng.choice(preset_names()), number)
         for number, constraint in enumerate(asked)
     ]
     answers = answered(llm, chats, requests)

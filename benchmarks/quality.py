@@ -36,7 +36,7 @@ from _answers import Answer, ask_native, ask_ours, ask_transformers
 from _bad_rules import BAD_RULES
 from _native_host import use_stand_ins
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.testing.tasks import TASKS, Item, held_out_items, solved
 from vllm_diffusion.tune.compare import Outcome, paired, repeated_share, summarise
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-diffusiongemma"
-NAMES = (*PRESETS, *BAD_RULES)
+NAMES = (*preset_names(), *BAD_RULES)
 ENGINES = ("ours", "native", "transformers")
 
 
@@ -103,7 +103,7 @@ def options_of(preset: str) -> dict[str, Any]:
     """What a request asks for to be denoised under a preset."""
     if preset in BAD_RULES:
         return {}
-    if preset in PRESETS:
+    if preset in preset_names():
         return {"diffusion_preset": preset}
     named = (constant.partition("=") for constant in preset.split(","))
     return {f"diffusion_{name}": json.loads(value) for name, _, value in named}

@@ -31,7 +31,7 @@ from _native_host import has_gpu, use_stand_ins
 from _trained import Worker
 from engine import environment_of
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ QUESTIONS = (
     "Explain to a curious twelve-year-old why the sky is blue and sunsets are red.",
     "List ten European capitals with country and population as a JSON array, nothing else.",
 )
-JUDGED = ("reference", *(name for name in PRESETS if name not in {"reference", "gentle"}))
+JUDGED = ("reference", *(name for name in preset_names() if name not in {"reference", "gentle"}))
 PHASES = ("recipe", "adaptive")
 STEPS = 16
 SPARE = 6 * 2**30

@@ -22,7 +22,6 @@ from vllm_diffusion.constrain.automaton.posterior import condition
 from vllm_diffusion.constrain.automaton.rows import constrained
 from vllm_diffusion.constrain.transfer import on_device
 from vllm_diffusion.denoise.rng import Purpose, philox, uniform
-from vllm_diffusion.records import CanvasStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.constrain.automaton.slots import ConstrainedCanvases
     from vllm_diffusion.head import Head
     from vllm_diffusion.head.rows import Rows
-    from vllm_diffusion.records import CanvasBatch
+    from vllm_diffusion.records import CanvasBatch, CanvasStats
 
 # Memory limit for statistics by class. Each class of a row takes at most 24 fp32 numbers. Canvases
 # of one automaton that exceed the limit together are computed in several parts.
@@ -62,7 +61,7 @@ def beliefs(
     if not automata:
         return _read(head, rows, read).reshape(num, length)
     constrained_canvases = {canvas for each in automata for canvas in each.places}
-    stats = CanvasStats.zeros(rows.hidden, self_conditioning=rows.self_conditioning)
+    stats = rows.unread()
     if others := [canvas for canvas in range(num) if canvas not in constrained_canvases]:
         free = on_device(others, rows.hidden.device)
         index = rows_of(free, length)
@@ -98,7 +97,7 @@ def _read(head: Head, rows: Rows, read: Tensor | None) -> CanvasStats:
         return head(rows)
     index = read.flatten().nonzero()[:, 0]
     if not index.numel():
-        return CanvasStats.zeros(rows.hidden, self_conditioning=rows.self_conditioning)
+        return rows.unread()
     return head(rows.take(index)).spread(index, len(rows))
 
 

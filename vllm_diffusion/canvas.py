@@ -40,7 +40,10 @@ class ConstantTable:
     def __init__(self, constants: RuleConstants, *, num_slots: int, device: torch.device) -> None:
         self._tensors: dict[str, Tensor] = {
             name: torch.full(
-                (num_slots,), getattr(constants, name), dtype=constant.dtype, device=device
+                (num_slots,),
+                constant.held(getattr(constants, name)),
+                dtype=constant.dtype,
+                device=device,
             )
             for name, constant in declared(type(constants)).items()
         }
@@ -53,8 +56,8 @@ class ConstantTable:
 
     def put(self, slot: int, constants: RuleConstants) -> None:
         """Write a slot's constants without a device sync."""
-        for name, tensor in self._tensors.items():
-            tensor[slot].fill_(getattr(constants, name))
+        for name, constant in declared(type(constants)).items():
+            self._tensors[name][slot].fill_(constant.held(getattr(constants, name)))
 
 
 class CanvasPool:

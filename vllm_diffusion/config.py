@@ -9,8 +9,9 @@ If several sources name a constant, the one listed first wins:
     diffusion_config               {"max_denoising_steps": 24}, vLLM's own
     override_generation_config     {"t_max": 0.9}, vLLM's own
     generation_config.json         of the checkpoint
+    family.published               named with its source by the family, where no file has it
 
-The last three define the published rule, ``reference``: vLLM's options describe the model, ours
+The last four define the published rule, ``reference``: vLLM's options describe the model, ours
 change what requests get. A constant that no source sets is an error and is never given a built-in
 value: engines that shipped built-in values for the same model disagree with each other. Everything
 missing or wrong is refused at start, in one message.
@@ -28,7 +29,7 @@ from vllm_diffusion.denoise.constants import (
     ServedRules,
     declared,
     formatted,
-    published,
+    required,
 )
 from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
 from vllm_diffusion.errors import CheckpointError, ConfigError
@@ -90,6 +91,7 @@ def served_rules(
     max_denoising_steps: int | None = None,
     additional: object = None,
     kind: type[RuleConstants] = EntropyBoundConstants,
+    published: Mapping[str, Any] | None = None,
 ) -> tuple[ServedRules, dict[str, str]]:
     """The decoding rules that requests may use, and where the default rule's constants come from.
 
@@ -100,6 +102,7 @@ def served_rules(
         max_denoising_steps: of vLLM's ``diffusion_config``.
         additional: ``additional_config["diffusion"]``, unchecked.
         kind: kind of the rule that the family was published with.
+        published: its constants by name that no file of a checkpoint gives, ``Family.published``.
 
     Returns:
         The rules; and, for each constant of the default rule that an option set, that option.
@@ -110,14 +113,15 @@ def served_rules(
             message lists every problem and the way out.
     """
     generation, origins, wrong = _generation(checkpoint, override or {}, max_denoising_steps, kind)
-    reference, missing = _reference(generation, kind)
+    reference, missing = _reference(generation, kind, published or {})
     preset, options, malformed_options = _options(additional, kind)
     wrong += malformed_options
+    presets = PRESETS[kind.kind]
     rules = ServedRules(
-        default=replace(reference, **{**PRESETS[preset], **options}),
+        default=replace(reference, **{**presets[preset], **options}),
         presets={
             name: replace(reference, **{**options, **constants})
-            for name, constants in PRESETS.items()
+            for name, constants in presets.items()
         }
         | {REFERENCE: reference},
     )
@@ -135,7 +139,7 @@ def served_rules(
         messages.append(f"The engine's options cannot be served: {'; '.join(wrong)}.")
     if messages:
         raise (CheckpointError if missing else ConfigError)(" ".join(messages))
-    origins |= dict.fromkeys(PRESETS[preset], f"preset {preset}")
+    origins |= dict.fromkeys(presets[preset], f"preset {preset}")
     origins |= dict.fromkeys(options, "additional_config")
     return rules, origins
 
@@ -177,7 +181,7 @@ def _generation(
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """The generation config with vLLM's options applied, their origins, and all problems."""
     constants = declared(kind)
-    keys = {name: constants[name].key or name for name in published(kind)}
+    keys = {name: constants[name].key or name for name in required(kind)}
     generation = {**checkpoint, **override}
     problems = [
         f"override_generation_config names {name}, which a generation config calls {key}"
@@ -211,11 +215,16 @@ def _generation(
 
 
 def _reference(
-    generation: Mapping[str, Any], kind: type[RuleConstants]
+    generation: Mapping[str, Any], kind: type[RuleConstants], published: Mapping[str, Any]
 ) -> tuple[RuleConstants, list[str]]:
     """The published rule of a generation config, and all problems found in it.
 
     A constant with a problem gets its least accepted value.
+
+    Args:
+        generation: the keys of the config.
+        kind: of the rule.
+        published: values of the constants that the config lacks.
     """
     constants, problems = declared(kind), []
     values: dict[str, Any] = {}
@@ -227,13 +236,13 @@ def _reference(
         else:
             got = found.get("_cls_name") if isinstance(found, dict) else found
             problems.append(f"{section} must be of class {class_name}, got {got!r}")
-    for name in published(kind):
+    for name in required(kind):
         constant = constants[name]
         section, _, key = (constant.key or name).rpartition(".")
-        values[name] = constant.least
+        values[name] = constant.stand_in
         if section and section not in sections:
             continue
-        value = (sections[section] if section else generation).get(key)
+        value = (sections[section] if section else generation).get(key, published.get(name))
         if value is None:
             problems.append(f"{key} is missing")
         elif expected := constant.expected(value):

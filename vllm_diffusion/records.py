@@ -96,9 +96,19 @@ class CanvasStats(TensorRecord):
     soft_embedding: Tensor | None
     """[B, L, H] model dtype, softmax @ embedding, scaled like an embedding; None for a model that
     is not conditioned on it."""
+    sample_prob: Tensor | None = None
+    """[B, L] fp32, probability of ``sample``; None where no rule asks."""
+    own_prob: Tensor | None = None
+    """[B, L] fp32, the same at temperature 1, nothing cut or rewritten; None where no rule asks."""
 
     @staticmethod
-    def zeros(hidden: Tensor, *, self_conditioning: bool = True) -> CanvasStats:
+    def zeros(
+        hidden: Tensor,
+        *,
+        self_conditioning: bool = True,
+        sample_prob: bool = False,
+        own_prob: bool = False,
+    ) -> CanvasStats:
         """Zeros for the rows of ``hidden`` [R, H], where nobody reads them."""
         zeros = torch.zeros(len(hidden), device=hidden.device)
         ids = zeros.long()
@@ -109,6 +119,8 @@ class CanvasStats(TensorRecord):
             top_prob=zeros,
             margin=zeros,
             soft_embedding=torch.zeros_like(hidden) if self_conditioning else None,
+            sample_prob=zeros if sample_prob else None,
+            own_prob=zeros if own_prob else None,
         )
 
     def reshape(self, *leading: int) -> CanvasStats:
@@ -205,3 +217,6 @@ class Emission:
     steps: Tensor  # [B] int64, denoising steps the committed canvas took, 0 where count is 0
     reason: Tensor  # [B] int64, StopReason of the committed canvas, anything where count is 0
     entropy: Tensor  # [B] fp32, nats, mean over its last step, anything where count is 0
+    revealed: Tensor | None = None
+    """[B, L] bool, positions of the canvas that got their token in this step, which stays; None
+    where nothing is final before the canvas is finished."""

@@ -81,6 +81,7 @@ def advance(
     slots, (num, length) = batch.slots, batch.position.shape
     temperature, noise = rule.keyed(pool, batch, None if rewrite is None else rewrite.temperature)
     soft_top_k, all_near = rule.soft_embeddings(pool, slots)
+    sample_prob, own_prob = rule.probabilities(pool)
     rows = Rows(
         hidden=hidden.reshape(num * length, -1),
         temperature=temperature,
@@ -89,6 +90,8 @@ def advance(
         soft_top_k=None if soft_top_k is None else soft_top_k.repeat_interleave(length),
         all_near=all_near,
         self_conditioning=pool.soft_embedding is not None,
+        sample_prob=sample_prob,
+        own_prob=own_prob,
     )
     read = read_rows(pool, batch)
     stats = beliefs(head, rows, num=num, read=read, automata=automata)

@@ -67,15 +67,19 @@ def test_the_table_of_constants_says_what_is_declared():
         for each in fields(kind)
         for name, constant in [(each.name, declared(kind)[each.name])]
     }
-    lines = ["| option | values | default | effect |", "|---|---|---|---|"]
+    lines = ["| option | rule | values | default | effect |", "|---|---|---|---|---|"]
     for name, (constant, default) in declarations.items():
+        kinds = [f"`{kind}`" for kind, record in KINDS.items() if name in declared(record)]
+        of = ", ".join(kinds) if len(kinds) < len(KINDS) else "every"
         values = f"{constant.least:g} to {constant.most:g}"
+        if constant.choices:
+            values = ", ".join(f"`{choice}`" for choice in constant.choices)
         if constant.off is not None:
             values = f"0, or {values}"
         if constant.unit:
             values += f" {constant.unit}"
-        given = "the checkpoint's" if default is MISSING else f"{default:g}"
-        lines.append(f"| `diffusion_{name}` | {values} | {given} | {constant.help} |")
+        given = "the model's" if default is MISSING else f"{default:g}"
+        lines.append(f"| `diffusion_{name}` | {of} | {values} | {given} | {constant.help} |")
     page = (DOCS / "options.md").read_text()
     shown = re.search(r"<!-- constants:begin -->\n(.*?)\n<!-- constants:end -->", page, re.DOTALL)
     assert shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.presets import preset_names
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ITEMS = 60
@@ -40,7 +40,7 @@ def benchmark(tmp_path, program, *arguments):
 def hard(tmp_path_factory):
     """Every rule on the same hard items: figures, table, plot."""
     folder = tmp_path_factory.mktemp("hard")
-    arms = ("reference", *BAD, *(preset for preset in PRESETS if preset != "reference"))
+    arms = ("reference", *BAD, *(preset for preset in preset_names() if preset != "reference"))
     return *quality(
         folder, arms, "--sizes", "hard", "--plot", str(folder / "p.png")
     ), folder / "p.png"
@@ -69,7 +69,7 @@ def test_known_bad_rules_lose_significantly_on_hard_items(hard):
 def test_presets_save_forwards_or_take_care(hard):
     found, table, _ = hard
     # Without the commits, which no preset changes.
-    speed = {preset: found[f"ours:{preset}.all.TPF_denoise"] for preset in PRESETS}
+    speed = {preset: found[f"ours:{preset}.all.TPF_denoise"] for preset in preset_names()}
     assert speed["gentle"] < speed["reference"] < speed["balanced"] < speed["fast"], table
     assert speed["balanced"] > 1.05 * speed["reference"], table
     for preset, granted in {"gentle": 0, "balanced": 0, "fast": 2}.items():

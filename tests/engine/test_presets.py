@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CANVAS = 32
+BY_NAME = PRESETS["entropy_bound"]
 PROMPT = [300, 17, 44, 300, 90, 21]
 
 # `fast` is laid over these; a request that names a preset is not denoised by `fast`.
@@ -32,7 +33,7 @@ ENGINE_WIDE: dict[str, Any] = {
     "override_generation_config": {"t_max": 0.9, "temperature": 0.0, "max_new_tokens": 11},
 }
 # What the same means to an engine without options, as far as its requests may say it.
-IN_WORDS = {"max_steps": 9, "t_max": 0.9, "stability_threshold": 1, **PRESETS["fast"]}
+IN_WORDS = {"max_steps": 9, "t_max": 0.9, "stability_threshold": 1, **BY_NAME["fast"]}
 
 
 def options(**values: Any) -> dict[str, Any]:
@@ -75,11 +76,11 @@ def test_a_preset_is_the_options_that_it_stands_for(engine: Callable[..., LLM]) 
     llm = engine()
     (plain,) = answers(llm, {})
     assert answers(llm, options(preset=REFERENCE)) == [plain]
-    for name, constants in PRESETS.items():
+    for name, constants in BY_NAME.items():
         assert answers(llm, options(preset=name)) == answers(llm, options(**constants))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_the_rule_of_a_preset_reaches_the_slot_that_it_is_served_in(
     engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -97,7 +98,7 @@ def test_the_rule_of_a_preset_reaches_the_slot_that_it_is_served_in(
     }
     rule = asdict(state.rules.presets[name])
     assert held == pytest.approx({constant: rule[constant] for constant in held})
-    assert rule == asdict(state.rules.default) | PRESETS[name]
+    assert rule == asdict(state.rules.default) | BY_NAME[name]
 
 
 def test_a_preset_changes_the_steps_of_its_request_and_nothing_of_its_neighbours(

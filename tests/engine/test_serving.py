@@ -320,10 +320,12 @@ def test_the_options_of_vllm_serve_reach_the_rule_and_the_log_says_so(
         stability_threshold=1,
     )
     assert rules.presets["reference"] == published
-    assert rules.default == replace(published, **PRESETS["balanced"], stability_threshold=2)
+    assert rules.default == replace(
+        published, **PRESETS["entropy_bound"]["balanced"], stability_threshold=2
+    )
     (line,) = said_by_serving
     assert "max_steps=24 (diffusion_config), t_min=0.4, t_max=0.9 (override_gen" in line
-    for name in PRESETS["balanced"]:
+    for name in PRESETS["entropy_bound"]["balanced"]:
         assert f"{name}={getattr(rules.default, name)} (preset balanced)" in line
     assert "stability_threshold=2 (additional_config)" in line
     assert carriers.served(config.model_config.hf_config).head_memory_mb == 64

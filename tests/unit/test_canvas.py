@@ -9,8 +9,13 @@ import torch
 from helpers.cases import for_each
 from torch import Tensor
 
-from vllm_diffusion.canvas import CanvasPool
-from vllm_diffusion.denoise.constants import EntropyBoundConstants, declared
+from vllm_diffusion.canvas import CanvasPool, ConstantTable
+from vllm_diffusion.denoise.constants import (
+    REVEAL_BY,
+    EntropyBoundConstants,
+    RevealConstants,
+    declared,
+)
 from vllm_diffusion.denoise.noise import AbsorbingNoise
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.denoise.rng import split_seed
@@ -163,6 +168,15 @@ def test_admit_takes_the_rule_of_the_request_and_forgets_the_last_owners() -> No
             for name in declared(EntropyBoundConstants)
         }
         assert held == pytest.approx({name: float(getattr(rule, name)) for name in held})
+
+
+def test_the_pool_holds_the_place_of_a_name() -> None:
+    rule = RevealConstants(max_steps=4, reveal_threshold=0.9, reveal_by="margin")
+    table = ConstantTable(rule, num_slots=3, device=torch.device("cpu"))
+    assert table.reveal_by.dtype == torch.int64
+    table.put(1, replace(rule, reveal_by="drawn", reveal_threshold=0.5))
+    assert [REVEAL_BY[place] for place in table.reveal_by.tolist()] == ["margin", "drawn", "margin"]
+    assert table.reveal_threshold.tolist() == pytest.approx([0.9, 0.5, 0.9])
 
 
 def test_a_pool_remembers_more_steps_than_its_own_rule_asks_for() -> None:

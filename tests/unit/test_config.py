@@ -19,8 +19,12 @@ from vllm_diffusion.config import (
     head_weights,
     served_rules,
 )
-from vllm_diffusion.denoise.constants import EntropyBoundConstants, ServedRules
-from vllm_diffusion.denoise.presets import PRESETS, REFERENCE
+from vllm_diffusion.denoise.constants import (
+    EntropyBoundConstants,
+    RevealConstants,
+    ServedRules,
+)
+from vllm_diffusion.denoise.presets import PRESETS, REFERENCE, preset_names
 from vllm_diffusion.errors import CheckpointError, ConfigError
 from vllm_diffusion.family import Family, Text
 from vllm_diffusion.head.output_copy import HEAD_FORMS
@@ -204,8 +208,12 @@ OPTIONAL = list(PLACES)[1:]
 def test_of_all_that_name_a_constant_the_strongest_wins(
     named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(PRESETS, "served", {"max_steps": PLACES["preset of additional_config"]})
-    monkeypatch.setitem(PRESETS, "asked", {"max_steps": PLACES["preset of the request"]})
+    monkeypatch.setitem(
+        PRESETS["entropy_bound"], "served", {"max_steps": PLACES["preset of additional_config"]}
+    )
+    monkeypatch.setitem(
+        PRESETS["entropy_bound"], "asked", {"max_steps": PLACES["preset of the request"]}
+    )
     additional = {}
     if "preset of additional_config" in named:
         additional["preset"] = "served"
@@ -235,8 +243,8 @@ def test_of_all_that_name_a_constant_the_strongest_wins(
 
 
 def test_the_preset_of_a_request_stands_in_for_the_engines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(PRESETS, "served", {"t_max": 0.7, "max_steps": 9})
-    monkeypatch.setitem(PRESETS, "asked", {"max_steps": 5})
+    monkeypatch.setitem(PRESETS["entropy_bound"], "served", {"t_max": 0.7, "max_steps": 9})
+    monkeypatch.setitem(PRESETS["entropy_bound"], "asked", {"max_steps": 5})
     rules = rules_of(additional={"preset": "served", "entropy_bound": 0.2})
     assert rules.default == replace(PUBLISHED, t_max=0.7, max_steps=9, entropy_bound=0.2)
     # Nothing of the engine's preset is left; what the engine names itself is.
@@ -285,7 +293,7 @@ def test_the_engine_remembers_enough_for_every_rule_that_can_be_asked_for(
     assert rules_of(additional={"stability_threshold": 4}).remembered == 4
     # The checkpoint's own number stays in reach.
     assert rules_of(additional={"stability_threshold": 0}).remembered == 1
-    monkeypatch.setitem(PRESETS, "patient", {"stability_threshold": 3})
+    monkeypatch.setitem(PRESETS["entropy_bound"], "patient", {"stability_threshold": 3})
     assert rules_of().remembered == 3
 
 
@@ -353,8 +361,8 @@ def test_whether_commits_are_fused_is_no_constant_of_the_rule(
     ("additional", "problem"),
     [
         ("fast", "additional_config[\"diffusion\"] must be an object, got 'fast'"),
-        ({"preset": "quick"}, f"preset must be one of {', '.join(PRESETS)}, got 'quick'"),
-        ({"preset": None}, f"preset must be one of {', '.join(PRESETS)}, got None"),
+        ({"preset": "quick"}, f"preset must be one of {', '.join(preset_names())}, got 'quick'"),
+        ({"preset": None}, f"preset must be one of {', '.join(preset_names())}, got None"),
         ({"preset": ["fast"]}, "got ['fast']"),
         ({"steps": 3}, "has no 'steps'; accepted: preset, max_steps, t_min, t_max"),
         ({"canvas_length": 32}, "names canvas_length, which --diffusion-config sets"),
@@ -395,6 +403,68 @@ def test_engine_options_that_make_no_sense(additional: object, problem: str):
 )
 def test_overrides_that_would_do_nothing(override: dict[str, Any], problem: str):
     assert problem in refusal_of(override=override)
+
+
+PUBLISHED_REVEAL = {"max_steps": 4, "reveal_threshold": 0.85, "reveal_by": "drawn"}
+
+
+def reveal_rules(generation: dict[str, Any] | None = None, **options: Any) -> ServedRules:
+    options = {"published": PUBLISHED_REVEAL, **options}
+    return served_rules(generation or {}, source="x", kind=RevealConstants, **options)[0]
+
+
+def test_a_family_names_what_no_file_of_its_checkpoints_says():
+    rules, origins = served_rules(
+        {"eos_token_id": 3}, source="x", kind=RevealConstants, published=PUBLISHED_REVEAL
+    )
+    assert rules.default == rules.presets[REFERENCE] == RevealConstants(**PUBLISHED_REVEAL)
+    assert origins == {}
+    assert rules.presets["fast"] == RevealConstants(
+        max_steps=4, reveal_threshold=0.7, reveal_by="model"
+    )
+    read = ServedRules.from_dict(json.loads(json.dumps(rules.to_dict())))
+    assert read == rules
+
+
+def test_everything_else_wins_over_what_a_family_names():
+    said = {"max_denoising_steps": 8, "reveal_by": "margin"}
+    assert reveal_rules(said).default == RevealConstants(
+        max_steps=8, reveal_threshold=0.85, reveal_by="margin"
+    )
+    assert reveal_rules(said, override={"reveal_by": "model"}).default.reveal_by == "model"
+    assert reveal_rules(said, max_denoising_steps=3).default.max_steps == 3
+    ours = {"preset": "balanced", "max_steps": 9}
+    served = reveal_rules(said, additional=ours)
+    assert served.default == RevealConstants(max_steps=9, reveal_threshold=0.9, reveal_by="model")
+    assert served.presets[REFERENCE].max_steps == 8
+
+
+def test_what_neither_checkpoint_nor_family_says_is_missing():
+    with pytest.raises(CheckpointError) as caught:
+        reveal_rules(published={"max_steps": 4, "reveal_by": "luck"})
+    assert "reveal_threshold is missing" in str(caught.value)
+    assert "reveal_by must be one of drawn, model, entropy" in str(caught.value)
+
+
+def test_options_of_another_rule_are_refused():
+    with pytest.raises(ConfigError) as caught:
+        reveal_rules(additional={"t_max": 0.5, "reveal_by": "first"})
+    assert "has no 't_max'; accepted: preset, max_steps, reveal_threshold" in str(caught.value)
+    assert "reveal_by must be one of drawn, model, entropy, margin" in str(caught.value)
+
+
+def test_a_threshold_needs_a_probability():
+    with pytest.raises(ConfigError) as caught:
+        reveal_rules(additional={"reveal_by": "entropy"})
+    assert "reveal_threshold (0.85) needs reveal_by to be one of drawn, model" in str(caught.value)
+    assert reveal_rules(additional={"reveal_by": "random", "reveal_threshold": 0}).default
+    # The presets stay in reach: they name the confidence that they are about.
+    assert reveal_rules(additional={"reveal_by": "leftmost", "reveal_threshold": 0}).presets["fast"]
+
+
+@for_each(kind=PRESETS)
+def test_every_kind_of_rule_has_the_same_presets(kind: str):
+    assert tuple(PRESETS[kind]) == preset_names()
 
 
 def test_one_message_names_what_is_wrong_in_every_place():

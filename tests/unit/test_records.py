@@ -34,6 +34,8 @@ def numbered_stats(rows: int, first: int = 0) -> CanvasStats:
         top_prob=line + 0.5,
         margin=line + 0.75,
         soft_embedding=line[:, None] * 10.0 + torch.arange(3),
+        sample_prob=line + 0.125,
+        own_prob=line + 0.375,
     )
 
 
@@ -73,6 +75,17 @@ def test_none_stays_none() -> None:
     for each in made:
         assert each.margin is None
         assert each.entropy is not None
+
+
+def test_zeros_have_the_statistics_that_are_asked_for() -> None:
+    hidden = torch.ones(3, 2)
+    plain = CanvasStats.zeros(hidden)
+    assert plain.sample_prob is plain.own_prob is None
+    asked = CanvasStats.zeros(hidden, sample_prob=True, own_prob=True)
+    assert asked.sample_prob.tolist() == asked.own_prob.tolist() == [0.0] * 3
+    asked.where(torch.ones(3, dtype=torch.bool), asked).replaced(
+        torch.tensor([1]), asked.take(torch.tensor([2]))
+    )
 
 
 def test_reshape_keeps_rows_together() -> None:

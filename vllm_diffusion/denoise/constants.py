@@ -46,16 +46,30 @@ class Constant:
     """Dotted name in a generation config; None if no checkpoint gives it."""
     exact: bool = False
     """The pool holds it in fp64."""
+    choices: tuple[str, ...] = ()
+    """Its values, where it is one of several names; the pool holds the place of a name here."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the pool's tensor."""
-        if self.integral:
+        if self.integral or self.choices:
             return torch.int64
         return torch.float64 if self.exact else torch.float32
 
+    @property
+    def stand_in(self) -> float | str:
+        """An accepted value, for where none is given."""
+        return self.choices[0] if self.choices else self.least
+
+    def held(self, value: float | str) -> float:
+        """An accepted value as the pool holds it."""
+        return self.choices.index(value) if isinstance(value, str) else value
+
     def expected(self, value: object) -> str | None:
         """What a rejected value should have been; None if the value is accepted."""
+        if self.choices:
+            fits = isinstance(value, str) and value in self.choices
+            return None if fits else f"one of {', '.join(self.choices)}"
         number = isinstance(value, int if self.integral else int | float)
         if not number or isinstance(value, bool):
             return self._accepted()
@@ -76,8 +90,8 @@ class Constant:
         return f"a finite number of at least {self.least:g}{reason}"
 
 
-def declare(constant: Constant, *, default: float | None = None) -> Any:  # noqa: ANN401 - a field
-    """A dataclass field for a constant; without a default the checkpoint must provide it."""
+def declare(constant: Constant, *, default: float | str | None = None) -> Any:  # noqa: ANN401 - a field
+    """A dataclass field for a constant; without a default checkpoint or family must give it."""
     given: Any = MISSING if default is None else default
     return field(default=given, metadata={Constant.__name__: constant})
 
@@ -96,7 +110,7 @@ class RuleConstants:
 
     max_steps: int = declare(
         Constant(
-            help="The most denoising steps a canvas may take; the temperature ramp follows it.",
+            help="The most denoising steps a canvas may take; the rule's schedule follows it.",
             unit="steps",
             integral=True,
             least=1,
@@ -208,8 +222,46 @@ class EntropyBoundConstants(RuleConstants):
         return [f"{high} must not be below {low}{served}"]
 
 
+REVEAL_BY: Final = ("drawn", "model", "entropy", "margin", "random", "leftmost")
+"""What makes a position sure, see ``denoise.score``."""
+
+PROBABILITIES: Final = ("drawn", "model", "margin")
+"""Those of them that lie between 0 and 1, which a threshold is about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevealConstants(RuleConstants):
+    """Constants of ``rules.reveal``: the published rule of families with a mask token."""
+
+    kind: ClassVar[str] = "reveal"
+
+    reveal_threshold: float = declare(
+        Constant(
+            help="Confidence above which every open position is revealed; 0: the schedule alone.",
+        )
+    )
+    reveal_by: str = declare(
+        Constant(
+            help="Confidence of a position: probability of its token as drawn or as the model "
+            "gives it, low entropy, margin, none (random), or its place.",
+            choices=REVEAL_BY,
+        )
+    )
+
+    def incoherent(self, *, beside: RuleConstants | None = None, prefix: str = "") -> list[str]:
+        """A threshold needs a confidence that is a probability, or a difference of two."""
+        if self.reveal_threshold == 0 or self.reveal_by in PROBABILITIES:
+            return []
+        served = ""
+        if isinstance(beside, RevealConstants):
+            served = f"; served are {beside.reveal_threshold:g} and {beside.reveal_by}"
+        threshold = f"{prefix}reveal_threshold ({self.reveal_threshold:g})"
+        needs = f"{prefix}reveal_by to be one of {', '.join(PROBABILITIES)}"
+        return [f"{threshold} needs {needs}, got {self.reveal_by}{served}"]
+
+
 KINDS: Final[Mapping[str, type[RuleConstants]]] = {
-    constants.kind: constants for constants in (EntropyBoundConstants,)
+    constants.kind: constants for constants in (EntropyBoundConstants, RevealConstants)
 }
 """Every kind of rule by its name."""
 
@@ -219,8 +271,8 @@ def declared(kind: type[RuleConstants]) -> dict[str, Constant]:
     return {each.name: each.metadata[Constant.__name__] for each in fields(kind)}
 
 
-def published(kind: type[RuleConstants]) -> tuple[str, ...]:
-    """Names of the constants that a checkpoint must provide."""
+def required(kind: type[RuleConstants]) -> tuple[str, ...]:
+    """Names of the constants that a checkpoint, or else its family, must give."""
     return tuple(each.name for each in fields(kind) if each.default is MISSING)
 
 

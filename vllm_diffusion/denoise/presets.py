@@ -1,7 +1,8 @@
 """Presets: named sets of rule constants.
 
 A preset sets the constants that it names; the others come from the sources below it, see
-``config``. To add one, add a row, measure it on hard items and keep it only if it pays there:
+``config``. The names are the same for every kind of rule. To add one, add a row for every kind,
+measure it on hard items and keep it only if it pays there:
 
     benchmarks/quality.py --preset reference --preset NAME --sizes hard
 """
@@ -16,10 +17,25 @@ if TYPE_CHECKING:
 REFERENCE: Final = "reference"
 """All constants as published; the default."""
 
-PRESETS: Final[dict[str, Mapping[str, Any]]] = {
-    REFERENCE: {},
-    "balanced": {"entropy_bound": 0.05, "hold_threshold": 0.8, "doubt_threshold": 0.15},
-    "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
-    "gentle": {"entropy_bound": 0.03},
+PRESETS: Final[dict[str, dict[str, Mapping[str, Any]]]] = {
+    "entropy_bound": {
+        REFERENCE: {},
+        "balanced": {"entropy_bound": 0.05, "hold_threshold": 0.8, "doubt_threshold": 0.15},
+        "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
+        "gentle": {"entropy_bound": 0.03},
+    },
+    # Starting points, which no benchmark has judged yet. They name the confidence that does not
+    # change with a request's temperature and cuts.
+    "reveal": {
+        REFERENCE: {},
+        "balanced": {"reveal_threshold": 0.9, "reveal_by": "model"},
+        "fast": {"reveal_threshold": 0.7, "reveal_by": "model"},
+        "gentle": {"reveal_threshold": 0.0},
+    },
 }
-"""Name -> constants of ``entropy_bound`` and their values."""
+"""Kind of rule -> name -> constants and their values."""
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of all presets."""
+    return tuple(dict.fromkeys(name for presets in PRESETS.values() for name in presets))

@@ -35,11 +35,13 @@ class ReferenceHead:
     """``logits`` and ``soft_embedding`` come from the model; the arithmetic between is here."""
 
     logits: Callable[[Tensor], Tensor]
-    """[R, H] hidden -> [R, V] fp32 logits, softcap applied."""
+    """[R, H] hidden -> [R, V] fp32 logits, softcap applied; changed in place if ids are banned."""
     soft_embedding: Callable[[Tensor], Tensor]
     """[R, V] fp32 probabilities -> [R, H], probabilities @ embedding, scaled like an embedding."""
     max_rows: int
     """Rows whose [rows, V] fp32 tensors may exist at once."""
+    banned: tuple[int, ...] = ()
+    """Ids that no text may hold: their logits count as -inf before everything else."""
 
     def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
@@ -52,7 +54,7 @@ class ReferenceHead:
         stats, classes = [], []
         for part in rows.chunks(self.max_rows):
             stats.append(self._rows(part))
-            logits = self.logits(part.hidden)
+            logits = self._own(part.hidden)
             classes.append(class_statistics(logits, part, class_of, num_classes))
         return CanvasStats.concatenate(stats), ClassStats.concatenate(classes)
 
@@ -79,7 +81,7 @@ class ReferenceHead:
         parts = []
         pieces = torch.split(hidden, self.max_rows), torch.split(tokens[:, None], self.max_rows)
         for states, chosen in zip(*pieces, strict=True):
-            logits = self.logits(states)
+            logits = self._own(states)
             if ids is None:
                 beside = logits.topk(logits.shape[-1] if count < 0 else count, dim=-1).indices
             else:
@@ -94,17 +96,32 @@ class ReferenceHead:
             parts.append(TokenScores(ids=listed, values=values, ranks=ranks))
         return TokenScores.concatenate(parts)
 
+    def _own(self, hidden: Tensor) -> Tensor:
+        """[R, V], the model's logits, its banned ids left out."""
+        logits = self.logits(hidden)
+        for token in self.banned:
+            logits[:, token] = -torch.inf
+        return logits
+
     def _rewritten(self, rows: Rows) -> Tensor:
-        logits = self.logits(rows.hidden)
-        return logits if rows.rewrite is None else rewrite_logits(logits, rows.rewrite)
+        return _rewritten(self._own(rows.hidden), rows)
 
     def _rows(self, rows: Rows) -> CanvasStats:
-        return row_statistics(
-            self._rewritten(rows),
+        own = self._own(rows.hidden)
+        stats = row_statistics(
+            _rewritten(own, rows),
             rows,
             draw=lambda prob: sample_rows(prob, rows.noise),
             soft_embedding=self.soft_embedding,
         )
+        if not rows.own_prob:
+            return stats
+        log_prob = own.gather(-1, stats.sample[:, None])[:, 0] - own.logsumexp(dim=-1)
+        return replace(stats, own_prob=log_prob.exp())
+
+
+def _rewritten(logits: Tensor, rows: Rows) -> Tensor:
+    return logits if rows.rewrite is None else rewrite_logits(logits, rows.rewrite)
 
 
 def row_statistics(
@@ -137,13 +154,16 @@ def row_statistics(
     soft = None
     if rows.self_conditioning:
         soft = soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k))
+    if rewrite is not None:
+        sample = kept_token(argmax, sample, rewrite)
     return CanvasStats(
         argmax=argmax,
-        sample=sample if rewrite is None else kept_token(argmax, sample, rewrite),
+        sample=sample,
         entropy=entropy,
         top_prob=top[:, 0],
         margin=top[:, 0] - second,
         soft_embedding=soft,
+        sample_prob=prob.gather(-1, sample[:, None])[:, 0] if rows.sample_prob else None,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_diffusion.records import CanvasStats
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,6 +39,9 @@ class Rows:
     self_conditioning: bool = True
     """The model is conditioned on soft embeddings. If not, none is computed: the statistics have
     None in their place, and the second product is skipped on every device."""
+    sample_prob: bool = False
+    own_prob: bool = False
+    """Some rule reads this statistic, see ``CanvasStats``."""
 
     def __len__(self) -> int:
         """R."""
@@ -52,6 +57,17 @@ class Rows:
             soft_top_k=None if self.soft_top_k is None else self.soft_top_k[index],
             all_near=self.all_near,
             self_conditioning=self.self_conditioning,
+            sample_prob=self.sample_prob,
+            own_prob=self.own_prob,
+        )
+
+    def unread(self) -> CanvasStats:
+        """Zeros in place of the statistics of all rows, where nobody reads them."""
+        return CanvasStats.zeros(
+            self.hidden,
+            self_conditioning=self.self_conditioning,
+            sample_prob=self.sample_prob,
+            own_prob=self.own_prob,
         )
 
     def chunks(self, at_once: int) -> Iterator[Rows]:

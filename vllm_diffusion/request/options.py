@@ -10,8 +10,8 @@ import reprlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.denoise.constants import CONSTANTS, RuleConstants, ServedRules
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.constants import CONSTANTS, RuleConstants, ServedRules, declared
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.request.text import TEXT_OPTIONS, TEXTS, CanvasText, malformed_text
 
 if TYPE_CHECKING:
@@ -58,14 +58,34 @@ OPTIONS: Final = {
 """Names of the options as a client writes them, and of the fields they set."""
 
 
+def foreign_constants(params: DiffusionParams, served: ServedRules) -> list[str]:
+    """What is wrong with a request that names constants of a rule other than the served one."""
+    own = declared(type(served.default))
+    if not (foreign := [f"{PREFIX}{name}" for name in params.constants if name not in own]):
+        return []
+    rule, accepted = served.default.kind, ", ".join(f"{PREFIX}{name}" for name in own)
+    of = f"not of this model's decoding rule, {rule}, which has {accepted}"
+    return [f"{', '.join(foreign)}: {of}"]
+
+
 def requested_rule(params: DiffusionParams, served: ServedRules) -> RuleConstants:
-    """The rule a request is denoised by: what it names, then its preset, then the served values."""
+    """The rule a request is denoised by: what it names, then its preset, then the served values.
+
+    Its constants are of the served kind, see ``foreign_constants``.
+    """
     base = served.default if params.preset is None else served.presets[params.preset]
     return replace(base, **params.constants)
 
 
-def read_options(extra: Mapping[str, Any]) -> tuple[DiffusionParams, list[str]]:
-    """The well-formed options among ``extra``, and what is wrong with the others."""
+def read_options(
+    extra: Mapping[str, Any], served: ServedRules | None = None
+) -> tuple[DiffusionParams, list[str]]:
+    """The well-formed options among ``extra``, and what is wrong with the others.
+
+    Args:
+        extra: what a client sent.
+        served: the rules of the engine; None names the options of all kinds of rules.
+    """
     fields: dict[str, Any] = {}
     texts: dict[str, Any] = {}
     constants: dict[str, Any] = {}
@@ -75,7 +95,7 @@ def read_options(extra: Mapping[str, Any]) -> tuple[DiffusionParams, list[str]]:
             continue
         field = OPTIONS.get(name)
         if field is None:
-            problems.append(f"unknown option {name!r}; accepted: {', '.join(OPTIONS)}")
+            problems.append(f"unknown option {name!r}; accepted: {', '.join(_accepted(served))}")
         elif wrong := malformed(field, value):
             problems.append(f"{name} must be {wrong}, got {reprlib.repr(value)}")
         elif field in TEXTS:
@@ -93,11 +113,17 @@ def read_options(extra: Mapping[str, Any]) -> tuple[DiffusionParams, list[str]]:
     return DiffusionParams(**fields), problems
 
 
+def _accepted(served: ServedRules | None) -> list[str]:
+    """Names of the options that an engine accepts."""
+    own = CONSTANTS if served is None else declared(type(served.default))
+    return [name for name, field in OPTIONS.items() if field not in CONSTANTS or field in own]
+
+
 def malformed(field: str, value: Any) -> str | None:  # noqa: ANN401 - whatever a client sent
     """What the value of an option must be, if it is something else."""
     if field == "preset":
-        known = isinstance(value, str) and value in PRESETS
-        return None if known else f"one of {', '.join(PRESETS)}"
+        known = isinstance(value, str) and value in preset_names()
+        return None if known else f"one of {', '.join(preset_names())}"
     if field in CONSTANTS:
         return CONSTANTS[field].expected(value)
     if field == "canvas_length":

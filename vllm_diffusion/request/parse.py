@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.constants import LARGEST, SMALLEST, ServedRules
 from vllm_diffusion.errors import ParamsError
-from vllm_diffusion.request.options import PREFIX, DiffusionParams, read_options, requested_rule
+from vllm_diffusion.request.options import (
+    PREFIX,
+    DiffusionParams,
+    foreign_constants,
+    read_options,
+    requested_rule,
+)
 from vllm_diffusion.request.text import CanvasText, text_contradictions
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ def parse_params(
             f"not supported by this diffusion model yet: {', '.join(unsupported)} "
             "(leave them at their defaults)"
         )
-    params, wrong = read_options(sampling.extra_args or {})
+    params, wrong = read_options(sampling.extra_args or {}, rules)
     problems += wrong
     problems += _against_served(params, canvas_length, vocab_size, rules)
     problems += _contradictions(sampling, params)
@@ -93,6 +99,8 @@ def _against_served(
         )
     if rules is None:
         return problems
+    if foreign := foreign_constants(params, rules):
+        return problems + foreign
     rule = requested_rule(params, rules)
     if rule.remembered > rules.remembered:
         problems.append(

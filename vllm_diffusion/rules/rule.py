@@ -3,6 +3,7 @@
     noise            tokens of a new canvas and of rejected positions
     temperature      the schedule
     soft_embeddings  how much of the costliest statistic it needs
+    probabilities    which of the statistics it needs that few rules do
     decide           which positions are accepted or revealed, the next input, whether a canvas is
                      finished, and what it then commits
 
@@ -71,3 +72,7 @@ class Rule(ABC):
             canvases. And whether every request in the pool asks for a limited number.
         """
         return None, False
+
+    def probabilities(self, pool: CanvasPool) -> tuple[bool, bool]:  # noqa: ARG002
+        """Whether some request in the pool needs ``sample_prob``, and ``own_prob``."""
+        return False, False

@@ -45,20 +45,23 @@ def format_arm(options: Mapping[str, Any]) -> str:
     """Options of a request in the form that ``parse_arm`` reads; a preset by its bare name."""
     parts = {name.removeprefix(PREFIX): value for name, value in options.items()}
     preset = parts.pop("preset", None)
-    constants = ",".join(f"{name}={value:g}" for name, value in parts.items())
+    constants = ",".join(
+        f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+        for name, value in parts.items()
+    )
     return ",".join(part for part in (preset, constants) if part)
 
 
 def neighbours(options: Mapping[str, Any], rule: RuleConstants) -> Iterator[dict[str, Any]]:
-    """Every rule with one constant halved or doubled.
+    """Every rule with one constant halved or doubled, or with another of its choices.
 
     Args:
         options: the arm.
         rule: its constants as served. Constants that are 0 are off and stay off.
     """
     for name, value in asdict(rule).items():
-        for factor in _FACTORS:
-            changed = type(value)(value * factor)
+        scaled = [] if isinstance(value, str) else [type(value)(value * f) for f in _FACTORS]
+        for changed in (*scaled, *CONSTANTS[name].choices):
             if changed == value or malformed(name, changed) is not None:
                 continue
             if replace(rule, **{name: changed}).incoherent():

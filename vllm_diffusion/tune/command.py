@@ -109,7 +109,7 @@ def _read(
     options: argparse.Namespace,
 ) -> tuple[list[TaskItem], Verifier, list[dict[str, Any]]]:
     """Items, verifier and arms; checks everything that can be checked without an engine."""
-    from vllm_diffusion.denoise.presets import PRESETS
+    from vllm_diffusion.denoise.presets import preset_names
     from vllm_diffusion.tune.arms import parse_arm
     from vllm_diffusion.tune.items import load_items, load_verifier
 
@@ -126,7 +126,7 @@ def _read(
             f"{_SEARCHABLE}, got {len(items)}"
         )
     verifier = load_verifier(options.verifier)
-    return items, verifier, [parse_arm(text) for text in options.arm or PRESETS]
+    return items, verifier, [parse_arm(text) for text in options.arm or preset_names()]
 
 
 def _tune(

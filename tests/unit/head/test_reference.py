@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from helpers.cases import for_each
 from torch import Tensor
 
+from vllm_diffusion.constrain.logits import rewrite_logits
+from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_rows
@@ -30,7 +32,9 @@ def make_inputs(seed: int = 0) -> tuple[Tensor, Rows]:
         position=torch.arange(ROWS),
         step=torch.arange(ROWS) % 5,
     )
-    return embedding, Rows(hidden=hidden, temperature=temperature, noise=noise)
+    return embedding, Rows(
+        hidden=hidden, temperature=temperature, noise=noise, sample_prob=True, own_prob=True
+    )
 
 
 def rows_of(logits: Tensor, temperature: float = 1.0) -> Rows:
@@ -68,6 +72,61 @@ def test_statistics_equal_fp64(seed: int) -> None:
     assert_near(stats.margin, top[:, 0] - top[:, 1], 2e-5)
     assert_near(stats.soft_embedding, prob @ embedding.double() * SCALE, 3e-4)
     assert torch.equal(stats.sample, sample_rows(prob.float(), rows.noise))
+    drawn = stats.sample[:, None]
+    assert_near(stats.sample_prob, prob.gather(1, drawn)[:, 0], 2e-5)
+    assert_near(stats.own_prob, logits.softmax(-1).gather(1, drawn)[:, 0], 2e-5)
+
+
+def test_nobody_pays_for_what_no_rule_reads() -> None:
+    embedding, rows = make_inputs()
+    stats = make_head(embedding)(replace(rows, sample_prob=False, own_prob=False))
+    assert stats.sample_prob is stats.own_prob is None
+
+
+def test_the_own_probability_knows_of_no_wish() -> None:
+    embedding, rows = make_inputs(4)
+    greedy = torch.tensor([True, False, False])
+    canvas = torch.arange(ROWS) * 3 // ROWS
+    allowed = torch.tensor([[-1] * 3, [-1] * 3, [5, 9, 650]])
+    bias = torch.tensor([[7], [0], [9]]), torch.tensor([[4.0], [0.0], [-2.0]])
+    cut = Truncation(
+        min_p=torch.zeros(3),
+        top_k=torch.tensor([VOCAB, 4, VOCAB]),
+        top_p=torch.ones(3),
+        sorts=True,
+    )
+    rewrite = Rewrite(canvas=canvas, greedy=greedy, allowed=allowed, bias=bias, truncation=cut)
+    stats = make_head(embedding)(replace(rows, rewrite=rewrite))
+    logits = SOFTCAP * torch.tanh(rows.hidden.double() @ embedding.double().T / SOFTCAP)
+    drawn = stats.sample[:, None]
+    assert_near(stats.own_prob, logits.softmax(-1).gather(1, drawn)[:, 0], 2e-5)
+    assert torch.equal(stats.sample[canvas == 0], stats.argmax[canvas == 0])
+    assert torch.equal(stats.sample_prob[canvas == 0], stats.top_prob[canvas == 0])
+    wished = rewrite_logits(logits, rewrite) / rows.temperature.double()[:, None]
+    kept = wished.where(wished >= wished.topk(4).values[:, 3:], -torch.inf)
+    wished = torch.where((canvas == 1)[:, None], kept, wished)
+    assert_near(stats.sample_prob, wished.softmax(-1).gather(1, drawn)[:, 0], 2e-5)
+
+
+def test_banned_ids_do_not_exist() -> None:
+    embedding, rows = make_inputs(5)
+    logits = SOFTCAP * torch.tanh(rows.hidden.double() @ embedding.double().T / SOFTCAP)
+    banned = tuple(logits.argmax(-1).unique().tolist())
+    head = replace(make_head(embedding), banned=banned)
+    stats = head(rows)
+    logits[:, list(banned)] = -torch.inf
+    assert torch.equal(stats.argmax, logits.argmax(-1))
+    drawn = stats.sample[:, None]
+    assert not set(stats.sample.tolist()) & set(banned)
+    assert_near(stats.own_prob, logits.softmax(-1).gather(1, drawn)[:, 0], 2e-5)
+    scores = head.scores(rows.hidden, stats.argmax, count=3)
+    assert_near(scores.values, logits.log_softmax(-1).gather(1, scores.ids), 2e-5)
+    assert scores.ranks.tolist() == [1] * ROWS
+    assert not set(head.candidates(rows, 5).flatten().tolist()) & set(banned)
+    class_of = torch.zeros(VOCAB, dtype=torch.int32)
+    class_of[list(banned)] = 1
+    _, classes = head.by_class(rows, class_of=class_of, num_classes=2)
+    assert classes.log_mass[:, 1].tolist() == [-torch.inf] * ROWS
 
 
 def assert_near(ours: Tensor, truth: Tensor, tolerance: float) -> None:

@@ -9,8 +9,8 @@ import pytest
 from helpers.cases import for_each
 from helpers.sampling import CONSTRAINT, FAST, RULE, RULES, Sampling
 
-from vllm_diffusion.denoise.constants import MAX_STEPS
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.constants import MAX_STEPS, RevealConstants, ServedRules
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.request.options import DiffusionParams, read_options, requested_rule
 from vllm_diffusion.request.parse import parse_params
@@ -19,6 +19,8 @@ REFUSED: dict[str, Any] = {
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [1],
 }
+
+REVEAL = RevealConstants(max_steps=4, reveal_threshold=0.85, reveal_by="drawn")
 
 OPTIONS = (
     "diffusion_preset, "
@@ -208,7 +210,7 @@ def test_nothing_is_divided_by_next_to_nothing(value: float):
         ({"diffusion_soft_embedding_top_k": True}, "an integer from 8 to 64, got True"),
         ({"diffusion_t_min": 0.9}, "diffusion_t_max (0.8) must not be below diffusion_t_min (0.9)"),
         ({"diffusion_preset": "fast", "diffusion_t_min": 0.7}, "diffusion_t_max (0.6) must not be"),
-        ({"diffusion_preset": "quick"}, f"one of {', '.join(PRESETS)}, got 'quick'"),
+        ({"diffusion_preset": "quick"}, f"one of {', '.join(preset_names())}, got 'quick'"),
         ({"diffusion_preset": 1}, "got 1"),
         ({"diffusion_preset": ["fast"]}, "got ['fast']"),
         ({"diffusion_t_max": 0.3}, "diffusion_t_max (0.3) must not be below diffusion_t_min (0.4)"),
@@ -235,6 +237,47 @@ def test_nothing_is_divided_by_next_to_nothing(value: float):
 )
 def test_options_that_cannot_be_honoured(extra: dict[str, Any], problem: str):
     assert problem in message_of(Sampling(extra_args=extra))
+
+
+def test_constants_of_another_rule_are_refused_by_its_name():
+    extra = {"diffusion_reveal_by": "margin", "diffusion_max_steps": 3, "diffusion_t_min": 0.9}
+    message = message_of(Sampling(extra_args=extra))
+    assert "diffusion_reveal_by: not of this model's decoding rule, entropy_bound" in message
+    assert "which has diffusion_max_steps, diffusion_t_min" in message
+    assert "reveal_threshold" not in message
+
+    served = ServedRules(default=REVEAL, presets={})
+    extra = {"diffusion_t_min": 0.4, "diffusion_entropy_bound": 0.1, "diffusion_reveal_by": "model"}
+    with pytest.raises(ParamsError) as caught:
+        parse_params(Sampling(extra_args=extra), rules=served)
+    assert str(caught.value) == (
+        "diffusion_t_min, diffusion_entropy_bound: not of this model's decoding rule, reveal, "
+        "which has diffusion_max_steps, diffusion_reveal_threshold, diffusion_reveal_by"
+    )
+
+
+def test_constants_of_the_served_rule_are_read_whatever_the_rule():
+    served = ServedRules(default=REVEAL, presets={"fast": replace(REVEAL, reveal_threshold=0.5)})
+    extra = {"diffusion_reveal_by": "margin", "diffusion_preset": "fast", "diffusion_max_steps": 3}
+    params = parse_params(Sampling(extra_args=extra), rules=served)
+    assert requested_rule(params, served) == RevealConstants(
+        max_steps=3, reveal_threshold=0.5, reveal_by="margin"
+    )
+    with pytest.raises(ParamsError, match=r"reveal_by must be one of drawn, model, .*got 'luck'"):
+        parse_params(Sampling(extra_args={"diffusion_reveal_by": "luck"}), rules=served)
+    with pytest.raises(ParamsError, match=r"reveal_by must be one of drawn, model, .*got 1"):
+        parse_params(Sampling(extra_args={"diffusion_reveal_by": 1}), rules=served)
+    extra = {"diffusion_reveal_by": "entropy"}
+    with pytest.raises(ParamsError) as caught:
+        parse_params(Sampling(extra_args=extra), rules=served)
+    assert str(caught.value) == (
+        "diffusion_reveal_threshold (0.85) needs diffusion_reveal_by to be one of drawn, model, "
+        "margin, got entropy; served are 0.85 and drawn"
+    )
+    with pytest.raises(ParamsError) as caught:
+        parse_params(Sampling(extra_args={"diffusion_pace": 1}), rules=served)
+    assert "diffusion_reveal_by" in str(caught.value)
+    assert "entropy_bound" not in str(caught.value)
 
 
 def test_a_read_is_one_canvas_long_whatever_max_tokens_says():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_diffusion.denoise.constants import EntropyBoundConstants
-from vllm_diffusion.denoise.presets import PRESETS
+from vllm_diffusion.denoise.constants import REVEAL_BY, EntropyBoundConstants, RevealConstants
+from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.errors import TuneError
 from vllm_diffusion.tune.arms import format_arm, neighbours, parse_arm
 
@@ -36,7 +36,7 @@ def test_an_arm_is_a_preset_and_constants(text, options):
     assert parse_arm(format_arm(options)) == options
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_an_arm(name):
     assert format_arm(parse_arm(name)) == name
 
@@ -74,6 +74,18 @@ def test_a_neighbour_keeps_the_ramp_and_leaves_what_is_off():
         for arm in neighbours({}, flat)
     ]
     assert changes == [{"max_steps": 2}, {"t_min": 0.25}, {"t_max": 1.0}]
+
+
+def test_a_choice_is_changed_for_every_other_that_can_be_served():
+    arm, changes = {"diffusion_preset": "reference"}, []
+    for threshold in (0.4, 0.0):
+        rule = RevealConstants(max_steps=4, reveal_threshold=threshold, reveal_by="drawn")
+        found = list(neighbours(arm, rule))
+        assert [parse_arm(format_arm(each)) for each in found] == found
+        changes.append([format_arm(each).removeprefix("reference,") for each in found])
+    steps, by = ["max_steps=2", "max_steps=8"], [f"reveal_by={name}" for name in REVEAL_BY[1:]]
+    assert changes[0] == [*steps, "reveal_threshold=0.2", "reveal_threshold=0.8", by[0], by[2]]
+    assert changes[1] == steps + by
 
 
 def test_a_changed_constant_is_changed_further():
