@@ -129,6 +129,7 @@ def _parse(sampling: SamplingParams, model: ModelConfig) -> None:
         canvas_length=served.canvas_length,
         vocab_size=model.get_vocab_size(),
         rules=served.rules,
+        text=served.family.text,
     )
 
 

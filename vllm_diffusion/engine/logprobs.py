@@ -1,10 +1,13 @@
-"""Log-probabilities of committed tokens: computed when a canvas finishes, sent with its tokens.
+"""Log-probabilities of committed tokens, computed at the step that decides them.
 
-A canvas commits the argmax of its last step, or a part of it, so the log-probabilities come from
-that step's logits. vLLM expects them with the tokens. A separate commit emits the tokens one
-forward later; until then the log-probabilities wait here by slot. Batches without such requests
-compute nothing. A batch with one syncs with the device once per step, to learn which canvases have
-finished. Those are scored together, since the cost is reading the vocabulary and not the rows.
+A rule may commit the argmax of a canvas's last step, or a part of it: then they come from that
+step's logits. Or it reveals position by position: then each comes from the step that revealed it,
+because a row that already holds its token says nothing about it. Only a token that was given in
+advance is scored in the last step.
+
+vLLM expects them with the tokens; until these leave they wait here by slot. Batches without such
+requests compute nothing. A batch with one syncs with the device once per step, to learn what was
+decided. That is scored together, since the cost is reading the vocabulary and not the rows.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from vllm_diffusion.request.admitted import Admitted
 
 _FEWEST: Final = 4
-"""Least number of rows scored per canvas: products of fewer rows round differently, and a request
+"""Least number of rows scored at once: products of fewer rows round differently, and a request
 would get different numbers alone and in a batch."""
 
 _MOST_IDS: Final = 128
@@ -48,11 +51,12 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Finished:
-    """A finished canvas to score, R of its tokens."""
+class _Decided:
+    """R tokens of a canvas to score."""
 
     slot: int
     asked: _Asked
+    rows: list[int]  # of the canvas, R
     hidden: Tensor  # [R, H]
     tokens: Tensor  # [R] int64
 
@@ -68,6 +72,8 @@ class CanvasLogprobs:
         self.raw_logits = raw_logits
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[int, TokenScores] = {}
+        self._scored: dict[int, list[tuple[list[int], TokenScores]]] = {}
+        """By slot, scores of tokens of its canvas, with the rows that these stand in."""
 
     def admit(self, slot: int, sampling: Any, admitted: Admitted) -> None:
         """Give the slot to a request and drop everything of its last owner."""
@@ -86,6 +92,7 @@ class CanvasLogprobs:
         """Drop the owner's state once it is finished, aborted or preempted."""
         self._asked.pop(slot, None)
         self._waiting.pop(slot, None)
+        self._scored.pop(slot, None)
 
     def leaving(
         self,
@@ -98,7 +105,7 @@ class CanvasLogprobs:
         pool: CanvasPool,
         head: Head,
     ) -> LogprobsTensors | None:
-        """Score the canvases finished in this step; return the scores of the emitted tokens.
+        """Score what was decided in this step; return the scores of the emitted tokens.
 
         A canvas awaiting its commit is committed the next time its slot runs, so every waiting slot
         of the step emits now.
@@ -118,34 +125,58 @@ class CanvasLogprobs:
         waits = pool.causal[batch.slots]
         fused = pool.fused[batch.slots] & (emission.count > 0)
         said = torch.where(fused[:, None], emission.tokens, pool.tokens[batch.slots])
+        revealed = torch.zeros_like(batch.valid)
+        if emission.revealed is not None:
+            revealed = emission.revealed & batch.valid
+        of = batch.slots
         # The only device sync.
-        ends = torch.stack([waits, fused, pool.count[batch.slots]]).tolist()
-        finished, at_once = [], set()
-        for row, (slot, stays, leaving, count) in enumerate(zip(slots, *ends, strict=True)):
-            if (stays or leaving) and (asked := self._asked.get(slot)) is not None:
-                rows = pool.rows[slot, : count if asked.most is None else min(count, asked.most)]
-                finished.append(
-                    _Finished(
+        ends = torch.cat(
+            [
+                torch.stack([waits, fused, pool.count[of]], dim=1),
+                pool.rows[of],
+                revealed,
+            ],
+            dim=1,
+        ).tolist()
+        decided, finished, length = [], {}, pool.canvas_length
+        for row, (slot, (stays, leaving, count, *rows)) in enumerate(zip(slots, ends, strict=True)):
+            if (asked := self._asked.get(slot)) is None:
+                continue
+            scored = self._scored.setdefault(slot, [])
+            now = {at: at for at, here in enumerate(rows[length:]) if here}
+            if stays or leaving:
+                kept = rows[: count if asked.most is None else min(count, asked.most)]
+                finished[slot] = kept, leaving
+                before = {at for part, _ in scored for at in part}
+                # What is committed may stand elsewhere than its row.
+                now = {at: place for place, at in enumerate(kept) if at not in before}
+            if now:
+                index = on_device([[*now], [*now.values()]], said.device)
+                decided.append(
+                    _Decided(
                         slot=slot,
                         asked=asked,
-                        hidden=hidden[row, rows],
-                        tokens=said[row, : len(rows)],
+                        rows=[*now],
+                        hidden=hidden[row, index[0]],
+                        tokens=said[row, index[1]],
                     )
                 )
-                if leaving:
-                    at_once.add(slot)
-        for slot, scores in self._scored(finished, head):
-            (leaves if slot in at_once else self._waiting)[slot] = scores
+        self._score(decided, head)
+        for slot, (kept, leaving) in finished.items():
+            (leaves if leaving else self._waiting)[slot] = _of_rows(kept, self._scored.pop(slot))
         return _in_order([leaves.get(slot) for slot in requests])
 
-    def _scored(
-        self, finished: Sequence[_Finished], head: Head
-    ) -> Iterator[tuple[int, TokenScores]]:
-        """Scores of the canvases, by slot."""
-        for group, ids in _scored_together(finished):
+    def _score(self, decided: Sequence[_Decided], head: Head) -> None:
+        """Keep the scores by slot."""
+        for group, ids in _scored_together(decided):
+            hidden = torch.cat([each.hidden for each in group])
+            tokens = torch.cat([each.tokens for each in group])
+            if (missing := _FEWEST - len(tokens)) > 0:
+                hidden = functional.pad(hidden, (0, 0, 0, missing))
+                tokens = functional.pad(tokens, (0, missing))
             scores = head.scores(
-                torch.cat([each.hidden for each in group]),
-                torch.cat([each.tokens for each in group]),
+                hidden,
+                tokens,
                 count=group[0].asked.count,
                 ids=ids,
                 among=group[0].asked.among,
@@ -155,17 +186,28 @@ class CanvasLogprobs:
             for each in group:
                 rows = slice(start, start + len(each.tokens))
                 start = rows.stop
-                yield each.slot, _part(scores, rows, each.asked.ids, ids)
+                part = _part(scores, rows, each.asked.ids, ids)
+                self._scored[each.slot].append((each.rows, part))
+
+
+def _of_rows(kept: list[int], parts: Sequence[tuple[list[int], TokenScores]]) -> TokenScores:
+    """The scores of these rows of a canvas, in their order."""
+    scores = TokenScores.concatenate([part for _, part in parts])
+    place = {row: at for at, row in enumerate(row for rows, _ in parts for row in rows)}
+    order = [place[row] for row in kept]
+    if order == [*range(len(place))]:
+        return scores
+    return scores.take(on_device(order, scores.ids.device))
 
 
 def _scored_together(
-    finished: Sequence[_Finished],
-) -> Iterator[tuple[list[_Finished], tuple[int, ...] | None]]:
+    decided: Sequence[_Decided],
+) -> Iterator[tuple[list[_Decided], tuple[int, ...] | None]]:
     """Groups of canvases scored in one pass over the vocabulary, with their joint ids."""
-    alike: dict[_Asked, list[_Finished]] = {}
-    group: list[_Finished] = []
+    alike: dict[_Asked, list[_Decided]] = {}
+    group: list[_Decided] = []
     ids: dict[int, None] = {}
-    for each in finished:
+    for each in decided:
         if each.asked.ids is None or each.asked.among:
             alike.setdefault(replace(each.asked, most=None), []).append(each)
             continue

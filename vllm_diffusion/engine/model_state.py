@@ -142,25 +142,29 @@ class CanvasModelState(ModelState):
         budget = self._served.head_memory_mb * 2**20
         whole = ReferenceHead(
             logits=self.model.logits,
-            soft_embedding=self.model.soft_embedding,
+            soft_embedding=getattr(self.model, "soft_embedding", None),
             max_rows=max(1, budget // (COPIES * 4 * vocab_size)),
+            banned=self.family.banned,
         )
         head: Head = whole
-        vocabulary, form = self.model.vocabulary(), self._served.head_weights
+        form = self._served.head_weights
+        # A head that streams leaves out no ids, and gives no rule the probability of a sample.
+        vocabulary = None if self.family.mask_id is not None else self.model.vocabulary()
         if vocabulary is not None:
             copied = vocabulary.copied(form)
             head = StreamingHead(vocabulary=copied, whole=whole, budget=budget)
         elif form is not None:
             raise ConfigError(
-                f"{HEAD_WEIGHTS}={form} is not supported for this checkpoint, whose quantised head "
-                "cannot be read as a plain matrix. Remove it."
+                f"{HEAD_WEIGHTS}={form} is not supported for this checkpoint, whose logits are "
+                "computed as a whole: its head is quantised, or its family has a mask token. "
+                "Remove it."
             )
         canvas_sampler = CanvasSampler(
             self.family,
             self.model,
             self.pool,
             head,
-            rule_for(self.family.rule, self.pool.noise, device_type=self.device.type),
+            rule_for(self.family, self.pool.noise, device_type=self.device.type),
             sampler.req_states,
             constraints=self.constraints,
             automata=self.automata,

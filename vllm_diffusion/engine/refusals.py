@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm_diffusion.config import HEAD_WEIGHTS
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.errors import ConfigError
-from vllm_diffusion.family import Conditioning, Text
+from vllm_diffusion.family import Conditioning
 from vllm_diffusion.quant import int8
 from vllm_diffusion.quant.packed import GROUP
 
@@ -127,14 +127,10 @@ def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype
 def refuse_unbuilt(family: Family) -> None:
     """A family that declares what the engine does not do yet, and would silently not do."""
     declared = {
-        "mask_id": family.mask_id is not None,
-        f"text={family.text}": family.text is not Text.CAUSAL,
         "reads": family.reads != 0,
         "seeded": family.seeded,
-        "horizon": family.horizon,
         "edits": family.edits,
         f"conditioning={family.conditioning}": family.conditioning is Conditioning.TIME,
-        "banned": bool(family.banned),
     }
     if unbuilt := [name for name, is_declared in declared.items() if is_declared]:
         raise ConfigError(

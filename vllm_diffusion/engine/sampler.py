@@ -98,7 +98,11 @@ class CanvasSampler:
         self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """Does nothing: the model state admits the request to the pool."""
+        """Make the horizon of a request's canvases noise; the model state does everything else."""
+        del sampling_params
+        if self.family.horizon:
+            # A step writes what the canvas drafts and nothing behind it.
+            self.req_states.draft_tokens[req_idx] = self.family.mask_id
 
     def apply_staged_writes(self) -> None:
         """Does nothing: no writes are staged."""

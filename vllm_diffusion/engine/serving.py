@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.config.scheduler import SchedulerConfig
@@ -33,6 +34,9 @@ from vllm_diffusion.engine.refusals import (
     refuse_inert_options,
     refuse_unbuilt,
 )
+from vllm_diffusion.engine.text_settings import settle_text
+from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.family import Text
 from vllm_diffusion.head import cuda
 from vllm_diffusion.models import family_module
 from vllm_diffusion.request.options import PREFIX
@@ -76,9 +80,14 @@ class CanvasServing(VerifyAndUpdateConfig):
         check_options(vllm_config.lora_config)
         warn_unread_overrides(vllm_config.model_config)
         served, origins = publish(vllm_config, module, canvas)
+        canvas = served.canvas_length
+        settle_text(vllm_config, served.family)
         check_host(vllm_config)
         refuse_cut_canvases(scheduler, canvas)
         settle_scheduler(vllm_config, canvas, asked_seqs)
+        if served.family.horizon:
+            # vLLM's number is that of all rows behind the text.
+            vllm_config.diffusion_config.canvas_length = vllm_config.model_config.max_model_len
         logger.info(
             "vllm-diffusion %s serves %s: canvas of %d, at most %d at once, %s; logits of a step "
             "take at most %d MB; patches %s; "
@@ -105,6 +114,8 @@ def settle_backbone(vllm_config: VllmConfig, module: FamilyModule) -> None:
 def settle_canvas(vllm_config: VllmConfig) -> int:
     """Set the canvas width: the user's, else the checkpoint's."""
     diffusion = vllm_config.diffusion_config
+    if carriers.is_served(vllm_config.model_config.hf_config):
+        return carriers.served(vllm_config.model_config.hf_config).canvas_length
     if diffusion.canvas_length is None:
         # vLLM takes the checkpoint's width only if there is no --diffusion-config at all.
         diffusion.canvas_length = vllm_config.model_config.hf_config.canvas_length
@@ -121,7 +132,7 @@ def publish(
     """
     model = vllm_config.model_config
     generation, ours = model.try_get_generation_config(), ours_of(vllm_config)
-    family = module.declare(model.hf_config, generation)
+    family = of_width(module.declare(model.hf_config, generation), canvas)
     refuse_unbuilt(family)
     rules, origins = rules_of(vllm_config, family)
     if (folder := trace_folder(os.environ)) is not None:
@@ -141,6 +152,20 @@ def publish(
     return served, origins
 
 
+def of_width(family: Family, canvas: int) -> Family:
+    """The family with blocks of the canvas's width, where a checkpoint leaves that open.
+
+    Raises:
+        ConfigError: the model was trained on another width.
+    """
+    if family.text is Text.BLOCK and canvas != family.block:
+        raise ConfigError(
+            f"--diffusion-config asks for a canvas_length of {canvas}, but this checkpoint's "
+            f"canvases are the blocks of {family.block} tokens that it was trained on: remove it."
+        )
+    return replace(family, block=canvas) if family.text is Text.WHOLE else family
+
+
 def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict[str, str]]:
     """The engine's decoding rules and their origins, see ``config.served_rules``."""
     model = vllm_config.model_config
@@ -151,6 +176,7 @@ def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict
         max_denoising_steps=vllm_config.diffusion_config.max_denoising_steps,
         additional=ours_of(vllm_config),
         kind=KINDS[family.rule],
+        published=family.published,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.denoise.constants import LARGEST, SMALLEST, ServedRules
 from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.family import Text
 from vllm_diffusion.request.options import (
     PREFIX,
     DiffusionParams,
@@ -35,6 +36,7 @@ def parse_params(
     canvas_length: int | None = None,
     vocab_size: int | None = None,
     rules: ServedRules | None = None,
+    text: Text = Text.CAUSAL,
 ) -> DiffusionParams:
     """The diffusion options of a request, or one error listing everything that is wrong with it.
 
@@ -43,6 +45,7 @@ def parse_params(
         canvas_length: the served canvas, None where it is not known yet.
         vocab_size: number of token ids, None where it is not known.
         rules: the served rules, None where they are not known.
+        text: what the model's text sees.
 
     Raises:
         ParamsError: unsupported sampling parameters, wishes that exclude each other, unknown or
@@ -63,6 +66,7 @@ def parse_params(
     problems += wrong
     problems += _against_served(params, canvas_length, vocab_size, rules)
     problems += _contradictions(sampling, params)
+    problems += _against_text(sampling, params, text)
     if problems:
         raise ParamsError("; ".join(problems))
     return params
@@ -108,6 +112,26 @@ def _against_served(
             f"got {rule.remembered}"
         )
     return problems + rule.incoherent(beside=rules.default, prefix=PREFIX)
+
+
+def _against_text(
+    sampling: Any,  # noqa: ANN401
+    params: DiffusionParams,
+    text: Text,
+) -> list[str]:
+    """What text that is not causal leaves without a meaning."""
+    problems = []
+    if text is not Text.CAUSAL and sampling.prompt_logprobs is not None:
+        problems.append(
+            "prompt_logprobs is not supported by this model: a row of its prompt has seen the "
+            "token it would predict"
+        )
+    if text is Text.BLOCK and params.canvas_length is not None:
+        problems.append(
+            "diffusion_canvas_length is not supported by this model, whose canvases are the "
+            "blocks it was trained on"
+        )
+    return problems
 
 
 def _contradictions(

@@ -1,0 +1,49 @@
+"""Engines of families whose text is not causal, held to a dense reference of the family's own."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt, and how much may be said."""
+
+    prompt: tuple[int, ...]
+    length: int
+
+
+def prompt_of(length: int, seed: int, *, vocab: int, special: int) -> tuple[int, ...]:
+    """Random ids behind the special ones."""
+    rng = random.Random(seed)
+    return tuple(rng.randrange(special, vocab) for _ in range(length))
+
+
+def ask(llm: LLM, requests: Sequence[Asked], **sampling: Any) -> list[RequestOutput]:
+    """Greedy answers of full length, all asked for at once."""
+    extra = sampling.pop("extra_args", None)
+    parameters = [
+        SamplingParams(
+            **{"temperature": 0.0, "ignore_eos": True, "max_tokens": each.length, **sampling},
+            # Admission adds to it.
+            extra_args=None if extra is None else dict(extra),
+        )
+        for each in requests
+    ]
+    prompts = [{"prompt_token_ids": list(each.prompt)} for each in requests]
+    return llm.generate(prompts, parameters, use_tqdm=False)
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    """What was said."""
+    return [list(each.outputs[0].token_ids) for each in outputs]
