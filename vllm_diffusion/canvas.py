@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_diffusion.denoise.constants import declared
-from vllm_diffusion.denoise.noise import UniformNoise
+from vllm_diffusion.denoise.noise import AbsorbingNoise, UniformNoise
 from vllm_diffusion.denoise.rng import split_seed
 from vllm_diffusion.records import (
     CanvasBatch,
@@ -65,7 +65,8 @@ class CanvasPool:
 
     Attributes (S slots, L canvas length, K steps remembered, H hidden size):
         tokens: [S, L] int64, input of the next forward: the noisy canvas, or the finished canvas.
-        argmax: [S, L] int64, the most probable tokens of the last step.
+        argmax: [S, L] int64, the most probable tokens of the last step; on absorbing noise it is
+            ``tokens``, the same tensor: what has been revealed, between masks.
         top_prob: [S, L] fp32, their probability; 0 before the first step of a canvas.
         history: [S, K, L] int64, argmax of the previous K steps, oldest first, -1 before any.
         soft_embedding: [S, L, H] model dtype, self-conditioning input of the next step; None for
@@ -108,7 +109,7 @@ class CanvasPool:
             return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
 
         self.tokens = integers(canvas_length)
-        self.argmax = integers(canvas_length)
+        self.argmax = self.tokens if self.absorbs else integers(canvas_length)
         self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
         steps = constants.remembered if remembered is None else remembered
         self.history = integers(steps, canvas_length)
@@ -129,6 +130,11 @@ class CanvasPool:
         self.seed = integers(2)
         self.constants = ConstantTable(constants, num_slots=num_slots, device=device)
         self.owners: dict[int, RuleConstants] = {}
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the noise is masks, which are revealed and then stay."""
+        return isinstance(self.noise, AbsorbingNoise)
 
     def out_of_steps(self, slots: Tensor) -> Tensor:
         """[B] bool, whether this step is the last that the schedule of each canvas allows."""
@@ -230,6 +236,7 @@ class CanvasPool:
             steps=torch.where(emits, taken, 0),
             reason=torch.where(committing, self.reason[slots], decision.reason),
             entropy=torch.where(committing, self.entropy[slots], entropy),
+            revealed=self._revealed(batch, decision.accept & ~row_committing),
         )
 
         tokens = decision.next_tokens
@@ -241,7 +248,8 @@ class CanvasPool:
         self.tokens[slots] = torch.where(waits[:, None], commit.tokens, tokens)
         self.count[slots] = asked
         self.rows[slots] = self._own_rows if commit.rows is None else commit.rows
-        self.argmax[slots] = argmax
+        if not self.absorbs:
+            self.argmax[slots] = argmax
         self._remember(slots, argmax, stats.top_prob, emits)
 
         self._carry_over(slots, stats.soft_embedding, goes_on=~(committing | finished))
@@ -251,6 +259,12 @@ class CanvasPool:
         self.first_step[slots] = torch.where(emits, 0, self.first_step[slots])
         self.causal[slots] = waits
         return emission
+
+    def _revealed(self, batch: CanvasBatch, accept: Tensor) -> Tensor | None:
+        """See ``Emission.revealed``."""
+        if not self.absorbs:
+            return None
+        return accept if batch.idle is None else accept & ~batch.idle[:, None]
 
     def _carry_over(self, slots: Tensor, soft: Tensor | None, *, goes_on: Tensor) -> None:
         """Keep the soft embeddings of canvases that continue, for their next step.

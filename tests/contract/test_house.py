@@ -35,10 +35,20 @@ PURE_ROOMS = {
     "grid": {"family"},
     "canvas": {"denoise", "errors", "records"},
     "canvas_kernels": {"canvas", "denoise", "records"},
-    "rules": {"canvas", "denoise", "records"},
+    "rules": {"canvas", "denoise", "family", "records"},
     "belief": {"canvas", "constrain", "denoise", "head", "records"},
     "step": {"belief", "canvas", "constrain", "denoise", "head", "records", "rules"},
-    "trace": {"canvas", "constrain", "denoise", "errors", "head", "records", "rules", "step"},
+    "trace": {
+        "canvas",
+        "constrain",
+        "denoise",
+        "errors",
+        "family",
+        "head",
+        "records",
+        "rules",
+        "step",
+    },
     "testing": set(),
 }
 

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     DRAFT = 3
     CLASS = 4
     PATH = 5
+    REVEAL = 6
 
 
 def request_seed(seed: int | None, request_id: str) -> int:

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 from vllm_diffusion.records import Noise
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.denoise.noise import CanvasNoise
+    from vllm_diffusion.family import Family
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 
@@ -30,6 +33,12 @@ class Rule(ABC):
 
     def __init__(self, noise: CanvasNoise) -> None:
         self.noise = noise
+
+    @classmethod
+    def of(cls, family: Family, noise: CanvasNoise) -> Self:
+        """The rule for a family on its noise."""
+        del family  # a rule may need nothing more of it
+        return cls(noise)
 
     @abstractmethod
     def temperature(self, pool: CanvasPool, slots: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from vllm_diffusion.canvas import pool_class
 from vllm_diffusion.constrain.pins import by_position
+from vllm_diffusion.family import Family
 from vllm_diffusion.records import CanvasBatch, CanvasStats
 from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.file import checksum
@@ -120,7 +121,9 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
         device=where,
     )
     pool.admit(0, seed=trace.seed)
-    rule = rule or rule_for(trace.rule.kind, pool.noise, device_type=where.type)
+    rule = rule or rule_for(
+        Family(name="", rule=trace.rule.kind), pool.noise, device_type=where.type
+    )
     return Replay(
         canvases=tuple(_replay_canvas(pool, trace, canvas, rule) for canvas in trace.canvases)
     )
