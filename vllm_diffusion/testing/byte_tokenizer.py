@@ -13,7 +13,7 @@ BYTES = 256
 
 
 def byte_tokenizer(
-    vocab: int, corpus: Iterable[str], *, special_tokens: Sequence[str], bos: str
+    vocab: int, corpus: Iterable[str], *, special_tokens: Sequence[str], bos: str | None
 ) -> Tokenizer:
     """Train a tokenizer with exactly `vocab` ids; digits are always separate tokens.
 
@@ -21,7 +21,7 @@ def byte_tokenizer(
         vocab: ids; at least the special tokens and one for every byte.
         corpus: lines to merge pairs of.
         special_tokens: the first ids, in this order.
-        bos: the one of them that every text begins with.
+        bos: the one of them that every text begins with; None where a text begins with itself.
 
     Raises:
         ValueError: the vocabulary is too small.
@@ -48,11 +48,12 @@ def byte_tokenizer(
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer = _filled_up(tokenizer, vocab)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos} $B",
-        special_tokens=[(bos, special_tokens.index(bos))],
-    )
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, special_tokens.index(bos))],
+        )
     return tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_diffusion.family import Conditioning, Family
+from vllm_diffusion.models.declared import ids_of
 from vllm_diffusion.models.diffusion_gemma import patches
 
 if TYPE_CHECKING:
@@ -22,14 +23,13 @@ PATCHES: Final = patches.PATCHES
 def declare(config: Any, generation: Mapping[str, Any]) -> Family:
     """See ``family.FamilyModule``."""
     del config
-    ends = generation.get("eos_token_id")
     return Family(
         name="diffusion_gemma",
         rule="entropy_bound",
         conditioning=Conditioning.SELF,
         tools="vllm_diffusion.models.diffusion_gemma.tools.calls:call_grammar",
         adapters="vllm_diffusion.models.diffusion_gemma.adapter_form:FORM",
-        ends=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        ends=ids_of(generation.get("eos_token_id")),
     )
 
 

@@ -13,18 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.gemma4 import Gemma4Model
 from vllm.model_executor.models.gemma4_mm import (
     Gemma4DummyInputsBuilder,
@@ -40,21 +32,18 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_diffusion.engine.packed_layers.configuration import adopt, is_released
 from vllm_diffusion.engine.packed_layers.layers import describe
-from vllm_diffusion.head.sample import TILE
-from vllm_diffusion.head.vocabulary import Vocabulary
+from vllm_diffusion.models.decoder.reload import pack_experts_again
+from vllm_diffusion.models.decoder.vocabulary import rank_vocabulary
+from vllm_diffusion.models.decoder.weights import PACKED_MODULES, readable, refuse_missing
 from vllm_diffusion.models.diffusion_gemma.adapter_form import FORM
 from vllm_diffusion.models.diffusion_gemma.layers import CanvasDecoderLayer, SelfConditioning
 from vllm_diffusion.models.diffusion_gemma.processing import (
     DiffusionGemmaProcessingInfo,
     tower_config,
 )
-from vllm_diffusion.models.diffusion_gemma.reload import pack_experts_again
 from vllm_diffusion.models.diffusion_gemma.weights import (
     MAPPER,
-    PACKED_MODULES,
     VESTIGIAL_PREFIXES,
-    readable,
-    refuse_missing,
     unquantised,
     whole,
 )
@@ -67,6 +56,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
     from vllm_diffusion.engine.lora.slots import CanvasAdapters
+    from vllm_diffusion.head.vocabulary import Vocabulary
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -275,30 +265,14 @@ class DiffusionGemmaForBlockDiffusion(nn.Module, SupportsLoRA, SupportsMultiModa
     def vocabulary(self) -> Vocabulary | None:
         """This rank's part of the vocabulary for a head that streams over it.
 
-        None where only the layers can multiply with it (a quantised head, one of another precision)
-        or where ranks cut tiles of the sampling definition, see ``head.sample``: 262144 ids over a
-        power of two of ranks do not.
+        None where the head cannot be read as a plain matrix, see ``rank_vocabulary``.
         """
-        table, head = self.model.embed_tokens, self.lm_head
-        plain = isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
-        shard = table.shard_indices
-        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        size = self.logits_processor.org_vocab_size
-        whole_tiles = first % TILE == 0 and (end % TILE == 0 or end == size)
-        if not plain or self.logits_processor.head_dtype not in {None, head.weight.dtype}:
-            return None
-        ranks = get_tensor_model_parallel_world_size()
-        if not whole_tiles or (ranks > 1 and size % (TILE * ranks)):
-            return None
-        return Vocabulary(
-            output=head.weight[: end - first],
-            embedding=table.weight[: end - first],
-            first=first,
-            size=size,
+        return rank_vocabulary(
+            self.lm_head,
+            self.model.embed_tokens,
+            self.logits_processor,
             softcap=self.softcap,
             scale=self.model.normalizer,
-            gather=lambda values: tensor_model_parallel_all_gather(values[None], dim=0),
-            add=tensor_model_parallel_all_reduce,
             loads=lambda: self.loads,
         )
 

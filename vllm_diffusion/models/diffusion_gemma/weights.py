@@ -12,15 +12,15 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 import torch
-from safetensors import SafetensorError
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_diffusion.errors import CheckpointError
+from vllm_diffusion.models.decoder.weights import NO_FILE, lacking, some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 MAPPER: Final = WeightsMapper(
     orig_to_new_regex={
@@ -45,17 +45,9 @@ MAPPER: Final = WeightsMapper(
 )
 """Applied by the loader and, for targets and ignore lists, by the quantisation config."""
 
-PACKED_MODULES: Final = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
-"""Which projections of the file are one matrix here; quantisation configs look this up."""
-
 VESTIGIAL_PREFIXES: Final = ["embed_vision.embedding."]
 """An embedding table of Gemma3n that some files still carry and no layer reads."""
 
-
-_NAMED = 5
 
 # What a quantised matrix is in a file: one of the first two, and scales.
 _PARTS = {
@@ -69,25 +61,11 @@ _PARTS = {
 }
 _CODES = {"weight", "weight_packed"}
 _GROUP = 16
-_CACHE_SCALES = ".self_attn.attn."
-_INPUT_SCALE = "input_scale"
 _TREE = re.compile(r"^model\.(decoder\.|encoder\.language_model\.)?")
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)$")
 _SINGLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PLAIN = re.compile(r"(^|\.)(router\.proj|lm_head)$")
 _PLAIN_PARTS = {"weight", "bias"}
-_NO_FILE = "a file is missing or belongs to another model"
-
-
-def readable(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:
-    """The same weights; raises `CheckpointError` where a file of `source` cannot be read."""
-    try:
-        yield from weights
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"a weight file of {source} cannot be read ({error}): it is damaged or incomplete; "
-            "fetch the checkpoint again."
-        ) from error
 
 
 def unquantised(
@@ -112,27 +90,10 @@ def unquantised(
             yield name, weight
     if quantised:
         raise CheckpointError(
-            f"{source} is quantised where it cannot be served so: {_some(list(quantised))}. A "
+            f"{source} is quantised where it cannot be served so: {some(list(quantised))}. A "
             "router and the head are served as plain matrices alone; quantise the model again with "
             'both in the ignore list, as in ignore=["re:.*router.*", "lm_head"] of llm-compressor.'
         )
-
-
-def refuse_missing(model: nn.Module, loaded: set[str], source: str) -> None:
-    """Raise `CheckpointError` if a parameter kept its random start.
-
-    vLLM's own check excuses every layer that processes its weights after loading: on CPU that is
-    all of them, and a shard that was never downloaded would be served as noise.
-    """
-    # Scales of a quantised cache have a default, and few files hold any. Those of activations, as
-    # Model Optimizer calls them, are not in every file and are not used where files are checked.
-    parameters = {
-        name
-        for name, _ in model.named_parameters()
-        if _CACHE_SCALES not in name and not name.endswith(_INPUT_SCALE)
-    }
-    if missing := sorted(parameters - loaded):
-        raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
 
 
 def whole(
@@ -176,22 +137,11 @@ def whole(
         for module in others:
             del found[module]
     if missing := _missing_modules(modules, {_TREE.sub("", name) for name in found}, experts):
-        raise _lacking(f"{source} lacks the weights of", missing, _NO_FILE)
+        raise lacking(f"{source} lacks the weights of", missing, NO_FILE)
     parts = [problem for module, parts in found.items() for problem in _lacks(module, parts)]
     if parts:
         why = "a file is missing or the model was not quantised whole"
-        raise _lacking(f"{source} lacks", parts, why)
-
-
-def _lacking(lacks: str, missing: Sequence[str], why: str) -> CheckpointError:
-    """The error that names what is in no file."""
-    return CheckpointError(f"{lacks} {_some(missing)}: {why}; fetch the checkpoint again.")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+        raise lacking(f"{source} lacks", parts, why)
 
 
 def _misfit(module: str, parts: dict[str, Tensor]) -> str | None:
