@@ -67,7 +67,8 @@ def image_inputs(processor, text: str = "What is this?"):
 
 def test_same_spec_gives_the_same_bytes_in_another_process(checkpoint, tmp_path):
     program = "vllm_diffusion.testing.tiny_checkpoint"
-    subprocess.run([sys.executable, "-m", program, str(tmp_path)], check=True, timeout=120)
+    options = ["--family", "diffusion_gemma", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", program, *options], check=True, timeout=120)
     assert digests(tmp_path) == digests(checkpoint)
 
 
@@ -266,8 +267,8 @@ def test_sizes_are_taken_from_the_spec(tmp_path):
 
 
 def test_command_line_reports_what_it_wrote(tmp_path, capsys):
-    arguments = [str(tmp_path / "new"), "--layers", "1", "--no-perturb", "--dtype", "float16"]
-    assert main(arguments) == 0
+    options = ["--layers", "1", "--no-perturb", "--dtype", "float16"]
+    assert main(["--family", "diffusion_gemma", str(tmp_path / "new"), *options]) == 0
     assert "MB" in capsys.readouterr().out
     assert (tmp_path / "new" / "chat_template.jinja").exists()
 

@@ -1,7 +1,7 @@
 """One folder a family of models. This file is the only place that lists them.
 
 A folder has ``family.py`` (what the family declares, see ``family.FamilyModule``), ``model.py``,
-``weights.py``, and whatever else the model needs.
+and whatever else the model needs. ``decoder`` and ``declared`` are what several of them share.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FAMILIES: Final = {
     "DiffusionGemmaForBlockDiffusion": "vllm_diffusion.models.diffusion_gemma.family",
+    "SDARForCausalLM": "vllm_diffusion.models.sdar.family",
+    "SDARMoeForCausalLM": "vllm_diffusion.models.sdar.family",
 }
 """Architecture, as config.json names it -> the module that declares its family."""
 

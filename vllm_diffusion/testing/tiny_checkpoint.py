@@ -1,7 +1,7 @@
-"""Make a complete checkpoint of a family with random weights: `... tiny_checkpoint DIR`.
+"""Make a checkpoint with random weights: `... tiny_checkpoint --family NAME DIR`.
 
-`--family NAME` chooses the family and may be left out while there is one. Every other option is a
-field of the `TinySpec` in that family's `testing/checkpoint.py`; `--help` lists them.
+Every other option is a field of the `TinySpec` in that family's `testing/checkpoint.py`;
+`--family NAME --help` lists them.
 """
 
 import argparse
@@ -26,10 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _family_option() -> argparse.ArgumentParser:
-    names = families()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only = names[0] if len(names) == 1 else None
-    parser.add_argument("--family", choices=names, default=only, required=only is None)
+    parser.add_argument("--family", choices=families(), required=True)
     return parser
 
 
