@@ -24,7 +24,7 @@ PURE_ROOMS = {
     "errors": set(),
     "compiled": set(),
     "records": set(),
-    "request": {"constrain", "denoise", "errors", "records"},
+    "request": {"constrain", "denoise", "errors", "family", "records"},
     "telemetry": set(),
     "config": {"denoise", "errors", "family", "head", "request", "records"},
     "denoise": {"errors", "records"},

@@ -140,9 +140,10 @@ class CanvasModelState(ModelState):
         # Memory limit of a step's logits: all tiles of the streaming head, or all rows that the
         # reference head processes at once.
         budget = self._served.head_memory_mb * 2**20
+        conditioned = self.family.conditioning is Conditioning.SELF
         whole = ReferenceHead(
             logits=self.model.logits,
-            soft_embedding=getattr(self.model, "soft_embedding", None),
+            soft_embedding=self.model.soft_embedding if conditioned else None,
             max_rows=max(1, budget // (COPIES * 4 * vocab_size)),
             banned=self.family.banned,
         )

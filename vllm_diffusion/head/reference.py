@@ -36,8 +36,9 @@ class ReferenceHead:
 
     logits: Callable[[Tensor], Tensor]
     """[R, H] hidden -> [R, V] fp32 logits, softcap applied; changed in place if ids are banned."""
-    soft_embedding: Callable[[Tensor], Tensor]
-    """[R, V] fp32 probabilities -> [R, H], probabilities @ embedding, scaled like an embedding."""
+    soft_embedding: Callable[[Tensor], Tensor] | None
+    """[R, V] fp32 probabilities -> [R, H], probabilities @ embedding, scaled like an embedding;
+    None for a model that is not conditioned on it."""
     max_rows: int
     """Rows whose [rows, V] fp32 tensors may exist at once."""
     banned: tuple[int, ...] = ()
@@ -129,7 +130,7 @@ def row_statistics(
     rows: Rows,
     *,
     draw: Callable[[Tensor], Tensor],
-    soft_embedding: Callable[[Tensor], Tensor],
+    soft_embedding: Callable[[Tensor], Tensor] | None,
 ) -> CanvasStats:
     """Statistics of softmax(truncated(logits / temperature)), all ids at once.
 
@@ -153,6 +154,7 @@ def row_statistics(
     argmax, sample = scaled.argmax(dim=-1), draw(prob)
     soft = None
     if rows.self_conditioning:
+        assert soft_embedding is not None
         soft = soft_embedding(_of_most_likely(prob, argmax, rows.soft_top_k))
     if rewrite is not None:
         sample = kept_token(argmax, sample, rewrite)

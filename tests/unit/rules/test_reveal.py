@@ -141,7 +141,7 @@ class Engine:
         return emission
 
     def run(self) -> dict[int, tuple[Went, list[int], int, int]]:
-        """All slots until each has emitted a canvas: its steps, tokens, their number, the reason."""
+        """All slots until each has emitted a canvas: steps, tokens, their number, reason."""
         went = {slot: Went() for slot in self.asked}
         out: dict[int, tuple[Went, list[int], int, int]] = {}
         while len(out) < len(self.asked):
@@ -182,9 +182,7 @@ def truth(asked: Asked, family: Family) -> tuple[Went, list[int], int, int]:
             position=asked.start + torch.arange(width),
             step=torch.full((width,), step),
         )
-        rows = Rows(
-            hidden=logits, temperature=torch.full((width,), asked.temperature), noise=key
-        )
+        rows = Rows(hidden=logits, temperature=torch.full((width,), asked.temperature), noise=key)
         sample = head_of(1)(rows).sample.tolist()
         chance = uniform(philox(key.seed, key.position, key.step, Purpose.REVEAL)[0]).tolist()
         score = {}

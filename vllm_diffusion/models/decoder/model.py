@@ -86,7 +86,8 @@ class CanvasDecoder(nn.Module):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[N] tokens -> [N, H]."""
-        return self.model.embed_input_ids(input_ids)
+        embedded: Tensor = self.model.embed_input_ids(input_ids)  # type: ignore[operator]
+        return embedded
 
     def forward(
         self,
