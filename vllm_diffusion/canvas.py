@@ -109,7 +109,7 @@ class CanvasPool:
             return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
 
         self.tokens = integers(canvas_length)
-        self.argmax = self.tokens if self.absorbs else integers(canvas_length)
+        self.argmax = integers(canvas_length) if self.mask_id is None else self.tokens
         self.top_prob = torch.zeros(num_slots, canvas_length, device=device)
         steps = constants.remembered if remembered is None else remembered
         self.history = integers(steps, canvas_length)
@@ -132,9 +132,9 @@ class CanvasPool:
         self.owners: dict[int, RuleConstants] = {}
 
     @property
-    def absorbs(self) -> bool:
-        """Whether the noise is masks, which are revealed and then stay."""
-        return isinstance(self.noise, AbsorbingNoise)
+    def mask_id(self) -> int | None:
+        """The token of absorbing noise, which is revealed and then stays; None for other noise."""
+        return self.noise.mask_id if isinstance(self.noise, AbsorbingNoise) else None
 
     def out_of_steps(self, slots: Tensor) -> Tensor:
         """[B] bool, whether this step is the last that the schedule of each canvas allows."""
@@ -248,7 +248,7 @@ class CanvasPool:
         self.tokens[slots] = torch.where(waits[:, None], commit.tokens, tokens)
         self.count[slots] = asked
         self.rows[slots] = self._own_rows if commit.rows is None else commit.rows
-        if not self.absorbs:
+        if self.mask_id is None:
             self.argmax[slots] = argmax
         self._remember(slots, argmax, stats.top_prob, emits)
 
@@ -262,7 +262,7 @@ class CanvasPool:
 
     def _revealed(self, batch: CanvasBatch, accept: Tensor) -> Tensor | None:
         """See ``Emission.revealed``."""
-        if not self.absorbs:
+        if self.mask_id is None:
             return None
         return accept if batch.idle is None else accept & ~batch.idle[:, None]
 

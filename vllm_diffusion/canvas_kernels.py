@@ -50,6 +50,7 @@ def _apply(
         steps=torch.empty_like(batch.width),
         reason=torch.empty_like(batch.width),
         entropy=entropy.new_empty(num),
+        revealed=None if pool.mask_id is None else torch.empty_like(batch.valid),
     )
     goes_on = torch.empty_like(decision.finished)
     _apply_canvas[(num,)](
@@ -59,6 +60,7 @@ def _apply(
         stats.argmax.contiguous(),
         stats.top_prob.contiguous(),
         entropy,
+        None if pool.mask_id is None else decision.accept.contiguous(),
         decision.next_tokens.contiguous(),
         decision.finished.contiguous(),
         decision.reason.contiguous(),
@@ -84,8 +86,10 @@ def _apply(
         emission.steps,
         emission.reason,
         emission.entropy,
+        emission.revealed,
         goes_on,
         VOCAB=pool.vocab_size,
+        MASK=_mask_of(pool),
         REMEMBERED=pool.history.shape[1],
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
@@ -118,10 +122,32 @@ def _begin(pool: CanvasPool, slots: Tensor, position: Tensor) -> None:
         pool.first_step,
         pool.causal,
         VOCAB=pool.vocab_size,
+        MASK=_mask_of(pool),
         REMEMBERED=pool.history.shape[1],
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
     )
+
+
+def _mask_of(pool: CanvasPool) -> int:
+    """The token of absorbing noise; -1 for uniform noise."""
+    return -1 if pool.mask_id is None else pool.mask_id
+
+
+@triton.jit
+def _noise(
+    seed: tl.tensor,
+    position: tl.tensor,
+    step: tl.tensor,
+    vocab: tl.constexpr,
+    mask: tl.constexpr,
+) -> tl.tensor:
+    """The tokens of a new canvas, see ``denoise.noise``."""
+    if mask >= 0:
+        tokens = position * 0 + mask
+    else:
+        tokens = philox.random_tokens(seed, position, step, _INITIAL, vocab)
+    return tokens
 
 
 @triton.jit
@@ -151,6 +177,7 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - a second kernel would cost a laun
     argmaxes: tl.tensor,
     top_probs: tl.tensor,
     entropies: tl.tensor,
+    accepts: tl.tensor,
     next_tokens: tl.tensor,
     finisheds: tl.tensor,
     decided_reasons: tl.tensor,
@@ -176,8 +203,10 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - a second kernel would cost a laun
     emitted_steps: tl.tensor,
     emitted_reasons: tl.tensor,
     emitted_entropies: tl.tensor,
+    revealeds: tl.tensor,
     go_on: tl.tensor,
     VOCAB: tl.constexpr,  # noqa: N803
+    MASK: tl.constexpr,  # noqa: N803
     REMEMBERED: tl.constexpr,  # noqa: N803
     LENGTH: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -205,15 +234,17 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - a second kernel would cost a laun
     mean = tl.div_rn(tl.sum(entropy, axis=0), width.to(tl.float32))
     step, first_step = tl.load(steps + slot), tl.load(first_steps + slot)
     num_emitted = tl.where(emits, tl.where(committing, tl.load(pool_counts + slot), count), 0)
+    ran = ~committing
     if idles is not None:
-        num_emitted = tl.where(tl.load(idles + canvas) != 0, 0, num_emitted)
+        idle = tl.load(idles + canvas) != 0
+        num_emitted, ran = tl.where(idle, 0, num_emitted), ran & ~idle
     steps_taken = tl.where(emits, step - first_step + fused.to(tl.int64), 0)
     reason = tl.load(decided_reasons + canvas)
     emitted_reason = tl.where(committing, tl.load(pool_reasons + slot), reason)
     emitted_entropy = tl.where(committing, tl.load(pool_entropies + slot), mean)
 
     behind = tl.load(positions + row, mask=there, other=0) + num_emitted
-    fresh = philox.random_tokens(seeds + 2 * slot, behind, step * 0, _INITIAL, VOCAB)
+    fresh = _noise(seeds + 2 * slot, behind, step * 0, VOCAB, MASK)
     next_input = tl.load(next_tokens + row, mask=there, other=0)
     next_input = tl.where(waits, tokens, tl.where(emits, fresh, next_input))
     top_prob = tl.load(top_probs + row, mask=there, other=0.0)
@@ -228,7 +259,11 @@ def _apply_canvas(  # noqa: PLR0915, PLR0917 - a second kernel would cost a laun
     tl.store(emitted_entropies + canvas, emitted_entropy)
     tl.store(go_on + canvas, ~committing & ~finished)
     tl.store(pool_tokens + mine, next_input, mask=there)
-    tl.store(pool_argmaxes + mine, argmax, mask=there)
+    if MASK >= 0:  # the pool's argmax is its tokens
+        accept = tl.load(accepts + row, mask=there, other=0) != 0
+        tl.store(revealeds + row, accept & ran, mask=there)
+    else:
+        tl.store(pool_argmaxes + mine, argmax, mask=there)
     tl.store(pool_top_probs + mine, tl.where(emits, 0.0, top_prob), mask=there)
     tl.store(pool_rows + mine, rows, mask=there)
     tl.store(pool_counts + slot, count)
@@ -274,6 +309,7 @@ def _begin_canvas(  # noqa: PLR0917
     first_steps: tl.tensor,
     causals: tl.tensor,
     VOCAB: tl.constexpr,  # noqa: N803
+    MASK: tl.constexpr,  # noqa: N803
     REMEMBERED: tl.constexpr,  # noqa: N803
     LENGTH: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -284,7 +320,7 @@ def _begin_canvas(  # noqa: PLR0917
     slot = tl.load(slots + canvas)
     mine = slot * LENGTH + offset
     position = tl.load(positions + canvas * LENGTH + offset, mask=there, other=0)
-    tokens = philox.random_tokens(seeds + 2 * slot, position, slot * 0, _INITIAL, VOCAB)
+    tokens = _noise(seeds + 2 * slot, position, slot * 0, VOCAB, MASK)
     tl.store(pool_tokens + mine, tokens, mask=there)
     tl.store(pool_top_probs + mine, tl.zeros_like(offset).to(tl.float32), mask=there)
     for age in range(REMEMBERED):

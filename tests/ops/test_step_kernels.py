@@ -27,7 +27,7 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
     from vllm_diffusion.engine import canvases_kernels
     from vllm_diffusion.rules import entropy_bound_kernels
 
-    sizes = {"VOCAB": VOCAB, "REMEMBERED": 2, "LENGTH": 256, "BLOCK": 256}
+    sizes = {"VOCAB": VOCAB, "MASK": -1, "REMEMBERED": 2, "LENGTH": 256, "BLOCK": 256}
     several = {"slots", "widths", "positions", "seeds", "steps", "limits", "stabilities"}
     several |= {"argmaxes", "samples", "last_argmaxes", "histories", "next_tokens", "reasons"}
     several |= {"row_seeds", "row_steps", "first_steps", "decided_reasons"}
@@ -37,7 +37,9 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         f"pool_{name}": "*i64" for name in ("tokens", "argmaxes", "counts", "rows", "reasons")
     }
     kinds |= {f"emitted_{name}": "*i64" for name in ("tokens", "counts", "steps", "reasons")}
-    kinds |= dict.fromkeys(("accepts", "finisheds", "causals", "fuseds", "go_on"), "*i1")
+    kinds |= dict.fromkeys(
+        ("accepts", "finisheds", "causals", "fuseds", "go_on", "revealeds"), "*i1"
+    )
     kinds |= {"t_mins": "*fp64", "t_maxs": "*fp64", "size": "i32"}
     kinds |= {"beliefs": "*bf16", "pool_beliefs": "*bf16"}
     here = dict.fromkeys(("first", "seq_lens", "text_ends", "tokens", "gained"), "*i32")
@@ -51,6 +53,8 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         (canvas_kernels._apply_canvas, sizes | {"commit_rows": None, "commit_counts": None}, 4),
         (canvas_kernels._store_soft_embeddings, {"BLOCK": canvas_kernels._COPIED}, 4),
         (canvas_kernels._begin_canvas, sizes, 4),
+        (canvas_kernels._apply_canvas, sizes | {"MASK": 7, "REMEMBERED": 0}, 4),
+        (canvas_kernels._begin_canvas, sizes | {"MASK": 7, "REMEMBERED": 0}, 4),
         (canvases_kernels._lay_out_canvas, {"LENGTH": 256, "BLOCK": 256}, 4),
         *(
             (canvases_kernels._write_output, {"LENGTH": 256, "BLOCK": 256, **text}, 4)
@@ -315,7 +319,7 @@ def assert_same_pool(one: CanvasPool, other: CanvasPool) -> None:
     import torch
 
     tensors = {name: value for name, value in vars(one).items() if torch.is_tensor(value)}
-    assert len(tensors) > 14
+    assert len(tensors) > 13
     for name, mine in tensors.items():
         theirs = getattr(other, name)
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -46,10 +46,10 @@ def revealed(score: Tensor, is_open: Tensor, threshold: Tensor, least: Tensor) -
     Returns:
         [B, L] bool, False where not open.
     """
+    finite = score.masked_fill(~score.isfinite(), torch.finfo(score.dtype).min)
     limit = torch.where(threshold > 0, threshold, torch.inf)
-    above = (score > limit[:, None]) & is_open
-    lowest = torch.finfo(score.dtype).min
-    ranked = score.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~is_open, -torch.inf)
+    above = (finite > limit[:, None]) & is_open
+    ranked = finite.masked_fill(~is_open, -torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(score.shape[1], device=score.device)
     best = torch.zeros_like(is_open).scatter_(1, order, place < least[:, None])

@@ -23,7 +23,7 @@ _RULES: Final = {
 }
 _KERNELS: Final = {
     "entropy_bound": "vllm_diffusion.rules.entropy_bound_kernels:EntropyBoundKernels",
-    "reveal": "vllm_diffusion.rules.reveal:Reveal",
+    "reveal": "vllm_diffusion.rules.reveal_kernels:RevealKernels",
 }
 """The same as Triton kernels, for GPUs; by name, because other hosts may have no Triton."""
 
