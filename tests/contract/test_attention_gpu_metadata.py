@@ -253,12 +253,6 @@ def test_the_device_is_never_waited_for(backend, with_images):
         mask.set_canvas_ranges(step)
 
 
-def test_graphs_of_uniform_batches_only():
-    support, name = BlockLocalMask.cudagraph_support()
-    assert support.name == "UNIFORM_BATCH"
-    assert name == "BlockLocalMask"
-
-
 # ---- facts of vLLM ----
 
 

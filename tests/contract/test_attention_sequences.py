@@ -14,6 +14,7 @@ from vllm_diffusion.engine import step_attention
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 from vllm_diffusion.engine.attention.segments import Visibility, plan_segments
 from vllm_diffusion.engine.attention.sequences import parts_of, sequences_of
+from vllm_diffusion.family import Text
 
 pytestmark = pytest.mark.vllm
 
@@ -221,6 +222,7 @@ def test_who_reads_flags_gets_flags(monkeypatch, mode, for_capture, drafts, flag
     attention = object.__new__(step_attention.StepAttention)
     vars(attention).update(
         _pool=types.SimpleNamespace(causal=phase, device=torch.device("cuda")),
+        _family=types.SimpleNamespace(text=Text.CAUSAL),
         _max_model_len=512,
         _causal=torch.zeros(4, dtype=torch.int32),
         _fusion=types.SimpleNamespace(why_not=None),

@@ -30,7 +30,6 @@ from vllm_diffusion.denoise.noise import noise_of
 from vllm_diffusion.denoise.rng import request_seed
 from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.account import Account
-from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 from vllm_diffusion.engine.constraints.compiler import guard_of, parsers_of
 from vllm_diffusion.engine.fusion import Fusion
 from vllm_diffusion.engine.granted import place_rows
@@ -127,8 +126,8 @@ class CanvasModelState(ModelState):
         )
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
-        """Which batches may run as one captured graph, see ``BlockLocalMask``."""
-        return BlockLocalMask.cudagraph_support()
+        """Which batches may run as one captured graph, see ``StepAttention``."""
+        return self._attention.cudagraph_support()
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         """Text generation only."""

@@ -1,23 +1,32 @@
-"""Attention metadata of a step: which of its rows are causal, and which are canvas rows.
+"""Attention metadata of a step: which rows see which.
 
-vLLM asks the model state for it before every forward. GPU backends take whole sequences and ranges
-(``attention.sequences``, ``attention.gpu``), the CPU backend takes segments
+vLLM asks the model state for it before every forward. GPU backends take sequences and, where text
+is causal, ranges (``attention.sequences``, ``attention.gpu``), the CPU backend takes segments
 (``attention.segments``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from vllm_diffusion.engine.attention.gpu import BlockLocalMask
 from vllm_diffusion.engine.attention.segments import plan_blocks, plan_segments
-from vllm_diffusion.engine.attention.sequences import Parts, parts_of, sequences_of
+from vllm_diffusion.engine.attention.sequences import (
+    Parts,
+    blocks_of,
+    parts_of,
+    require_many_sequences,
+    sequences_of,
+    sequences_without_causality,
+)
 from vllm_diffusion.engine.granted import canvas_and_padding, text_rows
 from vllm_diffusion.family import Text
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 
     from vllm_diffusion.canvas import CanvasPool
     from vllm_diffusion.engine.attention.segments import Segment
+    from vllm_diffusion.engine.attention.sequences import Sequences
     from vllm_diffusion.engine.fusion import Fusion
     from vllm_diffusion.family import Family
 
@@ -63,9 +73,14 @@ class StepAttention:
         # A request may be two attention sequences.
         max_sequences = 2 * slots
         self._causal = torch.zeros(max_sequences, dtype=torch.int32, device=pool.device)
-        if pool.device.type != "cpu":
+        if pool.device.type == "cpu":
+            return
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        if family.text is not Text.CAUSAL:
+            require_many_sequences(layers, family.text)
+        else:
             self._block_local_mask = BlockLocalMask(
-                get_layers_from_vllm_config(vllm_config, Attention),
+                layers,
                 canvas_length=pool.canvas_length,
                 max_model_len=self._max_model_len,
                 max_rows=max_sequences,
@@ -73,6 +88,18 @@ class StepAttention:
                 device=pool.device,
                 max_span=max_span,
             )
+
+    def cudagraph_support(self) -> tuple[AttentionCGSupport, str]:
+        """Which batches may run as one captured graph, for ``get_additional_cg_support``.
+
+        Those of running requests alone, with as many rows each as a canvas: each is one sequence,
+        and a canvas has one range, all in buffers at fixed addresses. A batch with prompt rows may
+        have any number of sequences, or of images, whose number is compiled into a kernel. Where
+        all text runs in every step, every batch is one of prompts.
+        """
+        whole = self._family.text is Text.WHOLE
+        support = AttentionCGSupport.NEVER if whole else AttentionCGSupport.UNIFORM_BATCH
+        return support, StepAttention.__name__
 
     def metadata(
         self,
@@ -100,14 +127,8 @@ class StepAttention:
         if self._pool.device.type == "cpu":
             segments = self._segments(input_batch, num_reqs, spans)
             return _by_segments(segments, input_batch, block_tables, slot_mappings, attn_groups)
-        sequences = sequences_of(
-            input_batch,
-            self._parts(input_batch),
-            count=num_reqs,
-            phase=self._pool.causal,
-            causal=self._causal,
-            block_tables=block_tables,
-            spans=spans,
+        sequences = self._sequences(
+            input_batch, num_reqs, block_tables, spans, graph=padded or for_capture
         )
         metadata = build_attn_metadata(
             attn_groups=attn_groups,
@@ -127,13 +148,44 @@ class StepAttention:
                 for index, spans in enumerate(sequences.spans)
             },
             for_cudagraph_capture=for_capture,
-            # A batch of only prompts takes the backends' cheaper causal path; a graph needs flags.
-            causal=sequences.causal
-            if for_capture or padded or input_batch.num_draft_tokens
-            else True,
+            causal=sequences.causal,
         )
-        self._block_local_mask.set_canvas_ranges(metadata)
+        if self._family.text is Text.CAUSAL:
+            self._block_local_mask.set_canvas_ranges(metadata)
         return metadata
+
+    def _sequences(
+        self,
+        input_batch: InputBatch,
+        count: int,
+        block_tables: tuple[Tensor, ...],
+        spans: list[list[tuple[int, int]]],
+        *,
+        graph: bool,
+    ) -> Sequences:
+        """The rows of a step for GPUs; the requests of a graph are one sequence each."""
+        if self._family.text is not Text.CAUSAL:
+            parts, block = None, self._family.block
+            if self._family.text is Text.BLOCK and not graph:
+                assert block is not None
+                rows = input_batch.num_scheduled_tokens
+                parts = blocks_of(input_batch.num_computed_tokens_np, rows, block)
+            return sequences_without_causality(
+                input_batch, parts, count=count, block_tables=block_tables
+            )
+        sequences = sequences_of(
+            input_batch,
+            self._parts(input_batch),
+            count=count,
+            phase=self._pool.causal,
+            causal=self._causal,
+            block_tables=block_tables,
+            spans=spans,
+        )
+        # A batch of only prompts takes the backends' cheaper causal path; a graph needs flags.
+        return (
+            sequences if graph or input_batch.num_draft_tokens else replace(sequences, causal=True)
+        )
 
     def _parts(self, input_batch: InputBatch) -> Parts | None:
         """Text and canvas rows, if a slot's phase does not determine what a request's rows are.

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_diffusion.engine.attention.ranges import (
     NO_RANGE,
@@ -162,16 +161,6 @@ class BlockLocalMask:
         self._max_rows, self._max_tokens, self._device = max_rows, max_tokens, device
         self._form = form_for(device)
         self._kept: dict[tuple[Hashable, ...], Tensor] = {}
-
-    @staticmethod
-    def cudagraph_support() -> tuple[AttentionCGSupport, str]:
-        """What ``ModelState.get_additional_cg_support`` returns.
-
-        A batch of running requests, C rows each, has exactly one range per sequence, in buffers at
-        fixed addresses, so its FULL graph can be replayed. A batch with prompt rows may have any
-        number of images, and the number of ranges is compiled into the kernel: PIECEWISE.
-        """
-        return AttentionCGSupport.UNIFORM_BATCH, BlockLocalMask.__name__
 
     def set_canvas_ranges(self, attn_metadata: dict[str, Any]) -> None:
         """Replace the metadata of ``build_attn_metadata`` by metadata with the canvases' ranges.
