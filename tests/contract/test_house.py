@@ -55,7 +55,7 @@ PURE_ROOMS = {
 # The same for rooms that may import vLLM, by its private names too, from the bottom to the top.
 VLLM_ROOMS = {
     "upstream": {"errors"},
-    "engine.attention": {"errors"},
+    "engine.attention": {"errors", "family"},
     "engine.carriers": {"config", "denoise", "records", "request", "telemetry"},
     "engine.constraints": {"constrain", "engine.carriers", "errors", "request", "records"},
     "engine.lora": {"engine.carriers", "errors", "upstream"},
