@@ -9,7 +9,7 @@ as the two disagree. So both ask here.
     text                  after a step of the canvas     after its commit, if that is a step
     causal                known                          known + what was committed
     block                 the last grid point <= known   the same of known + what was committed
-    whole                 0                              0
+    whole                 0; all text, if approximate    0
 
 Counts are integers in the scheduler, and tensors of them, [N], in the worker.
 """
@@ -97,12 +97,18 @@ def kept_of_text(family: Family, *, upto: Count, known: Count) -> Count:
     return _grid_point(family, upto)
 
 
-def kept_of_canvas(family: Family, *, known: Count) -> Count:
+def kept_of_canvas(family: Family, *, known: Count, reused: Count | bool = False) -> Count:
     """Positions that count as computed after a step of a canvas, also after its last one.
 
     What is committed by a step of its own counts on top of that, see ``kept_of_commit``.
+
+    Args:
+        family: of the model.
+        known: tokens before the canvas.
+        reused: where all text is computed in every step: whether the next one takes it as it is, an
+            approximation that a request may ask for while its canvas goes on.
     """
-    return known * 0 if family.text is Text.WHOLE else _grid_point(family, known)
+    return known * reused if family.text is Text.WHOLE else _grid_point(family, known)
 
 
 def kept_of_commit(family: Family, *, known: Count, count: Count) -> Count:

@@ -38,7 +38,7 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
     }
     kinds |= {f"emitted_{name}": "*i64" for name in ("tokens", "counts", "steps", "reasons")}
     kinds |= dict.fromkeys(
-        ("accepts", "finisheds", "causals", "fuseds", "go_on", "revealeds"), "*i1"
+        ("accepts", "finisheds", "causals", "fuseds", "go_on", "reuses", "revealeds"), "*i1"
     )
     kinds |= {"t_mins": "*fp64", "t_maxs": "*fp64", "size": "i32"}
     kinds |= {"beliefs": "*bf16", "pool_beliefs": "*bf16"}
@@ -149,6 +149,7 @@ def requests() -> None:
             seq_lens=torch.randint(9, 500, (num + 3,), generator=rng, dtype=torch.int32),
             first=torch.cat([torch.zeros(1), width.cumsum(0)]).int(),
             text_end=torch.randint(9, 500, (num + 1,), generator=rng, dtype=torch.int32),
+            reuses=torch.rand(num + 1, generator=rng) < 0.5,
         )
         batch, places = canvases.canvases_of(rows, count=count, length=length)
         same_batch, same_places = canvases_kernels.canvases_of(rows, count=count, length=length)

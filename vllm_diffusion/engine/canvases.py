@@ -75,22 +75,24 @@ def step_output(
     tokens = torch.zeros(len(slots), length, dtype=torch.int32, device=slots.device)
     gained = torch.zeros(len(slots), dtype=torch.int32, device=slots.device)
     if emission is None:
-        return StepOutput(tokens=tokens, gained=gained, rejected=_rejected(family, rows, gained))
+        rejected = _rejected(family, rows, gained, gained)
+        return StepOutput(tokens=tokens, gained=gained, rejected=rejected)
     index = _decoding(rows)
     tokens[index] = emission.tokens.int()
     gained[index] = emission.count.int()
     committed = CommittedCanvases.of(emission, index, len(slots))
     separate = torch.where(pool.fused[slots], 0, gained)
-    rejected = _rejected(family, rows, separate)
+    rejected = _rejected(family, rows, gained, separate)
     return StepOutput(tokens=tokens, gained=gained, rejected=rejected, committed=committed)
 
 
-def _rejected(family: Family, rows: StepRows, committed: Tensor) -> Tensor:
+def _rejected(family: Family, rows: StepRows, gained: Tensor, committed: Tensor) -> Tensor:
     """[N] int32, rows that do not count as computed; more than the step had take back others.
 
     Args:
         family: of the model.
         rows: the step's rows.
+        gained: [N] int32, tokens that leave.
         committed: [N] int32, tokens that a commit of its own has committed, 0 for none.
     """
     upto = rows.seq_lens[: len(rows.slots)]
@@ -98,7 +100,7 @@ def _rejected(family: Family, rows: StepRows, committed: Tensor) -> Tensor:
     known = upto - drafted
     kept = torch.where(
         drafted > 0,
-        grid.kept_of_canvas(family, known=known),
+        grid.kept_of_canvas(family, known=known, reused=rows.reuses[rows.slots] & (gained == 0)),
         grid.kept_of_text(family, upto=upto, known=rows.text_end[rows.slots]),
     )
     counted = grid.kept_of_commit(family, known=known, count=committed)

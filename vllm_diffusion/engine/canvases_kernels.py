@@ -71,6 +71,7 @@ def step_output(
         rows.slots,
         rows.seq_lens,
         rows.text_end,
+        rows.reuses,
         emission.tokens,
         emission.count,
         emission.steps,
@@ -141,6 +142,7 @@ def _write_output(
     request_slots: tl.tensor,
     seq_lens: tl.tensor,
     text_ends: tl.tensor,
+    reuses: tl.tensor,
     emitted_tokens: tl.tensor,
     emitted_counts: tl.tensor,
     emitted_steps: tl.tensor,
@@ -178,7 +180,9 @@ def _write_output(
     # As ``grid`` has it: a step keeps its text up to a point of the grid, a commit all of it.
     upto = tl.load(seq_lens + request)
     if WHOLE:
-        kept = tl.where(decodes | (upto >= tl.load(text_ends + slot)), 0, upto)
+        reused = (count == 0) & (tl.load(reuses + slot) != 0)
+        again = tl.where(upto >= tl.load(text_ends + slot), 0, upto)
+        kept = tl.where(decodes, tl.where(reused, upto - drafted, 0), again)
     else:
         final = upto - drafted + tl.where(fused, 0, count)
         kept = final - final % GRID

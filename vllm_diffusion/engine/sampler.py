@@ -30,6 +30,7 @@ from vllm_diffusion.engine import carriers
 from vllm_diffusion.engine.canvases import canvases_of, step_output
 from vllm_diffusion.engine.granted import granted_rows, settle
 from vllm_diffusion.engine.step_rows import StepRows
+from vllm_diffusion.family import Text
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.records import Noise
 from vllm_diffusion.step import advance
@@ -95,11 +96,14 @@ class CanvasSampler:
         self.head_bytes = head_bytes
         self.account = account
         self.foreseen = foreseen
+        self.reuses = torch.zeros(pool.num_slots, dtype=torch.bool, device=pool.device)
         self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """Make the horizon of a request's canvases noise; the model state does everything else."""
-        del sampling_params
+        """Take in what concerns rows beside the canvas; the model state does everything else."""
+        if self.family.text is Text.WHOLE:
+            asked = carriers.admitted(sampling_params, self.pool.default)
+            self.reuses[req_idx].fill_(asked.approximate_prefix)
         if self.family.horizon:
             # A step writes what the canvas drafts and nothing behind it.
             self.req_states.draft_tokens[req_idx] = self.family.mask_id
@@ -128,6 +132,7 @@ class CanvasSampler:
             seq_lens=input_batch.seq_lens,
             first=input_batch.cu_num_logits,
             text_end=self.req_states.prefill_len.gpu,
+            reuses=self.reuses,
         )
         if hidden.shape[0] and not input_batch.num_draft_tokens:
             self._run_widest_head(hidden)

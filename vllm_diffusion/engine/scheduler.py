@@ -164,7 +164,8 @@ class WholeCanvasMixin:
             elif (tokens := emitted.get(req_id)) and not self._fuses(request):
                 kept = grid.kept_of_commit(self._family, known=before, count=len(tokens))
             else:
-                kept = grid.kept_of_canvas(self._family, known=before)
+                reused = not tokens and self._admitted[request].approximate_prefix
+                kept = grid.kept_of_canvas(self._family, known=before, reused=reused)
             request.num_computed_tokens = kept
 
     def _account(self: Any, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> set[str]:

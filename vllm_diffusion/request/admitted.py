@@ -45,6 +45,8 @@ class Admitted:
     """Only ``logprob_token_ids`` may be said."""
     fused_commit: bool | None = None
     """Whether commits share a forward with the next canvas; None: as the engine is served."""
+    approximate_prefix: bool = False
+    """Text that sees its canvas is computed once a canvas, not in every step."""
     telemetry: bool = False
     """The answer says what its canvases took."""
 
@@ -92,6 +94,7 @@ def admitted(params: DiffusionParams, served: ServedRules, rows: Rows | None = N
         read_only=params.read_only,
         constrained=params.constrained,
         fused_commit=params.fused_commit,
+        approximate_prefix=params.approximate_prefix,
         telemetry=params.telemetry,
     )
 

@@ -45,12 +45,14 @@ class DiffusionParams:
     """Share of noise in the draft or seed canvas; None: the seed canvas as it is."""
     fused_commit: bool | None = None
     """A finished canvas is committed beside the first step of the next, where the engine can."""
+    approximate_prefix: bool = False
+    """Text that sees its canvas is computed once a canvas, not in every step: an approximation."""
     telemetry: bool = False
     """The answer says what its canvases took, see ``telemetry``."""
 
 
 _LISTS: Final = ("seed_canvas", "pinned")
-_SWITCHES: Final = ("read_only", "constrained", "fused_commit", "telemetry")
+_SWITCHES: Final = ("read_only", "constrained", "fused_commit", "approximate_prefix", "telemetry")
 OPTIONS: Final = {
     f"{PREFIX}{name}": name
     for name in ("preset", "canvas_length", *CONSTANTS, *_LISTS, *_SWITCHES, *TEXT_OPTIONS)

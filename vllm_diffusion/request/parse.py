@@ -126,6 +126,11 @@ def _against_text(
             "prompt_logprobs is not supported by this model: a row of its prompt has seen the "
             "token it would predict"
         )
+    if text is not Text.WHOLE and params.approximate_prefix:
+        problems.append(
+            "diffusion_approximate_prefix is not supported by this model, whose text is computed "
+            "once and exactly"
+        )
     if text is Text.BLOCK and params.canvas_length is not None:
         problems.append(
             "diffusion_canvas_length is not supported by this model, whose canvases are the "

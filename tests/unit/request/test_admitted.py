@@ -28,6 +28,7 @@ WHOLE = DiffusionParams(
     read_only=True,
     constrained=True,
     fused_commit=False,
+    approximate_prefix=True,
     telemetry=True,
 )
 
@@ -45,6 +46,7 @@ def test_every_option_reaches_the_record() -> None:
         read_only=True,
         constrained=True,
         fused_commit=False,
+        approximate_prefix=True,
         telemetry=True,
     )
 

@@ -29,8 +29,8 @@ OPTIONS = (
     "diffusion_stability_threshold, diffusion_hold_threshold, diffusion_doubt_threshold, "
     "diffusion_soft_embedding_top_k, "
     "diffusion_seed_canvas, diffusion_pinned, diffusion_read_only, diffusion_constrained, "
-    "diffusion_fused_commit, diffusion_telemetry, diffusion_template, diffusion_suffix, "
-    "diffusion_draft, diffusion_noise_level"
+    "diffusion_fused_commit, diffusion_approximate_prefix, diffusion_telemetry, "
+    "diffusion_template, diffusion_suffix, diffusion_draft, diffusion_noise_level"
 )
 
 
