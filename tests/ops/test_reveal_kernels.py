@@ -102,15 +102,16 @@ def in_the_interpreter() -> None:
 
 def loops() -> None:
     """The tests that hold ``advance`` to a loop in plain Python, with the kernels in it."""
+    from helpers import reveal_model
     from unit.rules import test_reveal
 
     from vllm_diffusion import rules
     from vllm_diffusion.canvas_kernels import CanvasPoolKernels
 
-    test_reveal.CanvasPool = CanvasPoolKernels
+    reveal_model.CanvasPool = CanvasPoolKernels
     rules._RULES.update(rules._KERNELS)
     for seed in range(5):
-        for name in test_reveal.FAMILIES:
+        for name in reveal_model.FAMILIES:
             test_reveal.test_canvases_of_a_mixed_batch_equal_the_loop.__wrapped__(seed, name)
     test_reveal.test_given_text_is_closed_from_the_first_step_on()
     test_reveal.test_the_next_canvas_begins_open()

@@ -23,6 +23,7 @@ from vllm_diffusion.denoise.constants import EntropyBoundConstants
 from vllm_diffusion.denoise.noise import UniformNoise
 from vllm_diffusion.denoise.renoise import initial_canvas
 from vllm_diffusion.errors import ConfigError, TraceError
+from vllm_diffusion.family import Family
 from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 from vllm_diffusion.rules.entropy_bound import EntropyBound
 from vllm_diffusion.trace.file import Trace, load, to_bytes
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 SLOTS, LENGTH, VOCAB = 4, 12, 997
 SEED = (7 << 40) + 3
 
+FAMILY = Family(name="uniform", rule="entropy_bound", ends=(3, 4))
 PUBLISHED = EntropyBound(UniformNoise(VOCAB))
 CONSTANTS = EntropyBoundConstants(
     max_steps=6,
@@ -86,7 +88,7 @@ class Live:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        self.recorder = Recorder(folder)
+        self.recorder = Recorder(folder, FAMILY)
         self.rule = denoise
         self.rng = np.random.default_rng(0)
         self.requests: dict[int, Request] = {}

@@ -185,7 +185,7 @@ class CanvasModelState(ModelState):
         folder = trace_folder(os.environ)
         if folder is None or get_tensor_model_parallel_rank() != 0:
             return None
-        recorder = Recorder(folder)
+        recorder = Recorder(folder, self.family)
         # At shutdown the runner drops the model state without calling any hook.
         weakref.finalize(self, recorder.close)
         return recorder

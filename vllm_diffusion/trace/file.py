@@ -2,7 +2,8 @@
 
 The file is an npz: a header in JSON and one array per field. It is compressed because argmax and
 sample change little from step to step; safetensors does not compress. Arrays by position
-concatenate all steps (P = sum of the widths of N steps); ``accepted`` is packed to bits.
+concatenate all steps (P = sum of the widths of N steps); ``accepted`` is packed to bits. Which
+arrays there are depends on the kind of rule.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vllm_diffusion import __version__
-from vllm_diffusion.denoise.constants import KINDS, EntropyBoundConstants, RuleConstants
+from vllm_diffusion.denoise.constants import (
+    KINDS,
+    EntropyBoundConstants,
+    RevealConstants,
+    RuleConstants,
+)
 from vllm_diffusion.errors import TraceError
+from vllm_diffusion.family import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +53,10 @@ _OF_POSITIONS: Final = {
     "top_prob": np.float32,
     "margin": np.float32,
 }
+_OF_KIND: Final[Mapping[str, Mapping[str, type]]] = {
+    RevealConstants.kind: {"tokens": np.int32, "score": np.float32},
+}
+"""Arrays by position that only one kind of rule has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +66,9 @@ class Step:
     A commit writes the KV of a finished canvas. Its argmax is that of the canvas's last step (the
     committed tokens, unless a text with holes had slack), and the other values are 0, because
     commit rows have no distribution.
+
+    Under ``reveal`` the argmax is the canvas after the step, as in the pool, and ``accepted`` are
+    the positions that were revealed in it.
     """
 
     start: int  # absolute position of the first row
@@ -68,6 +82,8 @@ class Step:
     top_prob: NDArray[np.float32]  # [W]
     margin: NDArray[np.float32]  # [W], top probability minus the second
     accepted: NDArray[np.bool_]  # [W]
+    tokens: NDArray[np.int32] | None = None  # [W], input; ``reveal`` alone
+    score: NDArray[np.float32] | None = None  # [W], see ``denoise.score``; ``reveal`` alone
 
     @property
     def width(self) -> int:
@@ -109,6 +125,8 @@ class Trace:
     request_id: str
     seed: int  # 64-bit key of the request's noise
     rule: RuleConstants  # of this request
+    family: Family  # that the rule was made for
+    scored_by: str | None = None  # what the scores of its steps are; ``reveal`` alone
     vocab_size: int
     canvas_length: int  # L of the pool; a canvas may be narrower
     plugin_version: str  # version that recorded it
@@ -157,6 +175,8 @@ def to_bytes(trace: Trace) -> bytes:
         "seed": trace.seed,
         "kind": trace.rule.kind,
         "rule": asdict(trace.rule),
+        "family": trace.family.to_dict(),
+        "scored_by": trace.scored_by,
         "vocab_size": trace.vocab_size,
         "canvas_length": trace.canvas_length,
         "prompt_length": trace.prompt_length,
@@ -171,11 +191,15 @@ def to_bytes(trace: Trace) -> bytes:
     }
     for name, dtype in _OF_STEPS.items():
         arrays[name] = np.array([getattr(step, name) for step in steps], dtype)
-    for name, dtype in _OF_POSITIONS.items():
+    for name, dtype in _of_positions(trace.rule.kind).items():
         arrays[name] = np.concatenate([getattr(step, name) for step in steps], dtype=dtype)
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **arrays)
     return file.getvalue()
+
+
+def _of_positions(kind: str) -> dict[str, type]:
+    return {**_OF_POSITIONS, **_OF_KIND.get(kind, {})}
 
 
 def load(path: Path | str) -> Trace:
@@ -221,11 +245,15 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
     header = json.loads(arrays["header"].tobytes())
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}, by {header['plugin_version']}")
+    # Recordings made before a second rule existed lack these keys.
+    kind = header.get("kind", EntropyBoundConstants.kind)
+    family = header.get("family")
+    by_position = _of_positions(kind)
     width = arrays["width"]
     bounds = np.concatenate([[0], np.cumsum(width, dtype=np.int64)])
     count, positions = len(width), int(bounds[-1])
     columns: dict[str, NDArray[Any]] = {}
-    for wanted, size in ((_OF_STEPS, count), (_OF_POSITIONS, positions)):
+    for wanted, size in ((_OF_STEPS, count), (by_position, positions)):
         for name, dtype in wanted.items():
             columns[name] = array = arrays[name]
             if array.dtype != dtype or array.shape != (size,):
@@ -257,15 +285,15 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
             finished=bool(columns["finished"][index]),
             input_crc=int(columns["input_crc"][index]),
             accepted=columns["accepted"][rows],
-            **{name: columns[name][rows] for name in _OF_POSITIONS},
+            **{name: columns[name][rows] for name in by_position},
         )
 
-    # Recordings made before a second rule existed lack the key.
-    kind = KINDS[header.get("kind", EntropyBoundConstants.kind)]
     return Trace(
         request_id=header["request_id"],
         seed=header["seed"],
-        rule=kind(**header["rule"]),
+        rule=KINDS[kind](**header["rule"]),
+        scored_by=header.get("scored_by"),
+        family=Family(name="", rule=kind) if family is None else Family.from_dict(family),
         vocab_size=header["vocab_size"],
         canvas_length=header["canvas_length"],
         plugin_version=header["plugin_version"],

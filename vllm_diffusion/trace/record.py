@@ -1,6 +1,6 @@
 """Recorder: observes ``step.advance`` and writes one file per request.
 
-While on, each step copies about 25 bytes per position to the host, which syncs with the device.
+While on, each step copies some 30 bytes per position to the host, which syncs with the device.
 They stay in host memory until the request leaves its slot; the file is compressed and written in
 that step. While off there is no recorder, and a step tests one attribute.
 """
@@ -19,7 +19,10 @@ import torch
 
 from vllm_diffusion import __version__
 from vllm_diffusion.constrain.constraints import Constraints
+from vllm_diffusion.denoise.constants import RevealConstants
+from vllm_diffusion.denoise.score import scores
 from vllm_diffusion.errors import ConfigError
+from vllm_diffusion.rules.reveal import asked_of
 from vllm_diffusion.trace.file import Step, Trace, checksum, to_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_diffusion.canvas import CanvasPool
+    from vllm_diffusion.family import Family
     from vllm_diffusion.records import CanvasBatch, CanvasStats, Decision
 
 # vLLM's log handlers apply only to loggers under its name.
@@ -76,8 +80,8 @@ class Recorder:
     episode. If a canvas was interrupted, the next file starts that canvas over.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, family: Family) -> None:
+        self._folder, self._family = folder, family
         self._open: dict[int, _Recording] = {}
 
     def begin(
@@ -95,12 +99,14 @@ class Recorder:
         Only those constraints are recorded that a replay cannot derive from the statistics.
         ``guarded`` means that a parser enforces one of them.
         """
-        asked = constraints or Constraints()
+        asked, rule = constraints or Constraints(), pool.owners[slot]
         low, high = pool.seed[slot].tolist()
         header = Trace(
             request_id=request_id,
             seed=low | high << 32,
-            rule=pool.owners[slot],
+            rule=rule,
+            family=self._family,
+            scored_by=rule.reveal_by if isinstance(rule, RevealConstants) else None,
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,
             plugin_version=__version__,
@@ -123,7 +129,12 @@ class Recorder:
             return _to_host(torch.where(row_committing, of_commit, of_denoising))
 
         canvas = _to_host(pool.tokens[slots].int())
-        argmax = kept(stats.argmax.int(), pool.argmax[slots].int())
+        said, score = stats.argmax, None
+        if reveals := pool.mask_id is not None:
+            finished = decision.finished[:, None]
+            said = torch.where(finished, decision.commit.tokens, decision.next_tokens)
+            score = kept(_scores(pool, batch, stats))
+        argmax = kept(said.int(), pool.argmax[slots].int())
         sample = kept(stats.sample.int())
         entropy, top_prob, margin = kept(stats.entropy), kept(stats.top_prob), kept(stats.margin)
         accepted = kept(decision.accept, of_commit=False)
@@ -155,6 +166,8 @@ class Recorder:
                     top_prob=top_prob[row, :width].copy(),
                     margin=margin[row, :width].copy(),
                     accepted=accepted[row, :width].copy(),
+                    tokens=canvas[row, :width].copy() if reveals else None,
+                    score=None if score is None else score[row, :width].copy(),
                 )
             )
 
@@ -204,6 +217,19 @@ def file_names(request_id: str) -> Iterator[str]:
     yield f"{stem}.npz"
     for number in itertools.count(1):
         yield f"{stem}.{number}.npz"
+
+
+def _scores(pool: CanvasPool, batch: CanvasBatch, stats: CanvasStats) -> Tensor:
+    """[B, L] fp32, what ``reveal`` ranks the positions by."""
+    slots = batch.slots
+    return scores(
+        pool.constants.reveal_by[slots],
+        asked_of(pool),
+        stats,
+        pool.seed[slots],
+        batch.position,
+        pool.step[slots],
+    )
 
 
 def _to_host(tensor: Tensor) -> NDArray[Any]:

@@ -15,7 +15,9 @@ import torch
 
 from vllm_diffusion.canvas import pool_class
 from vllm_diffusion.constrain.pins import by_position
-from vllm_diffusion.family import Family
+from vllm_diffusion.denoise.constants import RevealConstants
+from vllm_diffusion.denoise.noise import noise_of
+from vllm_diffusion.errors import TraceError
 from vllm_diffusion.records import CanvasBatch, CanvasStats
 from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.file import checksum
@@ -109,24 +111,39 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
         rule: replaces the recorded one; its pool has one slot.
         device: where to run. Sums equal those of the recording bit for bit only on a device of the
             same kind.
+
+    Raises:
+        TraceError: the rule ranks by a probability that was not recorded.
     """
     where = torch.device(device)
+    _refuse_unknown_score(trace)
     pool = pool_class(where.type)(
         num_slots=1,
         canvas_length=trace.canvas_length,
-        hidden_size=1,
+        hidden_size=None,
         vocab_size=trace.vocab_size,
         constants=trace.rule,
+        noise=noise_of(trace.family.mask_id, trace.vocab_size),
         dtype=torch.float32,
         device=where,
     )
     pool.admit(0, seed=trace.seed)
-    rule = rule or rule_for(
-        Family(name="", rule=trace.rule.kind), pool.noise, device_type=where.type
-    )
+    rule = rule or rule_for(trace.family, pool.noise, device_type=where.type)
     return Replay(
         canvases=tuple(_replay_canvas(pool, trace, canvas, rule) for canvas in trace.canvases)
     )
+
+
+def _refuse_unknown_score(trace: Trace) -> None:
+    """Of the probabilities that ``reveal`` ranks by, a trace has the one its rule asked for."""
+    rule = trace.rule
+    if not isinstance(rule, RevealConstants) or rule.reveal_by == trace.scored_by:
+        return
+    if rule.reveal_by in {"drawn", "model"}:
+        raise TraceError(
+            f"The trace cannot be replayed by {rule.reveal_by}: it was recorded by "
+            f"{trace.scored_by}. Record it again with diffusion_reveal_by={rule.reveal_by}."
+        )
 
 
 def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -> ReplayedCanvas:
@@ -142,7 +159,7 @@ def _replay_canvas(pool: CanvasPool, trace: Trace, canvas: Canvas, rule: Rule) -
     diverged, on_trajectory, tokens = None, True, None
     for step in canvas.steps:
         on_trajectory &= _input_crc(pool, width) == step.input_crc
-        stats = _stats(pool, step)
+        stats = _stats(pool, step, trace.scored_by)
         decision = rule.decide(pool, batch, stats)
         if trace.guarded and not step.finished:
             # A bad word or the parser prevented the stop, which the statistics do not show.
@@ -178,19 +195,22 @@ def _batch(pool: CanvasPool, canvas: Canvas) -> CanvasBatch:
     )
 
 
-def _stats(pool: CanvasPool, step: Step) -> CanvasStats:
+def _stats(pool: CanvasPool, step: Step, scored_by: str | None) -> CanvasStats:
     def padded(values: NDArray[np.int32] | NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
         row = torch.zeros(1, pool.canvas_length, dtype=dtype)
         row[0, : step.width] = torch.from_numpy(values)
         return row.to(pool.device)
 
+    score = None if step.score is None else padded(step.score, torch.float32)
     return CanvasStats(
         argmax=padded(step.argmax, torch.int64),
         sample=padded(step.sample, torch.int64),
         entropy=padded(step.entropy, torch.float32),
         top_prob=padded(step.top_prob, torch.float32),
         margin=padded(step.margin, torch.float32),
-        soft_embedding=torch.zeros(1, pool.canvas_length, 1, device=pool.device),
+        soft_embedding=None,
+        sample_prob=score if scored_by == "drawn" else None,
+        own_prob=score if scored_by == "model" else None,
     )
 
 
