@@ -124,3 +124,20 @@ class _DenseAttention(nn.Module):
             ~self._decoder[0].seen, -torch.inf
         )
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def assert_same_logits(ours: Tensor, truth: Any, tokens: Sequence[int], seen: Tensor) -> None:
+    """Ours are Transformers', far nearer than another mask would come.
+
+    Args:
+        ours: [T, V] fp32.
+        truth: its model, in fp32.
+        tokens: T ids.
+        seen: [T, T] bool, which columns a row sees.
+    """
+    from vllm_diffusion.testing.dense_reveal import dense_logits
+
+    expected = dense_logits(truth, tokens, seen)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    causal = dense_logits(truth, tokens, seen.tril())
+    assert torch.equal(seen, seen.tril()) or float((causal - expected).abs().max()) > 1.0

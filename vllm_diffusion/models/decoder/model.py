@@ -64,7 +64,9 @@ class CanvasDecoder(nn.Module):
         # Where ranks read their experts alone, nobody sees them all.
         filtered = vllm_config.parallel_config.enable_ep_weight_filter
         self.expected_experts: int = 0 if filtered else vllm_config.model_config.get_num_experts()
-        self.model = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model: Any = self.backbone(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
+        )
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,

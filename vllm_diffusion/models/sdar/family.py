@@ -71,8 +71,8 @@ def settle(vllm_config: Any) -> None:
     from vllm_diffusion.models.decoder.settings import settle_decoder
 
     block = block_of(vllm_config.model_config.hf_config)
-    settle_decoder(vllm_config)
-    if (asked := vllm_config.diffusion_config.canvas_length) not in {None, block}:
+    settle_decoder(vllm_config, canvas=block)
+    if (asked := vllm_config.diffusion_config.canvas_length) != block:
         raise ConfigError(
             f"canvas_length is {asked}, but the model denoises the blocks of {block} that it was "
             "trained with: remove it from --diffusion-config."

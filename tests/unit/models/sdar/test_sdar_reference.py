@@ -10,7 +10,8 @@ import torch
 from helpers.cases import for_each
 
 from vllm_diffusion.models.sdar.testing.checkpoint import MASK_ID, TinySpec, build_model
-from vllm_diffusion.models.sdar.testing.reference import Answer, answer, dense_logits, visible
+from vllm_diffusion.models.sdar.testing.reference import answer, visible
+from vllm_diffusion.testing.dense_reveal import Answer, dense_logits, leftmost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,17 +99,26 @@ def test_an_answer_ends_behind_its_first_end(model: Any) -> None:
         end = found.tokens[9]
         cut = answer(model, prompt, 20, mask_id=MASK_ID, block=BLOCK, ends={end})
         assert cut.tokens == found.tokens[: found.tokens.index(end) + 1]
+        early = answer(model, prompt, 20, mask_id=MASK_ID, block=BLOCK, ends={end}, early=True)
+        assert early.tokens == cut.tokens
+        assert early.log_probs == cut.log_probs
+        assert early.steps[:-1] == cut.steps[:-1]
+        assert early.steps[-1] <= cut.steps[-1]
 
 
 @for_each(
     wrong=[
         {"causal_prompt": True},
         {"grid_at_prompt_end": True},
-        {"threshold": 0.5 * 1.2},
-        {"leftmost": True},
-        {"max_steps": 4},
+        {"threshold": 0.5},
+        {"surer": leftmost},
+        {"max_steps": BLOCK - 1},
     ]
 )
 def test_what_is_wrong_is_noticed(model: Any, wrong: dict[str, Any]) -> None:
-    right = answers(model, threshold=0.5)
-    assert different(right, answers(model, **({"threshold": 0.5} | wrong))) > 10
+    right = answers(model, threshold=0)
+    assert different(right, answers(model, **({"threshold": 0} | wrong))) > 5
+
+
+def test_another_threshold_is_noticed(model: Any) -> None:
+    assert different(answers(model, threshold=0.5), answers(model, threshold=0.5 * 1.2)) > 5

@@ -118,7 +118,9 @@ def build_model(spec: TinySpec) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         model = kind(config.from_dict(released_config(spec))).float()
-    randomise(model, seed=spec.seed, never=range(len(SPECIAL_TOKENS)))
+    # The mask may be the most likely token: nobody is to say it all the same.
+    never = [index for index in range(len(SPECIAL_TOKENS)) if index != MASK_ID]
+    randomise(model, seed=spec.seed, never=never)
     return model.eval()
 
 
