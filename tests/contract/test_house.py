@@ -108,6 +108,8 @@ VLLM_ROOMS = {
     },
     "models.diffusion_gemma.testing": {"testing"},
     "models.diffusion_gemma.tools": {"constrain", "errors"},
+    "models.llada": {"errors", "family", "models", "models.decoder", "upstream"},
+    "models.llada.testing": {"models.llada", "testing"},
     "models.sdar": {"errors", "family", "models", "models.decoder", "upstream"},
     "models.sdar.testing": {"models.sdar", "testing"},
     "patches": {

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FAMILIES: Final = {
     "DiffusionGemmaForBlockDiffusion": "vllm_diffusion.models.diffusion_gemma.family",
+    "ILLaDAForCausalLM": "vllm_diffusion.models.llada.family",
+    "LLaDAMoEModelLM": "vllm_diffusion.models.llada.family",
+    "LLaDAModelLM": "vllm_diffusion.models.llada.family",
     "SDARForCausalLM": "vllm_diffusion.models.sdar.family",
     "SDARMoeForCausalLM": "vllm_diffusion.models.sdar.family",
 }

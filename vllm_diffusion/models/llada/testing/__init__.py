@@ -1,0 +1,1 @@
+"""Makers of LLaDA's test data: checkpoints with random weights, and the dense reference."""
