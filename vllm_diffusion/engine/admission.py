@@ -130,6 +130,7 @@ def _parse(sampling: SamplingParams, model: ModelConfig) -> None:
         vocab_size=model.get_vocab_size(),
         rules=served.rules,
         text=served.family.text,
+        banned=served.family.banned,
     )
 
 

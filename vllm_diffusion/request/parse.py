@@ -21,7 +21,7 @@ from vllm_diffusion.request.options import (
 from vllm_diffusion.request.text import CanvasText, text_contradictions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 # The sampling parameters that have no meaning on a canvas yet, and when they are set.
 UNSUPPORTED: Final[dict[str, Callable[[Any], bool]]] = {
@@ -37,6 +37,7 @@ def parse_params(
     vocab_size: int | None = None,
     rules: ServedRules | None = None,
     text: Text = Text.CAUSAL,
+    banned: Collection[int] = (),
 ) -> DiffusionParams:
     """The diffusion options of a request, or one error listing everything that is wrong with it.
 
@@ -46,6 +47,7 @@ def parse_params(
         vocab_size: number of token ids, None where it is not known.
         rules: the served rules, None where they are not known.
         text: what the model's text sees.
+        banned: ids that no text of the model may hold.
 
     Raises:
         ParamsError: unsupported sampling parameters, wishes that exclude each other, unknown or
@@ -66,6 +68,7 @@ def parse_params(
     problems += wrong
     problems += _against_served(params, canvas_length, vocab_size, rules)
     problems += _contradictions(sampling, params)
+    problems += _about_ids(sampling, params, set(banned))
     problems += _against_text(sampling, params, text)
     if problems:
         raise ParamsError("; ".join(problems))
@@ -162,25 +165,40 @@ def _contradictions(
         problems.append(f"logit_bias must be finite, up to {LARGEST:g}, got {reprlib.repr(wild)}")
     if not SMALLEST <= (scale := sampling.repetition_penalty) <= LARGEST:
         problems.append(f"repetition_penalty must be {SMALLEST:g} to {LARGEST:g}, got {scale}")
-    allowed = set(sampling.allowed_token_ids or ())
-    if allowed and sampling.min_tokens and allowed <= set(sampling.all_stop_token_ids):
+    inside = [at for at in params.pinned if at < len(params.seed_canvas)]
+    limit = sampling.max_tokens
+    if inside and limit is not None and not params.read_only and max(inside) >= limit:
+        problems.append(
+            f"diffusion_pinned holds position {max(inside)}, which max_tokens={limit} cuts off"
+        )
+    return problems
+
+
+def _about_ids(
+    sampling: Any,  # noqa: ANN401
+    params: DiffusionParams,
+    banned: set[int],
+) -> list[str]:
+    """Ids that must be said and may not, or that are all that may be said."""
+    problems = []
+    asked = set(sampling.allowed_token_ids or ())
+    if asked and sampling.min_tokens and asked - banned <= set(sampling.all_stop_token_ids):
         problems.append(
             f"min_tokens={sampling.min_tokens} forbids every one of the allowed_token_ids"
         )
     if params.constrained and not sampling.logprob_token_ids:
         problems.append("diffusion_constrained needs logprob_token_ids: they are the allowed set")
-    if params.constrained and allowed:
+    if params.constrained and asked:
         problems.append("diffusion_constrained and allowed_token_ids both say what is allowed")
-    if params.constrained:
-        allowed = set(sampling.logprob_token_ids or ())
-    inside = [at for at in params.pinned if at < len(params.seed_canvas)]
-    if allowed and (outside := [at for at in inside if params.seed_canvas[at] not in allowed]):
+    allowed = set(sampling.logprob_token_ids or ()) if params.constrained else asked
+    if allowed and allowed <= banned:
+        problems.append(f"of the allowed ids {sorted(allowed)} this model may say none")
+    pins = {at: params.seed_canvas[at] for at in params.pinned if at < len(params.seed_canvas)}
+    outside = [
+        at for at, token in pins.items() if token in banned or (allowed and token not in allowed)
+    ]
+    if outside:
         problems.append(
             f"diffusion_pinned holds tokens that are not allowed at {reprlib.repr(outside)}"
-        )
-    limit = sampling.max_tokens
-    if inside and limit is not None and not params.read_only and max(inside) >= limit:
-        problems.append(
-            f"diffusion_pinned holds position {max(inside)}, which max_tokens={limit} cuts off"
         )
     return problems

@@ -324,3 +324,19 @@ def test_a_constraint_and_fixed_text_both_say_what_the_answer_is(option: dict[st
     assert "keep one" in message_of(Sampling(structured_outputs=CONSTRAINT, extra_args=extra))
     parse_params(Sampling(extra_args=extra))
     parse_params(Sampling(structured_outputs=CONSTRAINT, extra_args={"diffusion_draft": "a"}))
+
+
+def test_ids_that_no_text_may_hold_are_not_all_that_may_be_said() -> None:
+    def message(**asked: Any) -> str:
+        with pytest.raises(ParamsError) as caught:
+            parse_params(Sampling(**asked), canvas_length=2, vocab_size=100, banned=(3,))
+        return str(caught.value)
+
+    assert "of the allowed ids [3] this model may say none" in message(allowed_token_ids=[3])
+    left = message(allowed_token_ids=[3, 9], min_tokens=1, all_stop_token_ids={9})
+    assert "min_tokens=1 forbids every one" in left
+    read = {"extra_args": {"diffusion_constrained": True}, "logprob_token_ids": [3]}
+    assert "of the allowed ids [3] this model may say none" in message(**read)
+    pins = {"diffusion_seed_canvas": [3, 9], "diffusion_pinned": [0, 1]}
+    assert "not allowed at [0]" in message(extra_args=pins)
+    assert parse_params(Sampling(allowed_token_ids=[3, 9]), banned=(3,)) == DiffusionParams()
