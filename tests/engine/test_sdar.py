@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.inside import Inside
-from helpers.regimes import Asked, ask, prompt_of, tokens_of
+from helpers.regimes import Asked, ask, assert_log_probs, prompt_of, tokens_of
 
 from vllm_diffusion.models.sdar.testing import checkpoint as maker
-from vllm_diffusion.models.sdar.testing.reference import Answer, answer
+from vllm_diffusion.models.sdar.testing.reference import answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from helpers.engines import EnginePool
     from vllm import LLM
 
+    from vllm_diffusion.testing.dense_reveal import Answer
+
 pytestmark = pytest.mark.vllm
 
 PAGE = 32
 SPEC = maker.TinySpec()
 EXPERTS = maker.TinySpec(experts=4)
 BLOCKS = [4, 8, 32]
-MARGIN = 1e-4
-"""Largest difference of log-probabilities in fp32."""
 
 
 def requests(block: int) -> list[Asked]:
@@ -82,14 +82,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_dense_loop(start: Any, bl
             llm, requests(block), logprobs=1, extra_args={"diffusion_fused_commit": fused}
         )
         assert tokens_of(outputs) == [each.tokens for each in wanted]
-        for output, each in zip(outputs, wanted, strict=True):
-            found = [
-                position[token].logprob
-                for position, token in zip(
-                    output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
-                )
-            ]
-            assert found == pytest.approx(each.log_probs, abs=MARGIN)
+        assert_log_probs(outputs, wanted)
     Inside(llm).assert_idle()
     alone = [tokens_of(ask(llm, [each]))[0] for each in requests(block)[:3]]
     assert alone == [each.tokens for each in wanted[:3]]

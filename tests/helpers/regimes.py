@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from vllm import SamplingParams
 
 if TYPE_CHECKING:
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
     from vllm import LLM
     from vllm.outputs import RequestOutput
+
+    from vllm_diffusion.testing.dense_reveal import Answer
+
+MARGIN = 1e-4
+"""Largest difference of log-probabilities in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +53,12 @@ def ask(llm: LLM, requests: Sequence[Asked], **sampling: Any) -> list[RequestOut
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     """What was said."""
     return [list(each.outputs[0].token_ids) for each in outputs]
+
+
+def assert_log_probs(outputs: Sequence[RequestOutput], wanted: Sequence[Answer]) -> None:
+    """The log-probability of every token is that of the step which revealed it."""
+    for output, each in zip(outputs, wanted, strict=True):
+        said = output.outputs[0]
+        pairs = zip(said.logprobs, said.token_ids, strict=True)
+        found = [position[token].logprob for position, token in pairs]
+        assert found == pytest.approx(each.log_probs, abs=MARGIN)

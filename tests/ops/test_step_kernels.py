@@ -43,7 +43,7 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
     kinds |= {"t_mins": "*fp64", "t_maxs": "*fp64", "size": "i32"}
     kinds |= {"beliefs": "*bf16", "pool_beliefs": "*bf16"}
     here = dict.fromkeys(("first", "seq_lens", "text_ends", "tokens", "gained"), "*i32")
-    here |= dict.fromkeys(("rejected", "facts"), "*i32")
+    here |= dict.fromkeys(("rejected", "facts"), "*i32") | {"widest": "*i64"}
     here |= {"request_slots": "*i64", "widths": "*i64", "places": "*i64", "drafts": "*i64"}
     kinds |= here | {"valids": "*i1", "emitted_entropies": "*i32", "draft_stride": "i32"}
     for kernel, constants, warps in (
@@ -149,6 +149,9 @@ def requests() -> None:
             seq_lens=torch.randint(9, 500, (num + 3,), generator=rng, dtype=torch.int32),
             first=torch.cat([torch.zeros(1), width.cumsum(0)]).int(),
             text_end=torch.randint(9, 500, (num + 1,), generator=rng, dtype=torch.int32),
+            widest=torch.randint(1, length + 1, (num + 1,), generator=rng)
+            if family.horizon
+            else torch.full((num + 1,), length),
             reuses=torch.rand(num + 1, generator=rng) < 0.5,
         )
         batch, places = canvases.canvases_of(rows, count=count, length=length)

@@ -28,8 +28,7 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     """The canvases of a step, and the hidden row of each of their positions.
 
     Args:
-        rows: the step's rows; a request has a canvas if it has rows with logits. More than L of
-            them are a canvas of L and its horizon.
+        rows: the step's rows; a request has a canvas if it has rows with logits.
         count: B, number of canvases.
         length: L.
 
@@ -41,7 +40,7 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
     index = _decoding(rows)
     first = rows.first.long()
     drafted = (first[1:] - first[:-1])[index]
-    width = drafted.clamp(max=length)
+    width = torch.minimum(drafted, rows.widest[rows.slots[index]])
     offset = torch.arange(length, device=width.device)
     valid = offset < width[:, None]
     start = rows.seq_lens[index].long() - drafted

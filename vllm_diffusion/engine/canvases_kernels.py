@@ -42,6 +42,7 @@ def canvases_of(rows: StepRows, *, count: int, length: int) -> tuple[CanvasBatch
         rows.first,
         rows.slots,
         rows.seq_lens,
+        rows.widest,
         batch.slots,
         batch.width,
         batch.position,
@@ -110,6 +111,7 @@ def _lay_out_canvas(
     first: tl.tensor,
     request_slots: tl.tensor,
     seq_lens: tl.tensor,
+    widest: tl.tensor,
     slots: tl.tensor,
     widths: tl.tensor,
     positions: tl.tensor,
@@ -125,11 +127,12 @@ def _lay_out_canvas(
         canvas = _canvases_before(first, request)
         offset = tl.arange(0, BLOCK)
         there = offset < LENGTH
-        width = tl.minimum(drafted, LENGTH)
+        slot = tl.load(request_slots + request).to(tl.int64)
+        width = tl.minimum(drafted, tl.load(widest + slot))
         valid = offset < width
         row = canvas * LENGTH + offset
         start = tl.load(seq_lens + request) - drafted
-        tl.store(slots + canvas, tl.load(request_slots + request).to(tl.int64))
+        tl.store(slots + canvas, slot)
         tl.store(widths + canvas, width)
         tl.store(positions + row, start + offset, mask=there)
         tl.store(valids + row, valid, mask=there)

@@ -96,7 +96,8 @@ class CanvasSampler:
         self.head_bytes = head_bytes
         self.account = account
         self.foreseen = foreseen
-        self.reuses = torch.zeros(pool.num_slots, dtype=torch.bool, device=pool.device)
+        self.reuses = torch.zeros_like(pool.causal)
+        self.widest = torch.full_like(pool.step, pool.canvas_length)
         self.observe: Observer | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
@@ -104,6 +105,7 @@ class CanvasSampler:
         if self.family.text is Text.WHOLE:
             asked = carriers.admitted(sampling_params, self.pool.default)
             self.reuses[req_idx].fill_(asked.approximate_prefix)
+            self.widest[req_idx].fill_(asked.canvas_length or self.pool.canvas_length)
         if self.family.horizon:
             # A step writes what the canvas drafts and nothing behind it.
             self.req_states.draft_tokens[req_idx] = self.family.mask_id
@@ -132,6 +134,7 @@ class CanvasSampler:
             seq_lens=input_batch.seq_lens,
             first=input_batch.cu_num_logits,
             text_end=self.req_states.prefill_len.gpu,
+            widest=self.widest,
             reuses=self.reuses,
         )
         if hidden.shape[0] and not input_batch.num_draft_tokens:

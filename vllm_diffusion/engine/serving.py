@@ -163,7 +163,10 @@ def of_width(family: Family, canvas: int) -> Family:
             f"--diffusion-config asks for a canvas_length of {canvas}, but this checkpoint's "
             f"canvases are the blocks of {family.block} tokens that it was trained on: remove it."
         )
-    return replace(family, block=canvas) if family.text is Text.WHOLE else family
+    if family.text is not Text.WHOLE or canvas == family.block:
+        return family
+    # As many steps as tokens, which is how such a rule is published.
+    return replace(family, block=canvas, published={**family.published, "max_steps": canvas})
 
 
 def rules_of(vllm_config: VllmConfig, family: Family) -> tuple[ServedRules, dict[str, str]]:

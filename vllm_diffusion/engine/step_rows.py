@@ -23,6 +23,7 @@ class StepRows:
     seq_lens: Tensor  # [N or more] int32, sequence length including the rows of the step
     first: Tensor  # [N + 1] int32, first row with logits of each request; the last is R
     text_end: Tensor  # [S] int32 by slot, end of the text that its request came with
+    widest: Tensor  # [S] int64 by slot, rows of a canvas; drafts behind them are its horizon
     reuses: Tensor  # [S] bool by slot, its text is kept while a canvas goes on, see ``grid``
 
 

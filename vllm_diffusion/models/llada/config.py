@@ -22,17 +22,19 @@ _LLAMA_NAMES: Final = {
 }
 """LLaDA's entry -> Llama's."""
 
-_LONGEST_CANVAS: Final = {"canvas_length": "max_position_embeddings"}
-"""What stands behind a canvas is seen too, and may be as long as the model reads."""
+BLOCK: Final = 32
+"""``block_length`` of the published call of ``generate.py``, one token a step; in no config."""
+
+_CANVAS: Final = {"canvas_length": "block_size"}
 
 
 class LLaDAConfig(LlamaConfig):
     """Model type ``llada``; the defaults are what can be served."""
 
     model_type = "llada"
-    attribute_map: ClassVar[dict[str, str]] = {**LlamaConfig.attribute_map, **_LONGEST_CANVAS}
+    attribute_map: ClassVar[dict[str, str]] = {**LlamaConfig.attribute_map, **_CANVAS}
 
-    block_size: int | None = None
+    block_size: int = BLOCK
     mask_token_id: int | None = None
     embedding_size: int | None = None
     block_type: str = "llama"
@@ -66,9 +68,9 @@ class ILLaDAConfig(LlamaConfig):
     """Model type ``illada``; the defaults are what can be served."""
 
     model_type = "illada"
-    attribute_map: ClassVar[dict[str, str]] = {**LlamaConfig.attribute_map, **_LONGEST_CANVAS}
+    attribute_map: ClassVar[dict[str, str]] = {**LlamaConfig.attribute_map, **_CANVAS}
 
-    block_size: int | None = None
+    block_size: int = BLOCK
     mask_token_id: int | None = None
     layer_norm_eps: float | None = None
 
@@ -77,9 +79,9 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
     """Model type ``lladamoe``; the defaults are what can be served."""
 
     model_type = "lladamoe"
-    attribute_map: ClassVar[dict[str, str]] = {**Qwen3MoeConfig.attribute_map, **_LONGEST_CANVAS}
+    attribute_map: ClassVar[dict[str, str]] = {**Qwen3MoeConfig.attribute_map, **_CANVAS}
 
-    block_size: int | None = None
+    block_size: int = BLOCK
     mask_token_id: int | None = None
     qk_layernorm: bool = True
     clip_qkv: float | None = None

@@ -34,9 +34,6 @@ PATCHES: Final[tuple[Patch, ...]] = ()
 MASKS: Final = {ILLADA: 5, MOE: 156895}
 """``mask_id`` of the published calls of ``generate``, where config.json names none."""
 
-BLOCK: Final = 32
-"""``block_length`` of the published call of ``generate.py``, one token a step."""
-
 END_OF_TURN: Final = 126348
 """``<|eot_id|>`` of LLaDA's tokenizer, with which an answer in a chat ends; in no config."""
 
@@ -78,18 +75,17 @@ def declare(config: Any, generation: Mapping[str, Any]) -> Family:
     ends = ends_of(config, generation)
     if architecture == LLADA and config.vocab_size > END_OF_TURN:
         ends = tuple(dict.fromkeys((*ends, END_OF_TURN)))
-    block = BLOCK if config.block_size is None else int(config.block_size)
     return Family(
         name="llada",
         rule="reveal",
         mask_id=mask,
         text=Text.WHOLE,
-        block=block,
+        block=config.block_size,
         horizon=True,
         banned=(mask,),
         ends=ends,
         # As many steps as tokens; the confidence that orders them is the model's own.
-        published={"max_steps": block, "reveal_threshold": 0.0, "reveal_by": "model"},
+        published={"max_steps": config.block_size, "reveal_threshold": 0.0, "reveal_by": "model"},
     )
 
 
@@ -117,7 +113,7 @@ def settle(vllm_config: Any) -> None:
     from vllm_diffusion.models.decoder.settings import settle_decoder
 
     model = vllm_config.model_config
-    settle_decoder(vllm_config, canvas=model.max_model_len)
+    settle_decoder(vllm_config, canvas=model.hf_config.block_size)
     override = model.override_generation_config
     if "temperature" not in {**model.try_get_generation_config(), **override}:
         override["temperature"] = 0.0

@@ -166,13 +166,11 @@ def test_the_config_is_ours_whatever_remote_code_it_names(checkpoint: Path, trus
     config = get_config(checkpoint, trust_remote_code=trust)
     assert type(config).__module__ == "vllm_diffusion.models.llada.config"
     assert (config.hidden_size, config.num_hidden_layers) == (128, 3)
-    assert config.canvas_length == config.max_position_embeddings == 1024
+    assert config.canvas_length == 32
 
 
-def test_the_canvas_and_what_is_behind_it_may_be_as_long_as_the_model_reads(
-    checkpoint: Path,
-) -> None:
-    assert decoder_config(checkpoint).diffusion_config.canvas_length == 256
+def test_a_canvas_is_a_block_of_the_published_width_or_another(checkpoint: Path) -> None:
+    assert decoder_config(checkpoint).diffusion_config.canvas_length == 32
     asked = {"canvas_length": 64}
     assert decoder_config(checkpoint, diffusion_config=asked).diffusion_config.canvas_length == 64
 

@@ -4,10 +4,16 @@ Takes a decoder of Transformers. Gives the greedy answer, for the engine to be h
 get it wrong is an argument, so that a test can show that it would notice.
 """
 
+import copy
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.testing.dense_reveal import Answer, DenseReveal, by_score, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def answer(
@@ -22,6 +28,7 @@ def answer(
     surer: Callable[[int, int, float], float] = by_score,
     ends: Collection[int] = (),
     early: bool = False,
+    kept_prefix: bool = False,
     causal: bool = False,
     horizon: bool = True,
 ) -> Answer:
@@ -38,6 +45,7 @@ def answer(
         surer: which position is revealed first, see ``DenseReveal``.
         ends: ids that end the answer, asked after every block.
         early: whether a block is finished once an end has no open position before it.
+        kept_prefix: an approximation, see ``KeptPrefix``.
         causal: wrong on purpose: rows see only up to themselves.
         horizon: wrong on purpose where it is False: the masks behind a block are not there.
     """
@@ -58,9 +66,44 @@ def answer(
         behind = min(first + block, len(tokens))
         shown = tokens if horizon else tokens[:behind]
         seen = torch.ones(len(shown), len(shown), dtype=torch.bool)
-        steps.append(rule.canvas(shown, first, behind, seen.tril() if causal else seen, log_prob))
+        asked = replace(rule, model=KeptPrefix(model, first)) if kept_prefix else rule
+        steps.append(asked.canvas(shown, first, behind, seen.tril() if causal else seen, log_prob))
         tokens[:behind] = shown[:behind]
         if set(ends) & set(tokens[given:behind]):
             break
     said = tokens[given:]
     return cut(Answer(said, [log_prob.get(given + n, 0.0) for n in range(len(said))], steps), ends)
+
+
+class KeptPrefix:
+    """A decoder for one block: keys before the block stay those of its first step.
+
+    What Fast-dLLM (arXiv 2505.22618) calls a prefix cache; approximate, since these keys depend on
+    the masks that the block still had.
+
+    Args:
+        model: the decoder.
+        first: the block's first position.
+    """
+
+    def __init__(self, model: Any, first: int) -> None:
+        self._model, self._first, self._kept = model, first, None
+
+    def __call__(
+        self, *, input_ids: "Tensor", attention_mask: "Tensor", position_ids: "Tensor", **_: bool
+    ) -> SimpleNamespace:
+        """Logits [1, T, V] of all positions, those before the block only in the first step."""
+        from torch.nn.functional import pad
+
+        first = self._first if self._kept is not None else 0
+        out = self._model(
+            input_ids=input_ids[:, first:],
+            attention_mask=attention_mask[:, :, first:],
+            position_ids=position_ids[:, first:],
+            past_key_values=copy.deepcopy(self._kept),
+            use_cache=True,
+        )
+        if self._kept is None:
+            self._kept = out.past_key_values
+            self._kept.crop(self._first)
+        return SimpleNamespace(logits=pad(out.logits, (0, 0, first, 0)))
