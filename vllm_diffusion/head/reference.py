@@ -7,6 +7,7 @@ Memory is bounded by running at most ``max_rows`` rows of the vocabulary at a ti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -109,8 +110,11 @@ class ReferenceHead:
 
     def _rows(self, rows: Rows) -> CanvasStats:
         own = self._own(rows.hidden)
+        logits = _rewritten(own, rows)
+        if own.device.type == "cuda" and not rows.self_conditioning:
+            return _on_gpu()(logits, own, rows)
         stats = row_statistics(
-            _rewritten(own, rows),
+            logits,
             rows,
             draw=lambda prob: sample_rows(prob, rows.noise),
             soft_embedding=self.soft_embedding,
@@ -119,6 +123,13 @@ class ReferenceHead:
             return stats
         log_prob = own.gather(-1, stats.sample[:, None])[:, 0] - own.logsumexp(dim=-1)
         return replace(stats, own_prob=log_prob.exp())
+
+
+def _on_gpu() -> Callable[[Tensor, Tensor, Rows], CanvasStats]:
+    # Imported here because other hosts may have no Triton.
+    kernels = import_module("vllm_diffusion.head.reference_kernels")
+    statistics: Callable[[Tensor, Tensor, Rows], CanvasStats] = kernels.row_statistics
+    return statistics
 
 
 def _rewritten(logits: Tensor, rows: Rows) -> Tensor:
