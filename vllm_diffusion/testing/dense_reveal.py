@@ -116,4 +116,5 @@ def dense_logits(model: Any, tokens: Collection[int], seen: "Tensor") -> "Tensor
             position_ids=torch.arange(len(tokens))[None],
             use_cache=False,
         )
-    return out.logits[0].float()
+    logits: Tensor = out.logits[0].float()
+    return logits

@@ -6,9 +6,14 @@ few. What a model may not have to be served is checked in ``llada.family``.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from vllm_diffusion.models.llada.family import BLOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _LLAMA_NAMES: Final = {
     "d_model": "hidden_size",
@@ -22,8 +27,11 @@ _LLAMA_NAMES: Final = {
 }
 """LLaDA's entry -> Llama's."""
 
-BLOCK: Final = 32
-"""``block_length`` of the published call of ``generate.py``, one token a step; in no config."""
+_QWEN_NAMES: Final = {
+    "dense_intermediate_size": "intermediate_size",
+    "expert_intermediate_size": "moe_intermediate_size",
+}
+"""LLaDA-MoE's entry -> Qwen3-MoE's."""
 
 _CANVAS: Final = {"canvas_length": "block_size"}
 
@@ -51,9 +59,7 @@ class LLaDAConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Set Llama's entries."""
-        for own, name in _LLAMA_NAMES.items():
-            if kwargs.get(own) is not None:
-                setattr(self, name, kwargs[own])
+        _rename(self, _LLAMA_NAMES, kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -95,9 +101,7 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Set Qwen's entries."""
-        dense, expert = (kwargs.get(f"{kind}_intermediate_size") for kind in ("dense", "expert"))
-        self.intermediate_size = dense or self.intermediate_size
-        self.moe_intermediate_size = expert or self.moe_intermediate_size
+        _rename(self, _QWEN_NAMES, kwargs)
         layers = kwargs.get("moe_layer_freq") or []
         self.mlp_only_layers = [
             index for index, has_experts in enumerate(layers) if not has_experts
@@ -109,3 +113,9 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
         """Entries that are null are as good as missing."""
         said = {name: value for name, value in config_dict.items() if value is not None}
         return super().from_dict(said | {"model_type": cls.model_type}, **kwargs)
+
+
+def _rename(config: PreTrainedConfig, names: Mapping[str, str], said: Mapping[str, Any]) -> None:
+    for own, name in names.items():
+        if said.get(own) is not None:
+            setattr(config, name, said[own])

@@ -34,6 +34,10 @@ PATCHES: Final[tuple[Patch, ...]] = ()
 MASKS: Final = {ILLADA: 5, MOE: 156895}
 """``mask_id`` of the published calls of ``generate``, where config.json names none."""
 
+BLOCK: Final = 32
+"""``block_length`` of the published call of ``generate.py``; ``block_size`` in config.json or
+``--hf-overrides`` names another."""
+
 END_OF_TURN: Final = 126348
 """``<|eot_id|>`` of LLaDA's tokenizer, with which an answer in a chat ends; in no config."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_diffusion.errors import CheckpointError, ConfigError
+from vllm_diffusion.errors import CheckpointError
 from vllm_diffusion.family import Family, Text
 from vllm_diffusion.models.declared import ends_of, mask_of
 
@@ -72,8 +72,3 @@ def settle(vllm_config: Any) -> None:
 
     block = block_of(vllm_config.model_config.hf_config)
     settle_decoder(vllm_config, canvas=block)
-    if (asked := vllm_config.diffusion_config.canvas_length) != block:
-        raise ConfigError(
-            f"canvas_length is {asked}, but the model denoises the blocks of {block} that it was "
-            "trained with: remove it from --diffusion-config."
-        )

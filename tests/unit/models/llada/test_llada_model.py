@@ -166,13 +166,13 @@ def test_the_config_is_ours_whatever_remote_code_it_names(checkpoint: Path, trus
     config = get_config(checkpoint, trust_remote_code=trust)
     assert type(config).__module__ == "vllm_diffusion.models.llada.config"
     assert (config.hidden_size, config.num_hidden_layers) == (128, 3)
-    assert config.canvas_length == 32
+    assert config.max_position_embeddings == 1024
 
 
-def test_a_canvas_is_a_block_of_the_published_width_or_another(checkpoint: Path) -> None:
+def test_a_canvas_is_a_block(checkpoint: Path) -> None:
     assert decoder_config(checkpoint).diffusion_config.canvas_length == 32
-    asked = {"canvas_length": 64}
-    assert decoder_config(checkpoint, diffusion_config=asked).diffusion_config.canvas_length == 64
+    for how in ({"hf_overrides": {"block_size": 64}}, {"diffusion_config": {"canvas_length": 64}}):
+        assert decoder_config(checkpoint, **how).diffusion_config.canvas_length == 64
 
 
 def test_answers_are_greedy_unless_somebody_says_otherwise(checkpoint: Path) -> None:

@@ -124,7 +124,7 @@ def build_model(spec: TinySpec) -> Any:
 
     from vllm_diffusion.models.llada.config import ILLaDAConfig, LLaDAConfig, LLaDAMoEConfig
 
-    made = {
+    made: dict[str, tuple[Any, Any]] = {
         "llada": (LlamaForCausalLM, LLaDAConfig),
         "illada": (LlamaForCausalLM, ILLaDAConfig),
         "moe": (Qwen3MoeForCausalLM, LLaDAMoEConfig),
