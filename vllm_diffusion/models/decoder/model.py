@@ -88,7 +88,7 @@ class CanvasDecoder(nn.Module):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[N] tokens -> [N, H]."""
-        embedded: Tensor = self.model.embed_input_ids(input_ids)  # type: ignore[operator]
+        embedded: Tensor = self.model.embed_input_ids(input_ids)
         return embedded
 
     def forward(

@@ -87,7 +87,8 @@ class KeptPrefix:
     """
 
     def __init__(self, model: Any, first: int) -> None:
-        self._model, self._first, self._kept = model, first, None
+        self._model, self._first = model, first
+        self._kept: Any = None
 
     def __call__(
         self, *, input_ids: "Tensor", attention_mask: "Tensor", position_ids: "Tensor", **_: bool
