@@ -136,6 +136,16 @@ class CanvasPool:
         """The token of absorbing noise, which is revealed and then stays; None for other noise."""
         return self.noise.mask_id if isinstance(self.noise, AbsorbingNoise) else None
 
+    def known(self, slots: Tensor) -> Tensor | None:
+        """[B, L] int64, the tokens that canvases hold for good, -1 where they hold noise.
+
+        None on noise that looks like any token: nothing is known before a canvas is finished.
+        """
+        if self.mask_id is None:
+            return None
+        tokens = self.tokens[slots]
+        return tokens.masked_fill(tokens == self.mask_id, -1)
+
     def out_of_steps(self, slots: Tensor) -> Tensor:
         """[B] bool, whether this step is the last that the schedule of each canvas allows."""
         return self.step[slots] + 1 >= self.constants.max_steps[slots]

@@ -60,6 +60,14 @@ class TensorRecord:
         """Some of the rows."""
         return self.map(lambda values: values[index])
 
+    def spread(self, index: Tensor, rows: int) -> Self:
+        """These rows at the places ``index`` [R] int64 of ``rows`` rows, zeros elsewhere."""
+
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, index, values)
+
+        return self.map(placed)
+
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """Join records along their first dimension."""
@@ -162,14 +170,6 @@ class CanvasStats(TensorRecord):
             return torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, other)
 
         return self.combine(others, either)
-
-    def spread(self, index: Tensor, rows: int) -> CanvasStats:
-        """These rows at the places ``index`` [R] int64 of ``rows`` rows, zeros elsewhere."""
-
-        def placed(values: Tensor) -> Tensor:
-            return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, index, values)
-
-        return self.map(placed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

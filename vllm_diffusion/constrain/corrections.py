@@ -18,6 +18,13 @@ follows a complete one. Rows behind the end are free, as are rows beyond the req
 the budget runs out first, the text stays incomplete. A grammar wins over everything else a request
 asks for: bad words and pins hold only where the grammar leaves a choice.
 
+Where noise is masks, what is revealed stays, and what the model says of it there is worth nothing.
+Such a canvas is read as its known tokens and the samples of the others, and is revealed from left
+to right, as the parser reads: in a step, of the positions that the rule reveals those that follow
+on known ones (the first open one always) up to the corrected row. So a revealed token is legal
+behind all before it, and none is ever taken back; a draft's may be. The last step reveals
+everything that is legal.
+
 The parser runs on the host. A batch with guarded canvases waits for the device twice in every step,
 before the corrections and after the decision.
 """
@@ -25,7 +32,7 @@ before the corrections and after the decision.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -47,6 +54,8 @@ def look_ahead(
     stats: CanvasStats,
     ask: Callable[[Tensor, Sequence[Tensor]], CanvasStats],
     causal: Tensor,
+    *,
+    says: Literal["argmax", "sample"] = "argmax",
 ) -> tuple[dict[int, Guard], CanvasStats, dict[int, int]]:
     """Read every guarded canvas that denoises and correct its first illegal row.
 
@@ -56,19 +65,20 @@ def look_ahead(
         stats: of these canvases, [B, L].
         ask: runs the head again on rows [N] int64 of the batch, with a mask [V] bool for each.
         causal: [B] bool, canvases that are being committed: their tokens are already written.
+        says: which of the statistics a canvas would say.
 
     Returns:
         The guards of the canvases that denoise; the statistics, corrected; the corrected row by
         canvas.
     """
     length, device = stats.argmax.shape[1], stats.argmax.device
-    told = torch.cat([stats.argmax, batch.width[:, None], causal[:, None]], dim=1).tolist()
+    told = torch.cat([getattr(stats, says), batch.width[:, None], causal[:, None]], dim=1).tolist()
     denoising = {canvas: guard for canvas, guard in guards.items() if not told[canvas][-1]}
     corrected, masks = {}, []
     for canvas, guard in denoising.items():
-        *argmax, width, _ = told[canvas]
+        *said, width, _ = told[canvas]
         guard.rewind()
-        row = guard.walk(argmax[:width])
+        row = guard.walk(said[:width])
         if row < width:
             corrected[canvas] = row
             masks.append(guard.legal())
@@ -77,9 +87,10 @@ def look_ahead(
     rows = on_device([canvas * length + row for canvas, row in corrected.items()], device)
     again = ask(rows, masks)
     # NaN logits have no best token, and must not stop the canvas: take any legal token.
-    legal = upload(torch.stack(masks), device).gather(1, again.argmax[:, None])[:, 0]
+    best = getattr(again, says)
+    legal = upload(torch.stack(masks), device).gather(1, best[:, None])[:, 0]
     any_legal = on_device([int(mask.int().argmax()) for mask in masks], device)
-    again = replace(again, argmax=torch.where(legal, again.argmax, any_legal))
+    again = replace(again, **{says: torch.where(legal, best, any_legal)})
     return denoising, stats.replaced(rows, again), corrected
 
 
@@ -115,7 +126,64 @@ def enforce(
         finished=finished,
         reason=torch.where(may_end, decision.reason, StopReason.STEPS),
     )
-    commit = decision.commit
+    return _written(guards, corrected, batch, decision)
+
+
+def reveal_in_order(
+    guards: Mapping[int, Guard],
+    corrected: Mapping[int, int],
+    batch: CanvasBatch,
+    stats: CanvasStats,
+    decision: Decision,
+    *,
+    known: Tensor,
+    mask_id: int,
+    out_of_steps: Tensor,
+) -> Decision:
+    """Reveal guarded canvases from left to right, as far as they are legal.
+
+    Args:
+        guards, corrected, batch, stats, decision, out_of_steps: as for ``enforce``.
+        known: [B, L] int64, tokens that stay, -1 where there are masks.
+        mask_id: of the masks.
+    """
+    num, length = known.shape
+    device = known.device
+    guarded = on_device([canvas in guards for canvas in range(num)], device, torch.bool)[:, None]
+    row = on_device([corrected.get(canvas, length) for canvas in range(num)], device)[:, None]
+    place = torch.arange(length, device=device)
+    legal, held = place <= row, place == row
+    is_open = (known < 0) & batch.valid
+    first = is_open & (is_open.cumsum(dim=1) == 1)
+    reveals = decision.accept | first | out_of_steps[:, None]
+    reached = (~is_open | reveals).long().cumprod(dim=1).bool() & legal
+    accept = torch.where(guarded, is_open & reached, decision.accept)
+    said = torch.where(accept | held & reached, stats.sample, known)
+    # A known token that is not legal, a draft's, becomes a mask, which the model was trained on.
+    opened = guarded & held & reached & (known >= 0) & ~out_of_steps[:, None]
+    said = said.masked_fill(opened | (said < 0), mask_id)
+    next_tokens = torch.where(guarded, said, decision.next_tokens)
+    whole = (reached & ~opened | ~batch.valid).all(dim=1)
+    finished = torch.where(guarded[:, 0], whole | out_of_steps, decision.finished)
+    decision = replace(
+        decision,
+        accept=accept,
+        next_tokens=next_tokens,
+        finished=finished,
+        reason=torch.where(guarded[:, 0] & ~whole, StopReason.STEPS, decision.reason),
+        commit=replace(decision.commit, tokens=next_tokens),
+    )
+    return _written(guards, corrected, batch, decision)
+
+
+def _written(
+    guards: Mapping[int, Guard],
+    corrected: Mapping[int, int],
+    batch: CanvasBatch,
+    decision: Decision,
+) -> Decision:
+    """The decision with commits that are legal; the guards of canvases that finish move on."""
+    commit, finished = decision.commit, decision.finished
     whole = batch.width if commit.count is None else commit.count
     read = torch.cat([commit.tokens, whole[:, None], finished[:, None]], dim=1).tolist()
     tokens, count = commit.tokens.clone(), whole.clone()

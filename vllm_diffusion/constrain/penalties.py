@@ -3,6 +3,7 @@
 Only text counts: the prompt (for repetition) and the committed canvases. The canvas that is being
 denoised counts once it is committed: until then its tokens change from step to step, and each would
 be penalised for guesses about its neighbours. Inside a canvas the model itself sees repetition.
+Where noise is masks, what is revealed stays: such tokens count from the next step on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def text_penalties(
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
+    revealed: Tensor | None = None,
 ) -> Penalties:
     """Penalties of the ids in a text, without a table over the vocabulary.
 
@@ -30,13 +32,20 @@ def text_penalties(
         prompt_length: [B] int64, how many of them are the prompt.
         repetition: [B] fp32, 1 for none; frequency, presence: [B] fp32, 0 for none.
 
+        revealed: [B, L] int64, tokens of the canvas that count as written, -1 where there is none;
+            None for no token.
+
     Returns:
-        Penalties with N ids a canvas, repeated where the text repeats them.
+        Penalties with N (+ L) ids a canvas, repeated where the text repeats them.
     """
     index = torch.arange(text.shape[1], device=text.device)
     # Padding repeats the first token without counting, so it gets the numbers of that token.
     ids = torch.where(index < length[:, None], text, text[:, :1])
     written = (index >= prompt_length[:, None]) & (index < length[:, None])
+    if revealed is not None:
+        said = revealed >= 0
+        ids = torch.cat([ids, torch.where(said, revealed, text[:, :1])], dim=1)
+        written = torch.cat([written, said], dim=1)
     ids, order = ids.sort(dim=1)
     total = written.gather(1, order).cumsum(dim=1)
     total = torch.nn.functional.pad(total, (1, 0))

@@ -17,7 +17,12 @@ from vllm_diffusion.constrain.penalties import text_penalties
 from vllm_diffusion.constrain.pins import by_position
 from vllm_diffusion.constrain.rewrite import BadWords, Rewrite, Slack
 from vllm_diffusion.constrain.stacking import NO_CONSTRAINTS, Stacked, Stacking
-from vllm_diffusion.constrain.words import UNKNOWN, forbidden_ids, output_before
+from vllm_diffusion.constrain.words import (
+    UNKNOWN,
+    completing_ids,
+    forbidden_ids,
+    output_before,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +60,7 @@ class ConstraintTable:
         text: Tensor,
         argmax: Tensor,
         step: Tensor,
+        known: Tensor | None = None,
     ) -> Rewrite | None:
         """What the requests of a batch change, or None where nobody asks for anything.
 
@@ -64,6 +70,8 @@ class ConstraintTable:
             text: [S, N] int, prompt and committed tokens of every slot, N at least the longest.
             argmax: [S, L] int64, of every slot's last step.
             step: [S] int64, steps taken on every slot's canvas.
+            known: [B, L] int64, tokens that stay, -1 where a canvas holds noise; None where nothing
+                stays before a canvas is finished.
         """
         if not self.concern(slots):
             return None
@@ -82,6 +90,7 @@ class ConstraintTable:
                     repetition=repetition,
                     frequency=frequency,
                     presence=presence,
+                    revealed=None if known is None else self._output(stacked, batch, known),
                 ),
             )
         forbidden = []
@@ -95,9 +104,12 @@ class ConstraintTable:
                 text[batch.slots].long(), start, stacked.prompt_length, rest.shape[2]
             )
             words = BadWords(rest=rest, last=last, before=before)
-            known = step[batch.slots][:, None] > 0
-            guess = torch.where(known, argmax[batch.slots], UNKNOWN)
-            forbidden.append(forbidden_ids(words, guess))
+            if known is not None:
+                forbidden.append(completing_ids(words, torch.where(known < 0, UNKNOWN, known)))
+            else:
+                guessed = step[batch.slots][:, None] > 0
+                guess = torch.where(guessed, argmax[batch.slots], UNKNOWN)
+                forbidden.append(forbidden_ids(words, guess))
             rewrite = replace(rewrite, words=words)
         if forbidden:
             flat = torch.cat(forbidden, dim=-1).reshape(num * length, -1)
@@ -111,6 +123,14 @@ class ConstraintTable:
                 slack = Slack(shown=shown, hole=shown & (pinned < 0), pad=pad, end=end)
                 rewrite = replace(rewrite, slack=slack)
         return rewrite
+
+    @staticmethod
+    def _output(stacked: Stacked, batch: CanvasBatch, known: Tensor) -> Tensor:
+        """The known tokens that are part of the answer; a suffix, say, is not."""
+        if stacked.holes is None:
+            return known
+        behind = stacked.prompt_length + stacked.holes[0]
+        return known.masked_fill(batch.position >= behind[:, None], -1)
 
     def first_input(self, slots: Sequence[int], position: Tensor) -> tuple[Tensor, Tensor] | None:
         """How canvases that begin differ from noise at the first step; None if none does.

@@ -204,6 +204,7 @@ class CanvasSampler:
                 ),
                 argmax=self.pool.argmax,
                 step=self.pool.step - self.pool.first_step,
+                known=self.pool.known(batch.slots),
             )
         ran = batch if granted is None else granted.begin(self.pool, batch)
         emission = advance(

@@ -143,7 +143,9 @@ def absorb(
     running.sample = torch.where(running.score > standing, leads, running.sample)
 
 
-def pinned_class_stats(tokens: Tensor, classes: TokenClasses) -> ClassStats:
+def pinned_class_stats(
+    tokens: Tensor, classes: TokenClasses, *, sample_prob: bool = False
+) -> ClassStats:
     """Statistics by class of rows with one id left, ``tokens`` [R] int64."""
     number = classes.of[tokens].long()[:, None]
     shape = len(tokens), classes.count
@@ -161,4 +163,5 @@ def pinned_class_stats(tokens: Tensor, classes: TokenClasses) -> ClassStats:
         best_log_prob=placed(-torch.inf, torch.float32, 0.0),
         second_log_prob=torch.full(shape, -torch.inf, device=tokens.device),
         sample=placed(-1, torch.int64, tokens[:, None]),
+        sample_log_prob=placed(-torch.inf, torch.float32, 0.0) if sample_prob else None,
     )

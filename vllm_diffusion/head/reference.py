@@ -105,6 +105,11 @@ class ReferenceHead:
             logits[:, token] = -torch.inf
         return logits
 
+    def _draw(self, prob: Tensor, rows: Rows) -> Tensor:
+        sample = sample_rows(prob, rows.noise)
+        # Of logits that are no numbers it may be no id, and here its probability is looked up.
+        return sample.clamp_(max=prob.shape[-1] - 1) if self.banned else sample
+
     def _rewritten(self, rows: Rows) -> Tensor:
         return _rewritten(self._own(rows.hidden), rows)
 
@@ -116,7 +121,7 @@ class ReferenceHead:
         stats = row_statistics(
             logits,
             rows,
-            draw=lambda prob: sample_rows(prob, rows.noise),
+            draw=lambda prob: self._draw(prob, rows),
             soft_embedding=self.soft_embedding,
         )
         if not rows.own_prob:
@@ -211,6 +216,7 @@ def class_statistics(logits: Tensor, rows: Rows, class_of: Tensor, num_classes: 
         best_log_prob=nothing.clone(),
         second_log_prob=nothing.clone(),
         sample=nobody.clone(),
+        sample_log_prob=nothing.clone() if rows.sample_prob else None,
     )
     for number in range(1, num_classes):
         ids = (class_of == number).nonzero()[:, 0]
@@ -231,10 +237,16 @@ def class_statistics(logits: Tensor, rows: Rows, class_of: Tensor, num_classes: 
         if len(ids) > 1:
             found.second_log_prob[:, number] = here.topk(2, dim=-1).values[:, 1]
         found.sample[:, number] = torch.where(there, ids[drawn], -1)
+        if found.sample_log_prob is not None:
+            found.sample_log_prob[:, number] = here.gather(1, drawn[:, None])[:, 0]
     if rewrite is None or rewrite.greedy is None:
         return found
-    sample = torch.where(rewrite.greedy[rewrite.canvas, None], found.best, found.sample)
-    return replace(found, sample=sample)
+    greedy = rewrite.greedy[rewrite.canvas, None]
+    found = replace(found, sample=torch.where(greedy, found.best, found.sample))
+    if found.sample_log_prob is None:
+        return found
+    of_best = torch.where(greedy, found.best_log_prob, found.sample_log_prob)
+    return replace(found, sample_log_prob=of_best)
 
 
 def _of_most_likely(prob: Tensor, argmax: Tensor, count: Tensor | None) -> Tensor:

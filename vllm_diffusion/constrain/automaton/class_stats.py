@@ -26,6 +26,8 @@ class ClassStats(TensorRecord):
     best_log_prob: Tensor  # [R, C] fp32, log of that token's share of the row; -inf for none
     second_log_prob: Tensor  # [R, C] fp32, of its next token; -inf for none
     sample: Tensor  # [R, C] int64, a token drawn inside the class; -1 for none
+    sample_log_prob: Tensor | None = None
+    """[R, C] fp32, log of that token's share of the row; None where no rule asks."""
 
     def permuted(self, index: Tensor) -> ClassStats:
         """These rows at the places ``index`` [R] int64, a permutation."""

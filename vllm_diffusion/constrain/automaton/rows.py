@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def constrained(
-    stats: CanvasStats, classes: ClassStats, posterior: Posterior, class_of: Tensor
+    stats: CanvasStats,
+    classes: ClassStats,
+    posterior: Posterior,
+    class_of: Tensor,
+    *,
+    keeps_best: Tensor | None = None,
 ) -> CanvasStats:
     """Statistics of R = B * L rows given that their canvases are accepted.
 
@@ -36,6 +41,8 @@ def constrained(
         classes: of the same distributions, [R, C].
         posterior: of the canvases [B, L].
         class_of: [V] integer, class of every token id; 0: no state reads it.
+        keeps_best: [R] bool, rows whose sample is that of the most likely canvas too, where samples
+            stay: tokens of two canvases may not go together. None for no row.
     """
     num_classes = classes.log_mass.shape[1]
     marginal = posterior.marginal.reshape(-1, num_classes)
@@ -56,12 +63,20 @@ def constrained(
     others = best.scatter(1, mine, second.gather(1, mine)).amax(dim=1)
     free = posterior.map_class.flatten() < 0
     free &= ended == 1
+    top_prob = torch.where(free, stats.top_prob, top)
+    sample = _tokens_of(posterior.sample_class, classes.sample, stats.sample)
+    sample_prob = _prob_of_sample(sample, stats, classes, posterior, class_of)
+    if keeps_best is not None:
+        sample = torch.where(keeps_best, argmax, sample)
+        if sample_prob is not None:
+            sample_prob = torch.where(keeps_best, top_prob, sample_prob)
     return replace(
         stats,
         argmax=argmax,
-        sample=_tokens_of(posterior.sample_class, classes.sample, stats.sample),
+        sample=sample,
         entropy=torch.where(free, stats.entropy, _entropy(stats, classes, mass, share, ended)),
-        top_prob=torch.where(free, stats.top_prob, top),
+        top_prob=top_prob,
+        sample_prob=sample_prob,
         margin=torch.where(free, stats.margin, top - torch.maximum(others, unread)),
     )
 
@@ -70,6 +85,28 @@ def _tokens_of(chosen: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
     """[R] the tokens [R, C] of the chosen classes; the row's own where no class is chosen."""
     index = chosen.reshape(-1, 1)
     return torch.where(index < 0, own[:, None], tokens.gather(1, index.clamp(min=0)))[:, 0]
+
+
+def _prob_of_sample(
+    sample: Tensor,
+    stats: CanvasStats,
+    classes: ClassStats,
+    posterior: Posterior,
+    class_of: Tensor,
+) -> Tensor | None:
+    """[R] fp32, the marginal probability of the sample; None where no rule asks."""
+    if stats.sample_prob is None or classes.sample_log_prob is None:
+        return None
+    mine = class_of[sample].long()[:, None]
+    # A row that the sample leaves free holds the model's own token, whatever its class drew.
+    free = posterior.sample_class.flatten() < 0
+    drawn = classes.sample_log_prob.gather(1, mine)[:, 0]
+    log_prob = torch.where(free, stats.sample_prob.log(), drawn)
+    marginal = posterior.marginal.flatten(0, 1).gather(1, mine)[:, 0]
+    # In logs: a class may have next to no mass before it is the only one left.
+    inside = (log_prob - classes.log_mass.gather(1, mine)[:, 0]).exp()
+    inside = inside.nan_to_num(0.0, posinf=0.0)
+    return marginal * inside + posterior.ended.flatten() * log_prob.exp()
 
 
 def _entropy(
