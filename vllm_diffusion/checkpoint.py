@@ -40,8 +40,9 @@ def as_served(folder: Path) -> str:
     rules, _ = served_rules(
         generation, source=str(file), kind=KINDS[family.rule], published=family.published
     )
+    width = family.block or config.canvas_length
     return (
-        f"{folder} is a {family.name}: canvases of {config.canvas_length} tokens, {family.text} "
+        f"{folder} is a {family.name}: canvases of {width} tokens, {family.text} "
         f"text, rule {family.rule} with {describe(rules.default, {})}"
     )
 
