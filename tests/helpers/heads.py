@@ -15,9 +15,11 @@ from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.stream import StreamingHead
 from vllm_diffusion.head.vocabulary import Vocabulary
-from vllm_diffusion.records import CanvasStats, Noise
+from vllm_diffusion.records import CanvasStats, Noise, TensorRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pytest
 
 SCALE = 5.65
@@ -168,11 +170,19 @@ def assert_no_worse(
         assert error <= factor * plainly + 1e-7, message
 
 
+def pairs_of(one: TensorRecord, other: TensorRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The tensors of two records by name; both have the same ones."""
+    for field in fields(one):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        assert (ours is None) == (theirs is None), field.name
+        if ours is not None:
+            yield field.name, ours, theirs
+
+
 def assert_same_shape(ours: CanvasStats, other: CanvasStats) -> None:
-    for field in fields(CanvasStats):
-        one, two = getattr(ours, field.name), getattr(other, field.name)
-        assert one.shape == two.shape, field.name
-        assert one.dtype == two.dtype, field.name
+    for name, one, two in pairs_of(ours, other):
+        assert one.shape == two.shape, name
+        assert one.dtype == two.dtype, name
 
 
 def counted_readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:

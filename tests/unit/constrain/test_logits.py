@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.cases import for_each
+from helpers.heads import pairs_of
 
 from vllm_diffusion.constrain.logits import rewrite_logits, truncate_logits
 from vllm_diffusion.constrain.rewrite import Penalties, Rewrite, Truncation
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
-from vllm_diffusion.records import CanvasStats, Noise
+from vllm_diffusion.records import Noise
 
 LENGTH, VOCAB = 6, 24
 CANVASES = 3
@@ -122,13 +123,12 @@ def test_all_statistics_are_of_the_rewritten_distribution() -> None:
     stats = make_head()(rows_of(logits, temperature, rewrite))
     changed = truncate_logits(rewrite_logits(logits, rewrite) / temperature[:, None], rewrite)
     plain = make_head()(rows_of(changed))
-    for field in fields(CanvasStats):
-        ours, theirs = getattr(stats, field.name), getattr(plain, field.name)
-        if field.name == "sample":
+    for name, ours, theirs in pairs_of(stats, plain):
+        if name == "sample":
             assert torch.equal(ours[:12], theirs[:12])
             assert torch.equal(ours[12:], stats.argmax[12:]), "greedy keeps the argmax"
         else:
-            assert torch.equal(ours, theirs), field.name
+            assert torch.equal(ours, theirs), name
     assert float(stats.entropy[16]) == 0.0
     assert int(stats.argmax[16]) == int(stats.sample[16]) == 4
 
@@ -137,16 +137,16 @@ def test_a_canvas_that_asks_for_nothing_keeps_every_bit_beside_others() -> None:
     logits = random_rows(2)
     mixed = make_head()(rows_of(logits, 0.7, full_rewrite()))
     alone = make_head()(rows_of(logits, 0.7))
-    for field in fields(CanvasStats):
-        assert torch.equal(getattr(mixed, field.name)[:6], getattr(alone, field.name)[:6])
+    for _, one, other in pairs_of(mixed, alone):
+        assert torch.equal(one[:6], other[:6])
 
 
 @for_each(max_rows=[1, 4, 7])
 def test_chunks_equal_the_whole(max_rows: int) -> None:
     rows = rows_of(random_rows(3), 0.7, full_rewrite())
     whole, parts = make_head()(rows), make_head(max_rows)(rows)
-    for field in fields(CanvasStats):
-        assert torch.equal(getattr(whole, field.name), getattr(parts, field.name))
+    for _, one, other in pairs_of(whole, parts):
+        assert torch.equal(one, other)
     assert torch.equal(make_head().candidates(rows, 4), make_head(max_rows).candidates(rows, 4))
 
 
