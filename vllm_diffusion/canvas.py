@@ -13,7 +13,7 @@ reads a tensor back to the host: which slots finish or commit is data, selected 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -28,10 +28,16 @@ from vllm_diffusion.records import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from vllm_diffusion.denoise.constants import RuleConstants
     from vllm_diffusion.denoise.noise import CanvasNoise
+
+
+MOST_ENDS: Final = 4
+"""Ids of a request that end a canvas early; an answer that ends with another one takes longer."""
 
 
 class ConstantTable:
@@ -81,6 +87,8 @@ class CanvasPool:
         fused: [S] bool, the slot's canvases emit their tokens in their last step and have no
             separate commit.
         seed: [S, 2] int64, words of the request seed.
+        ends: [S, E] int64, ids that end the request's answer, -1 pads: a canvas that has one before
+            every mask is finished. None for noise that is not absorbing.
         constants: the rules' constants, one [S] tensor each.
         owners: on the host, the constants of every slot that has an owner.
     """
@@ -128,6 +136,7 @@ class CanvasPool:
         self.causal = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.fused = torch.zeros_like(self.causal)
         self.seed = integers(2)
+        self.ends = None if self.mask_id is None else integers(MOST_ENDS).fill_(-1)
         self.constants = ConstantTable(constants, num_slots=num_slots, device=device)
         self.owners: dict[int, RuleConstants] = {}
 
@@ -157,6 +166,7 @@ class CanvasPool:
         seed: int,
         constants: RuleConstants | None = None,
         fused: bool = False,
+        ends: Sequence[int] = (),
     ) -> None:
         """Give a slot to a request; its rows are causal until ``begin``.
 
@@ -169,6 +179,7 @@ class CanvasPool:
             constants: constants of the request's rule; its stability threshold must not exceed the
                 steps of ``history``. None for the pool's default.
             fused: whether its canvases emit their tokens in their last step.
+            ends: ids behind which nothing of its answer is read, see ``ends``.
         """
         rule = constants or self.default
         low, high = split_seed(seed)
@@ -180,6 +191,10 @@ class CanvasPool:
         self.first_step[slot].fill_(0)
         self.causal[slot].fill_(True)
         self.fused[slot].fill_(fused)
+        if self.ends is not None:
+            padded = [*ends, *[-1] * MOST_ENDS][:MOST_ENDS]
+            for place, token in enumerate(padded):
+                self.ends[slot, place].fill_(token)
 
     def release(self, slot: int) -> None:
         """Take the slot from its owner: its next rows are prompt rows, with no constants set."""

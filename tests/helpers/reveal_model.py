@@ -91,6 +91,7 @@ class Asked:
     greedy: bool = False
     temperature: float = 1.0
     fused: bool = False
+    ends: tuple[int, ...] = ()
 
 
 @dataclass
@@ -111,7 +112,13 @@ class Engine:
         self.observe: Observer | None = None
         self.start = {slot: each.start for slot, each in asked.items()}
         for slot, each in asked.items():
-            self.pool.admit(slot, seed=each.seed, constants=each.constants, fused=each.fused)
+            self.pool.admit(
+                slot,
+                seed=each.seed,
+                constants=each.constants,
+                fused=each.fused,
+                ends=each.ends,
+            )
             position = each.start + torch.arange(LENGTH)[None]
             self.pool.begin(torch.tensor([slot]), position)
             given = [*each.given, *[-1] * (LENGTH - len(each.given))]
@@ -173,9 +180,9 @@ class Engine:
                     places = emission.revealed[row].nonzero()[:, 0].tolist()
                     went[slot].revealed.append(places)
                     # A fused slot already holds the next canvas where it emits.
-                    went[slot].tokens.append(said or self.pool.tokens[slot, :width].tolist())
+                    held = emission.tokens[row] if count else self.pool.tokens[slot]
+                    went[slot].tokens.append(held[:width].tolist())
                 if count:
-                    assert count == width
                     steps, reason = int(emission.steps[row]), int(emission.reason[row])
                     out[slot] = went[slot], said, steps, reason
         return out
@@ -228,7 +235,10 @@ def truth(asked: Asked, family: Family) -> tuple[Went, list[int], int, int]:
             tokens[at] = sample[at]
         went.revealed.append(sorted(chosen))
         went.tokens.append(list(tokens))
-        if MASK not in tokens:
+        final = tokens[: [*tokens, MASK].index(MASK)]
+        ends = [at for at, token in enumerate(final) if token in asked.ends]
+        if ends or MASK not in tokens:
+            tokens = tokens[: ends[0] + 1] if ends else tokens
             break
     reason = StopReason.STEPS if step == steps - 1 else StopReason.SETTLED
     return went, tokens, len(went.tokens), int(reason)
@@ -251,4 +261,5 @@ def random_request(rng: random.Random, slot: int) -> Asked:
         greedy=greedy,
         temperature=1.0 if greedy else rng.choice((0.5, 1.0, 1.7)),
         fused=rng.random() < 0.5,
+        ends=tuple(rng.sample(range(8, VOCAB), rng.choice((0, 1, 4)))),
     )

@@ -27,9 +27,9 @@ def test_the_kernels_compile_without_spills(capability: int, length: int, grid: 
     from vllm_diffusion.rules import reveal_kernels
 
     several = {"slots", "widths", "positions", "samples", "pool_tokens", "seeds", "steps", "limits"}
-    several |= {"bys", "next_tokens", "reasons", "row_seeds", "row_steps"}
+    several |= {"bys", "next_tokens", "reasons", "row_seeds", "row_steps", "ends", "counts"}
     kinds = dict.fromkeys(several, "*i64") | {"accepts": "*i1", "finisheds": "*i1"}
-    sizes = {"MASK": MASK, "OTHER": 0, "GRID": grid, "LENGTH": length, "BLOCK": length}
+    sizes = {"ENDS": 4, "MASK": MASK, "OTHER": 0, "GRID": grid, "LENGTH": length, "BLOCK": length}
     options = {"num_warps": reveal_kernels._WARPS}
     for kernel, constants in (
         (reveal_kernels._key_rows, sizes | {"FACTOR": True}),
@@ -145,7 +145,9 @@ def random_pool(rng: Generator, length: int, by: tuple[str, ...], slots: int = 6
             reveal_threshold=(0.0, 0.25, 0.5)[slot % 3] if name in PROBABILITIES else 0.0,
         )
         seed = int(torch.randint(2**62, (), generator=rng)) * 4 + slot
-        pool.admit(slot, seed=seed, constants=rule, fused=slot % 3 == 0)
+        # Few ids, so that some canvas has one of them: see ``random_stats``.
+        ends = (3, 1, VOCAB - 1)[: slot % 4]
+        pool.admit(slot, seed=seed, constants=rule, fused=slot % 3 == 0, ends=ends)
     # One was admitted and has not begun, one begins from a draft.
     begun = torch.tensor([slot for slot in range(slots) if slot != 3])
     pool.begin(begun, (begun * 77_777_777)[:, None] + torch.arange(length))
@@ -179,6 +181,7 @@ def random_stats(
 
     sample = torch.randint(VOCAB, shape, generator=rng)
     sample[torch.rand(shape, generator=rng) < 0.05] = MASK
+    sample[torch.rand(shape, generator=rng) < 0.2] = 3
     return CanvasStats(
         argmax=torch.randint(VOCAB, shape, generator=rng),
         sample=sample,

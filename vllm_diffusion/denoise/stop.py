@@ -75,3 +75,24 @@ def low_doubt(  # noqa: PLR0917 - two steps, in the order they are compared
     overturned = (argmax != last_argmax) & (last_top_prob > MAJORITY) & valid
     doubt = torch.where(valid, 1 - top_prob, 0.0).sum(dim=1)
     return (doubt < threshold) & ~overturned.any(dim=1)
+
+
+def ended(tokens: Tensor, ends: Tensor, mask_id: int, valid: Tensor) -> Tensor:
+    """How many tokens a canvas has up to its first end, if no mask stands before it.
+
+    On absorbing noise these tokens are final, and nobody reads what follows.
+
+    Args:
+        tokens: [B, L] int64.
+        ends: [B, E] int64, ids that end the answer, -1 pads.
+        mask_id: the token of positions that are still open.
+        valid: [B, L] bool, False beyond a canvas's width.
+
+    Returns:
+        [B] int64, 0 where there is no such end.
+    """
+    is_end = (tokens[..., None] == ends[:, None]).any(dim=-1) & valid
+    masks_before = (tokens == mask_id).cumsum(dim=1)
+    final = is_end & (masks_before == 0)
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return torch.where(final.any(dim=1), place[final.int().argmax(dim=1)], 0)

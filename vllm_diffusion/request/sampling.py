@@ -34,6 +34,23 @@ def noise_seed(sampling: Any) -> int | None:  # noqa: ANN401
     return None if sampling.seed is None else int(sampling.seed)
 
 
+def ends(
+    sampling: Any,  # noqa: ANN401
+    admitted: Admitted,
+) -> tuple[int, ...]:
+    """Ids behind which nothing of the answer is read, wherever they stand; empty if none are known.
+
+    Args:
+        sampling: vLLM's ``SamplingParams``, completed with the model's and the tokenizer's ids.
+        admitted: what else it asks for.
+    """
+    # An end within min_tokens, or one that text brings with it, does not end the answer.
+    if sampling.min_tokens or admitted.read_only or admitted.holes or admitted.seed_canvas:
+        return ()
+    own = () if sampling.ignore_eos or sampling.eos_token_id is None else (sampling.eos_token_id,)
+    return tuple(dict.fromkeys((*own, *(sampling.stop_token_ids or ()))))
+
+
 def constraints(
     sampling: Any,  # noqa: ANN401
     admitted: Admitted,

@@ -3,8 +3,9 @@
     temperature   1; a request's own multiplies it
     accept        open positions above a threshold, and at least the share of the schedule
     renoise       nothing: a position keeps its token, or its mask
-    stop          no position is open; the last step reveals all that are left
-    commit        the tokens
+    stop          no position is open; the last step reveals all that are left. Or an id that ends
+                  the answer stands before all open positions
+    commit        the tokens, up to the first end
 
 A position is open as long as the pool holds a mask there. So text that a canvas begins with stays.
 
@@ -22,6 +23,7 @@ from vllm_diffusion.denoise.constants import RevealConstants
 from vllm_diffusion.denoise.noise import AbsorbingNoise
 from vllm_diffusion.denoise.reveal import revealed, scheduled
 from vllm_diffusion.denoise.score import scores
+from vllm_diffusion.denoise.stop import ended
 from vllm_diffusion.family import Text
 from vllm_diffusion.records import CanvasBatch, CanvasStats, Commit, Decision, StopReason
 from vllm_diffusion.rules.rule import Rule
@@ -85,12 +87,14 @@ class Reveal(Rule):
         accept = revealed(score, is_open, of.reveal_threshold[slots], least)
         said = stats.sample.masked_fill(stats.sample == self.mask_id, self.not_a_mask)
         next_tokens = torch.where(accept, said, tokens)
+        assert pool.ends is not None
+        upto = ended(next_tokens, pool.ends[slots], self.mask_id, batch.valid)
         return Decision(
             accept=accept,
             next_tokens=next_tokens,
-            finished=(accept == is_open).all(dim=1),
+            finished=(accept == is_open).all(dim=1) | (upto > 0),
             reason=torch.where(pool.out_of_steps(slots), StopReason.STEPS, StopReason.SETTLED),
-            commit=Commit(tokens=next_tokens),
+            commit=Commit(tokens=next_tokens, count=torch.where(upto > 0, upto, batch.width)),
         )
 
 

@@ -69,6 +69,8 @@ class RevealKernels(Reveal):
         accept = torch.empty_like(batch.valid)
         finished = accept.new_empty(num)
         next_tokens, reason = torch.empty_like(batch.position), torch.empty_like(batch.slots)
+        count = torch.empty_like(batch.width)
+        assert pool.ends is not None
         sample_prob, own_prob = stats.sample_prob, stats.own_prob
         _decide_canvas[(num,)](
             batch.slots,
@@ -85,10 +87,13 @@ class RevealKernels(Reveal):
             pool.constants.max_steps,
             pool.constants.reveal_threshold,
             pool.constants.reveal_by,
+            pool.ends,
             accept,
             next_tokens,
             finished,
             reason,
+            count,
+            ENDS=pool.ends.shape[1],
             MASK=self.mask_id,
             OTHER=self.not_a_mask,
             GRID=self.block or 0,
@@ -101,7 +106,7 @@ class RevealKernels(Reveal):
             next_tokens=next_tokens,
             finished=finished,
             reason=reason,
-            commit=Commit(tokens=next_tokens),
+            commit=Commit(tokens=next_tokens, count=count),
         )
 
 
@@ -180,10 +185,13 @@ def _decide_canvas(  # noqa: PLR0917
     limits: tl.tensor,
     thresholds: tl.tensor,
     bys: tl.tensor,
+    ends: tl.tensor,
     accepts: tl.tensor,
     next_tokens: tl.tensor,
     finisheds: tl.tensor,
     reasons: tl.tensor,
+    counts: tl.tensor,
+    ENDS: tl.constexpr,  # noqa: N803
     MASK: tl.constexpr,  # noqa: N803
     OTHER: tl.constexpr,  # noqa: N803
     GRID: tl.constexpr,  # noqa: N803
@@ -251,6 +259,17 @@ def _decide_canvas(  # noqa: PLR0917
     sample = tl.load(samples + row, mask=there, other=0)
     said = tl.where(sample == MASK, OTHER, sample)
     tl.store(accepts + row, accept, mask=there)
-    tl.store(next_tokens + row, tl.where(accept, said, token), mask=there)
-    tl.store(finisheds + canvas, tl.max((is_open & ~accept).to(tl.int32), axis=0) == 0)
+    token = tl.where(accept, said, token)
+    tl.store(next_tokens + row, token, mask=there)
+
+    first_mask = tl.min(tl.where((token == MASK) & there, offset, BLOCK), axis=0)
+    is_end = offset < 0
+    for number in range(ENDS):
+        is_end |= token == tl.load(ends + slot * ENDS + number)
+    is_end = is_end & (offset < width) & there
+    first_end = tl.min(tl.where(is_end, offset, BLOCK), axis=0)
+    ended = first_end < first_mask
+    tl.store(counts + canvas, tl.where(ended, (first_end + 1).to(tl.int64), width))
+    still_open = tl.max((is_open & ~accept).to(tl.int32), axis=0)
+    tl.store(finisheds + canvas, tl.where(ended, 0, still_open) == 0)
     tl.store(reasons + canvas, tl.where(last, _STEPS, _SETTLED).to(tl.int64))

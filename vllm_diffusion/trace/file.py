@@ -126,6 +126,7 @@ class Trace:
     seed: int  # 64-bit key of the request's noise
     rule: RuleConstants  # of this request
     family: Family  # that the rule was made for
+    ends: tuple[int, ...] = ()  # ids that end a canvas early; ``reveal`` alone
     scored_by: str | None = None  # what the scores of its steps are; ``reveal`` alone
     vocab_size: int
     canvas_length: int  # L of the pool; a canvas may be narrower
@@ -176,6 +177,7 @@ def to_bytes(trace: Trace) -> bytes:
         "kind": trace.rule.kind,
         "rule": asdict(trace.rule),
         "family": trace.family.to_dict(),
+        "ends": trace.ends,
         "scored_by": trace.scored_by,
         "vocab_size": trace.vocab_size,
         "canvas_length": trace.canvas_length,
@@ -292,6 +294,7 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Trace:
         request_id=header["request_id"],
         seed=header["seed"],
         rule=KINDS[kind](**header["rule"]),
+        ends=tuple(header.get("ends", ())),
         scored_by=header.get("scored_by"),
         family=Family(name="", rule=kind) if family is None else Family.from_dict(family),
         vocab_size=header["vocab_size"],

@@ -106,6 +106,9 @@ class Recorder:
             seed=low | high << 32,
             rule=rule,
             family=self._family,
+            ends=()
+            if pool.ends is None
+            else tuple(token for token in pool.ends[slot].tolist() if token >= 0),
             scored_by=rule.reveal_by if isinstance(rule, RevealConstants) else None,
             vocab_size=pool.vocab_size,
             canvas_length=pool.canvas_length,

@@ -127,7 +127,7 @@ def replay(trace: Trace, rule: Rule | None = None, *, device: str = "cpu") -> Re
         dtype=torch.float32,
         device=where,
     )
-    pool.admit(0, seed=trace.seed)
+    pool.admit(0, seed=trace.seed, ends=trace.ends)
     rule = rule or rule_for(trace.family, pool.noise, device_type=where.type)
     return Replay(
         canvases=tuple(_replay_canvas(pool, trace, canvas, rule) for canvas in trace.canvases)

@@ -13,7 +13,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from vllm_diffusion.denoise.stop import MAJORITY, low_doubt, stable_and_confident
+from vllm_diffusion.denoise.stop import MAJORITY, ended, low_doubt, stable_and_confident
 
 LENGTH, VOCAB, STEPS = 12, 20, 14
 CONFIDENCE = 0.05
@@ -232,3 +232,26 @@ def test_each_canvas_has_its_own_threshold_of_doubt() -> None:
         valid,
     )
     assert verdict.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "upto"),
+    [
+        ([1, 2, 3, 4], 0),
+        ([8, 2, 3, 4], 1),
+        ([1, 9, 8, 4], 2),
+        ([1, 9, 0, 0], 2),
+        ([1, 0, 9, 4], 0),
+        ([0, 0, 0, 0], 0),
+        ([1, 2, 3, 9], 4),
+        ([9, 0, 0, 9], 1),
+    ],
+)
+def test_a_canvas_ends_with_its_first_end_before_every_mask(tokens: list[int], upto: int) -> None:
+    ends, valid = torch.tensor([[9, 8, -1]]), torch.ones(1, 4, dtype=torch.bool)
+    assert ended(torch.tensor([tokens]), ends, 0, valid).tolist() == [upto]
+    # What is beyond a canvas's width is none of it.
+    short = torch.arange(4)[None] < 1
+    assert ended(torch.tensor([tokens]), ends, 0, short).tolist() == [1 if upto == 1 else 0]
+    nothing = torch.full_like(ends, -1)
+    assert ended(torch.tensor([tokens]), nothing, 0, valid).tolist() == [0]

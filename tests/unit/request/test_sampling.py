@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers.sampling import CONSTRAINT, RULE, Sampling
 
-from vllm_diffusion.constrain.constraints import Constraints
+from vllm_diffusion.constrain.constraints import Constraints, Holes
 from vllm_diffusion.request.admitted import Admitted
-from vllm_diffusion.request.sampling import GREEDY_SEED, constraints, noise_seed
+from vllm_diffusion.request.sampling import GREEDY_SEED, constraints, ends, noise_seed
 
 PLAIN = Admitted(rule=RULE)
 
@@ -84,3 +84,20 @@ def test_bad_words_of_a_constrained_text_are_tokens_that_never_stand() -> None:
     assert (free.bad_words, free.early) == (((7,), (9,)), ())
     assert bound.bad_words == ()
     assert [token for token, until in bound.early if until > 10**9] == [7, 9]
+
+
+def test_an_answer_ends_with_the_ids_that_vllm_stops_at() -> None:
+    stops = {"stop_token_ids": [8, 5], "eos_token_id": 5}
+    assert ends(Sampling(), PLAIN) == ()
+    assert ends(Sampling(**stops), PLAIN) == (5, 8)
+    assert ends(Sampling(**stops, ignore_eos=True), PLAIN) == (8, 5)
+    assert ends(Sampling(eos_token_id=5, ignore_eos=True), PLAIN) == ()
+    # Where an end may stand and the answer goes on.
+    assert ends(Sampling(**stops, min_tokens=1), PLAIN) == ()
+    holes = Holes(shown=3, pad=0, end=5)
+    for admitted in (
+        Admitted(rule=RULE, read_only=True),
+        Admitted(rule=RULE, seed_canvas=(5, 5, 5)),
+        Admitted(rule=RULE, seed_canvas=(5, 5, 5), pinned=(0,), holes=holes),
+    ):
+        assert ends(Sampling(**stops), admitted) == ()

@@ -127,6 +127,47 @@ def test_a_waiting_canvas_holds_what_it_commits() -> None:
     assert engine.step(1).tokens[0].tolist() == said
 
 
+def test_a_canvas_ends_behind_an_end_that_nothing_open_stands_before() -> None:
+    whole = Asked(replace(ONE_A_STEP, reveal_by="leftmost"), seed=5, start=24, temperature=2.0)
+    _, plain, *_ = Engine(GRID, {0: whole}).run()[0]
+    assert len(set(plain)) > 4
+    for at, token in enumerate(plain):
+        for fused in (False, True):
+            asked = replace(whole, ends=(9, token), fused=fused)
+            engine = Engine(GRID, {0: asked})
+            _, tokens, steps, reason = engine.run()[0]
+            first = next(place for place, said in enumerate(plain) if said in asked.ends)
+            assert (tokens, steps) == (plain[: first + 1], first + 1), at
+            assert reason == (StopReason.STEPS if first == LENGTH - 1 else StopReason.SETTLED)
+            # The next canvas begins behind it, as open as any.
+            assert engine.start[0] == 24 + first + 1
+            assert engine.pool.tokens[0].tolist() == [MASK] * LENGTH
+
+
+def test_an_end_behind_an_open_position_ends_nothing_yet() -> None:
+    given = (-1, 33, -1, -1, -1, -1, -1, -1)
+    asked = Asked(replace(ONE_A_STEP, reveal_by="leftmost"), 1, 8, given=given, ends=(33,))
+    engine = Engine(GRID, {0: asked})
+    assert not bool(engine.pool.causal[0])
+    _, tokens, steps, _ = engine.run()[0]
+    assert (len(tokens), tokens[1], steps) == (2, 33, 1)
+    asked = replace(asked, constants=replace(asked.constants, reveal_by="margin"))
+    went, *_ = Engine(GRID, {0: asked}).run()[0]
+    (last,) = went.revealed[-1]
+    assert last == 0, "it ends as soon as the first position is known"
+
+
+def test_the_next_owner_of_a_slot_has_ends_of_its_own() -> None:
+    pool = pool_of()
+    pool.admit(0, seed=1, ends=(3, 4, 5, 6, 8, 9))
+    assert pool.ends is not None
+    assert pool.ends[0].tolist() == [3, 4, 5, 6]
+    pool.admit(0, seed=1, ends=(9,))
+    assert pool.ends[0].tolist() == [9, -1, -1, -1]
+    pool.admit(0, seed=1)
+    assert pool.ends[0].tolist() == [-1] * 4
+
+
 def test_a_row_that_is_not_a_number_says_no_mask() -> None:
     for mask, said in ((MASK, 0), (0, 1)):
         pool = pool_of()
