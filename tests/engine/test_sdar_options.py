@@ -188,6 +188,26 @@ def test_it_stops_at_an_id_wherever_that_stands_in_a_block(llm: LLM) -> None:
     Inside(llm).assert_idle()
 
 
+@for_each(fused=[True, False])
+def test_a_canvas_takes_no_step_for_what_nobody_reads(llm: LLM, fused: bool) -> None:
+    extra = {
+        "diffusion_reveal_by": "leftmost",
+        "diffusion_reveal_threshold": 0.0,
+        "diffusion_fused_commit": fused,
+        "diffusion_telemetry": True,
+    }
+    for prompt in PROMPTS:
+        whole = answers(llm, {"extra_args": extra}, prompt=prompt)
+        asked = [(prompt, {"stop_token_ids": [token], "extra_args": extra}) for token in whole]
+        for token, output in zip(whole, outputs(llm, asked), strict=True):
+            said, end = output.outputs[0], len(prompt) + whole.index(token)
+            assert list(said.token_ids) == whole[: whole.index(token) + 1]
+            # One position a step, from the grid point or the prompt's end to the id.
+            begun = max(len(prompt), end - end % BLOCK)
+            assert said.diffusion.canvases[-1].steps == end + 1 - begun
+    Inside(llm).assert_idle()
+
+
 def test_it_stops_at_a_string_in_or_across_blocks(llm: LLM) -> None:
     (output,) = outputs(llm, [(PROMPTS[0], {})])
     text = output.outputs[0].text

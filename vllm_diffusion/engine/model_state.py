@@ -41,7 +41,7 @@ from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.family import Conditioning
 from vllm_diffusion.head.reference import COPIES, ReferenceHead
 from vllm_diffusion.head.stream import StreamingHead
-from vllm_diffusion.request.sampling import constraints, noise_seed
+from vllm_diffusion.request.sampling import constraints, ends, noise_seed
 from vllm_diffusion.rules import rule_for
 from vllm_diffusion.trace.record import Recorder, trace_folder
 
@@ -199,7 +199,13 @@ class CanvasModelState(ModelState):
         admitted = carriers.admitted(sampling, self.rules.default)
         seed = request_seed(noise_seed(sampling), new_req_data.req_id)
         fused = self._fusion.holds_for(admitted.fused_commit)
-        self.pool.admit(req_index, seed=seed, constants=admitted.rule, fused=fused)
+        self.pool.admit(
+            req_index,
+            seed=seed,
+            constants=admitted.rule,
+            fused=fused,
+            ends=ends(sampling, admitted),
+        )
         asked, prompt_length = constraints(sampling, admitted), len(new_req_data.prompt_token_ids)
         self._account.admit(
             req_index, admitted.canvas_length, answer_end=prompt_length + sampling.max_tokens

@@ -44,8 +44,10 @@ def ends(
         sampling: vLLM's ``SamplingParams``, completed with the model's and the tokenizer's ids.
         admitted: what else it asks for.
     """
-    # An end within min_tokens, or one that text brings with it, does not end the answer.
-    if sampling.min_tokens or admitted.read_only or admitted.holes or admitted.seed_canvas:
+    # An end within min_tokens, or one that text brings with it, does not end the answer. Words and
+    # constraints have a say after the rule has decided.
+    unsure = sampling.min_tokens, sampling.bad_words_token_ids, sampling.structured_outputs
+    if any(unsure) or admitted.read_only or admitted.holes or admitted.seed_canvas:
         return ()
     own = () if sampling.ignore_eos or sampling.eos_token_id is None else (sampling.eos_token_id,)
     return tuple(dict.fromkeys((*own, *(sampling.stop_token_ids or ()))))

@@ -93,7 +93,12 @@ def test_an_answer_ends_with_the_ids_that_vllm_stops_at() -> None:
     assert ends(Sampling(**stops, ignore_eos=True), PLAIN) == (8, 5)
     assert ends(Sampling(eos_token_id=5, ignore_eos=True), PLAIN) == ()
     # Where an end may stand and the answer goes on.
-    assert ends(Sampling(**stops, min_tokens=1), PLAIN) == ()
+    for wish in (
+        {"min_tokens": 1},
+        {"bad_words_token_ids": [[3, 4]]},
+        {"structured_outputs": CONSTRAINT},
+    ):
+        assert ends(Sampling(**stops, **wish), PLAIN) == ()
     holes = Holes(shown=3, pad=0, end=5)
     for admitted in (
         Admitted(rule=RULE, read_only=True),
