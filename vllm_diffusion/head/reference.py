@@ -114,20 +114,25 @@ class ReferenceHead:
         return _rewritten(self._own(rows.hidden), rows)
 
     def _rows(self, rows: Rows) -> CanvasStats:
+        on_gpu = rows.hidden.device.type == "cuda" and not rows.self_conditioning
+        if not rows.own_prob and not on_gpu:
+            # A rewrite's copy of the logits takes their place.
+            return self._statistics(self._rewritten(rows), rows)
         own = self._own(rows.hidden)
         logits = _rewritten(own, rows)
-        if own.device.type == "cuda" and not rows.self_conditioning:
+        if on_gpu:
             return _on_gpu()(logits, own, rows)
-        stats = row_statistics(
+        stats = self._statistics(logits, rows)
+        log_prob = own.gather(-1, stats.sample[:, None])[:, 0] - own.logsumexp(dim=-1)
+        return replace(stats, own_prob=log_prob.exp())
+
+    def _statistics(self, logits: Tensor, rows: Rows) -> CanvasStats:
+        return row_statistics(
             logits,
             rows,
             draw=lambda prob: self._draw(prob, rows),
             soft_embedding=self.soft_embedding,
         )
-        if not rows.own_prob:
-            return stats
-        log_prob = own.gather(-1, stats.sample[:, None])[:, 0] - own.logsumexp(dim=-1)
-        return replace(stats, own_prob=log_prob.exp())
 
 
 def _on_gpu() -> Callable[[Tensor, Tensor, Rows], CanvasStats]:

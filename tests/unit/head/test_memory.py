@@ -41,12 +41,12 @@ if kind in HEAD_FORMS:
 head = StreamingHead(vocabulary=vocabulary, whole=whole, budget=budget)
 if kind in ("torch", "classes-torch"):
     native.library = lambda: None
-if kind in ("reference", "reference-top_p", "unchunked"):
+if kind.startswith("reference") or kind == "unchunked":
     head = whole
 cut = Truncation(
     min_p=torch.tensor([0.01 if kind == "min_p" else 0.0]),
     top_k=torch.tensor([50 if kind in ("top_k", "classes-cut") else vocab]),
-    top_p=torch.tensor([0.95 if "top_p" in kind else 1.0]),
+    top_p=torch.tensor([0.95 if "top_p" in kind or "reveal" in kind else 1.0]),
     sorts=kind != "min_p",
 )
 listed = torch.arange(0, vocab, 64)[None]
@@ -56,6 +56,9 @@ def call(rows):
     rewrite = soft = None
     if "top_" in kind or kind == "min_p":
         rewrite = Rewrite(canvas=canvas, truncation=cut)
+    if kind == "reference-reveal":
+        bias = torch.tensor([[3]]), torch.tensor([[1.5]])
+        rewrite = Rewrite(canvas=canvas, bias=bias, truncation=cut)
     if kind == "allowed":
         rewrite = Rewrite(canvas=canvas, allowed=listed, truncation=cut)
     if kind == "pinned":
@@ -72,6 +75,9 @@ def call(rows):
         noise=noise,
         rewrite=rewrite,
         soft_top_k=soft,
+        self_conditioning=kind != "reference-reveal",
+        sample_prob=kind == "reference-reveal",
+        own_prob=kind == "reference-reveal",
     )
     if "classes" in kind:
         return head.by_class(read, class_of=class_of, num_classes=3000)
@@ -135,7 +141,7 @@ def test_so_do_classes_beside_their_answer(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells memory peaks")
-@pytest.mark.parametrize("kind", ["reference", "reference-top_p"])
+@pytest.mark.parametrize("kind", ["reference", "reference-top_p", "reference-reveal"])
 def test_so_does_the_head_that_holds_logits(kind: str) -> None:
     # The served budget: its tensors are so large that the C library gives each its own pages.
     assert extra_mb(100, kind, budget=256) <= 256 + 20
