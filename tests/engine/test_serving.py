@@ -150,6 +150,10 @@ def test_a_gpu_whose_own_choice_takes_no_ranges_gets_triton(
     )
     serving.choose_attention_of_ranges(on_gpu)
     assert on_gpu.attention_config.backend is chosen
+    on_gpu.attention_config.backend = None
+    on_gpu.model_config.hf_text_config = SimpleNamespace()  # which says nothing of a window
+    serving.choose_attention_of_ranges(on_gpu)
+    assert on_gpu.attention_config.backend is None
 
 
 # ---- scheduling ----

@@ -283,7 +283,17 @@ class CanvasSampler:
         counter = torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
         noise = Noise(seed=counter[:, None].expand(-1, 2), position=counter, step=counter)
         temperature = torch.ones_like(counter, dtype=torch.float32)
-        self.head(Rows(hidden=states, temperature=temperature, noise=noise))
+        masked = self.family.mask_id is not None  # then a rule may ask for probabilities
+        self.head(
+            Rows(
+                hidden=states,
+                temperature=temperature,
+                noise=noise,
+                self_conditioning=self.pool.soft_embedding is not None,
+                sample_prob=masked,
+                own_prob=masked,
+            )
+        )
         del reserved
 
     def _to_device(self, values: np.ndarray) -> Tensor:

@@ -261,9 +261,8 @@ def choose_attention_of_ranges(vllm_config: VllmConfig) -> None:
     that does only if images are served.
     """
     model, attention = vllm_config.model_config, vllm_config.attention_config
-    if current_platform.is_cpu() or not needs_block_local(
-        model.max_model_len, model.hf_text_config.sliding_window
-    ):
+    window = getattr(model.hf_text_config, "sliding_window", None)
+    if current_platform.is_cpu() or not needs_block_local(model.max_model_len, window):
         return
     flash = attention.backend in {None, AttentionBackendEnum.FLASH_ATTN}
     of_ranges = attention.flash_attn_version == FLASH_VERSION
