@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # fp32 tensors of [rows, vocab] that exist at once at most, truncation included.
 # Measured by tests/unit/head/test_memory.py.
 COPIES: Final = 8
+# On a GPU that reads every row in one kernel: as the product gives them, and in fp32.
+_COPIES_OF_KERNEL: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,16 @@ class ReferenceHead:
     """[R, V] fp32 probabilities -> [R, H], probabilities @ embedding, scaled like an embedding;
     None for a model that is not conditioned on it."""
     max_rows: int
-    """Rows whose [rows, V] fp32 tensors may exist at once."""
+    """Rows of which ``COPIES`` [rows, V] fp32 tensors may exist at once."""
     banned: tuple[int, ...] = ()
     """Ids that no text may hold: their logits count as -inf before everything else."""
 
     def __call__(self, rows: Rows) -> CanvasStats:
         """See ``Head``."""
-        return CanvasStats.concatenate([self._rows(part) for part in rows.chunks(self.max_rows)])
+        at_once = self.max_rows
+        if _in_one_kernel(rows) and rows.rewrite is None:
+            at_once *= COPIES // _COPIES_OF_KERNEL
+        return CanvasStats.concatenate([self._rows(part) for part in rows.chunks(at_once)])
 
     def by_class(
         self, rows: Rows, *, class_of: Tensor, num_classes: int
@@ -114,13 +119,12 @@ class ReferenceHead:
         return _rewritten(self._own(rows.hidden), rows)
 
     def _rows(self, rows: Rows) -> CanvasStats:
-        on_gpu = rows.hidden.device.type == "cuda" and not rows.self_conditioning
-        if not rows.own_prob and not on_gpu:
+        if not rows.own_prob and not _in_one_kernel(rows):
             # A rewrite's copy of the logits takes their place.
             return self._statistics(self._rewritten(rows), rows)
         own = self._own(rows.hidden)
         logits = _rewritten(own, rows)
-        if on_gpu:
+        if _in_one_kernel(rows):
             return _on_gpu()(logits, own, rows)
         stats = self._statistics(logits, rows)
         log_prob = own.gather(-1, stats.sample[:, None])[:, 0] - own.logsumexp(dim=-1)
@@ -133,6 +137,10 @@ class ReferenceHead:
             draw=lambda prob: self._draw(prob, rows),
             soft_embedding=self.soft_embedding,
         )
+
+
+def _in_one_kernel(rows: Rows) -> bool:
+    return rows.hidden.device.type == "cuda" and not rows.self_conditioning
 
 
 def _on_gpu() -> Callable[[Tensor, Tensor, Rows], CanvasStats]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_diffusion.constrain.logits import rewrite_logits
 from vllm_diffusion.constrain.rewrite import Rewrite, Truncation
+from vllm_diffusion.head import reference
 from vllm_diffusion.head.reference import ReferenceHead
 from vllm_diffusion.head.rows import Rows
 from vllm_diffusion.head.sample import sample_rows
@@ -165,6 +166,29 @@ def test_chunks_equal_the_whole(max_rows: int) -> None:
             assert_near(one, other.double(), 1e-4)
         else:
             assert torch.equal(one, other)
+
+
+def test_a_gpu_that_reads_rows_in_one_kernel_takes_more_of_them_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It makes fewer copies of the logits, unless a request changes them."""
+    embedding, rows = make_inputs()
+    seen: list[int] = []
+
+    def on_gpu(logits: Tensor, own: Tensor, part: Rows) -> CanvasStats:
+        assert own is logits
+        seen.append(len(logits))
+        return part.unread()
+
+    monkeypatch.setattr(reference, "_in_one_kernel", lambda part: not part.self_conditioning)
+    monkeypatch.setattr(reference, "_on_gpu", lambda: on_gpu)
+    rows = replace(rows, self_conditioning=False)
+    head = make_head(embedding, max_rows=4)
+    head(rows)
+    assert seen == [16, 5]
+    seen.clear()
+    head(replace(rows, rewrite=Rewrite(canvas=torch.zeros(ROWS, dtype=torch.int64))))
+    assert seen == [4, 4, 4, 4, 4, 1]
 
 
 def test_no_more_than_max_rows_of_logits_exist_at_once() -> None:
