@@ -124,6 +124,15 @@ def refuse_head(form: HeadForm | None, inputs: int, ids: int, dtype: torch.dtype
         raise ConfigError(f"{asked} for {inputs} inputs, which is not a multiple of {GROUP}.")
 
 
+def refuse_head_of_masks(form: HeadForm | None, family: Family) -> None:
+    """Refuse a format of the head's weights where no head that streams would read them."""
+    if form is not None and family.mask_id is not None:
+        raise ConfigError(
+            f"{HEAD_WEIGHTS}={form} is not supported for {family.name}, whose logits are computed "
+            "as a whole, since its mask token must be left out of them. Remove it."
+        )
+
+
 def refuse_unbuilt(family: Family) -> None:
     """A family that declares what the engine does not do yet, and would silently not do."""
     declared = {
@@ -141,7 +150,7 @@ def refuse_unbuilt(family: Family) -> None:
 def refuse_data_parallel_experts(vllm_config: VllmConfig) -> None:
     """Refuse several engines for a model with experts on a CPU host."""
     ranks = vllm_config.parallel_config.data_parallel_size
-    if ranks > 1 and current_platform.is_cpu():
+    if ranks > 1 and vllm_config.model_config.is_moe and current_platform.is_cpu():
         raise ConfigError(
             f"data_parallel_size is {ranks}, but with experts vLLM's engines exchange rows, which "
             "fails on a CPU host in the first step. Start as many servers instead."

@@ -31,6 +31,7 @@ from vllm_diffusion.engine.refusals import (
     refuse_cut_canvases,
     refuse_data_parallel_experts,
     refuse_head,
+    refuse_head_of_masks,
     refuse_inert_options,
     refuse_unbuilt,
 )
@@ -87,7 +88,8 @@ class CanvasServing(VerifyAndUpdateConfig):
         settle_scheduler(vllm_config, canvas, asked_seqs)
         if served.family.horizon:
             # vLLM's number is that of all rows behind the text.
-            vllm_config.diffusion_config.canvas_length = vllm_config.model_config.max_model_len
+            rows = max(canvas, vllm_config.model_config.max_model_len)
+            vllm_config.diffusion_config.canvas_length = rows
         logger.info(
             "vllm-diffusion %s serves %s: canvas of %d, at most %d at once, %s; logits of a step "
             "take at most %d MB; patches %s; "
@@ -140,6 +142,7 @@ def publish(
     if cuda.chosen():
         logger.info("The head runs in CUDA on GPUs, not in Triton.")
     form = head_weights(ours)
+    refuse_head_of_masks(form, family)
     refuse_head(form, model.hf_text_config.hidden_size, model.get_vocab_size(), model.dtype)
     served = Served(
         canvas_length=canvas,

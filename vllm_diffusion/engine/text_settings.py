@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _CPU_PAGE = 128  # tokens, unless the user says otherwise
-_PAGES_OF_CPU = 32  # they should be multiples of this
+_PAGES_OF_CPU = 32  # its attention takes multiples of this alone
 
 
 def settle_text(vllm_config: VllmConfig, family: Family) -> None:
@@ -86,18 +86,23 @@ def _settle_pages(vllm_config: VllmConfig, block: int) -> None:
     cache = vllm_config.cache_config
     if not cache.enable_prefix_caching:
         return
-    for option in ("block_size", "prefix_match_unit"):
+    on_cpu = current_platform.is_cpu()
+    units = {
+        "block_size": lcm(_PAGES_OF_CPU, block) if on_cpu else block,
+        "prefix_match_unit": block,
+    }
+    for option, unit in units.items():
         page = getattr(cache, option)
         asked = option != "block_size" or cache.user_specified_block_size
-        if page is not None and asked and page % block:
+        if page is not None and asked and page % unit:
             raise ConfigError(
                 f"{option} is {page}, but with prefix caching a page must hold whole blocks of "
                 f"{block} tokens, since keys depend on all of their block: use a multiple of "
-                f"{block}, or --no-enable-prefix-caching."
+                f"{unit}, or --no-enable-prefix-caching."
             )
     if cache.user_specified_block_size:
         return
-    page = _CPU_PAGE if current_platform.is_cpu() else cache.DEFAULT_BLOCK_SIZE
+    page = _CPU_PAGE if on_cpu else cache.DEFAULT_BLOCK_SIZE
     if page % block:
-        cache.block_size = lcm(_PAGES_OF_CPU if current_platform.is_cpu() else page, block)
+        cache.block_size = lcm(_PAGES_OF_CPU if on_cpu else page, block)
         cache.user_specified_block_size = True  # or the platform would put its own
