@@ -413,6 +413,9 @@ def test_an_authors_sampling_parameters_are_a_chats_defaults(
 def test_a_family_that_declares_what_is_not_built_is_refused_by_name():
     plain = Family(name="some", rule="entropy_bound", conditioning=Conditioning.SELF)
     refuse_unbuilt(plain)
-    for name, value in {"mask_id": 7, "text": Text.BLOCK, "reads": -1, "banned": (3,)}.items():
+    refuse_unbuilt(replace(plain, mask_id=7, text=Text.BLOCK, block=4, banned=(7,)))
+    for name, value in {"reads": -1, "seeded": True, "edits": True}.items():
         with pytest.raises(ConfigError, match=f"the family some declares {name}"):
             refuse_unbuilt(replace(plain, **{name: value}))
+    with pytest.raises(ConfigError, match="conditioning=time"):
+        refuse_unbuilt(replace(plain, conditioning=Conditioning.TIME))
