@@ -264,7 +264,7 @@ def choose_attention_of_ranges(vllm_config: VllmConfig) -> None:
     that does only if images are served.
     """
     model, attention = vllm_config.model_config, vllm_config.attention_config
-    window = getattr(model.hf_text_config, "sliding_window", None)
+    window = model.get_sliding_window()
     if current_platform.is_cpu() or not needs_block_local(model.max_model_len, window):
         return
     flash = attention.backend in {None, AttentionBackendEnum.FLASH_ATTN}
