@@ -1,54 +1,50 @@
-"""The files of a checkpoint, in the names that the families' released ones have."""
+"""The models, and the files of their checkpoints in the names of the families' released ones."""
 # ruff: noqa: ANN401 - Transformers' classes are not followed by a type checker
 
-import copy
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from noising import BLOCK, Text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
+from vllm_diffusion.models.llada.config import LLaDAConfig
+from vllm_diffusion.models.llada.testing import checkpoint as llada
+from vllm_diffusion.models.sdar.config import SDARConfig
+from vllm_diffusion.models.sdar.testing import checkpoint as sdar
 from vllm_diffusion.testing.json_file import write_json
+from vllm_diffusion.testing.saved_decoder import save_decoder
 
-EXAMPLES = Path(__file__).parents[1]
-TOKENIZER = EXAMPLES / "tiny-diffusiongemma"
+TOKENIZER = Path(__file__).parents[1] / "tiny-diffusiongemma"
 """Whose tokenizer and chat template these models have as well, with a mask."""
 
 MASK, END = "<|mask|>", "<turn|>"
-VOCAB = 648
-"""Ids of the embedding: those of the tokenizer, its mask, and some that no text has."""
 
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "attn_implementation": "sdpa",
+SIZES: dict[str, Any] = {
+    "hidden": 128,
+    "layers": 4,
+    "heads": 4,
+    "intermediate": 320,
+    # The tokenizer's, its mask, and some that no text has.
+    "vocab": 648,
+    "max_positions": 4096,
+    "dtype": "bfloat16",
 }
-
-LLADA_NAMES = (
-    (r"^model\.embed_tokens\.", "model.transformer.wte."),
-    (r"^model\.norm\.", "model.transformer.ln_f."),
-    (r"^lm_head\.", "model.transformer.ff_out."),
-    (r"^model\.layers\.(\d+)\.", r"model.transformer.blocks.\1."),
-    (r"\.input_layernorm\.", ".attn_norm."),
-    (r"\.post_attention_layernorm\.", ".ff_norm."),
-    (r"\.self_attn\.o_proj\.", ".attn_out."),
-    (r"\.self_attn\.", "."),
-    (r"\.mlp\.gate_proj\.", ".ff_proj."),
-    (r"\.mlp\.up_proj\.", ".up_proj."),
-    (r"\.mlp\.down_proj\.", ".ff_out."),
-)
-"""Names of a Llama's weights, and what LLaDA's modelling code calls them; applied in turn."""
+SPECS: dict[str, Any] = {
+    "sdar": sdar.TinySpec(**SIZES, block=BLOCK, kv_heads=2, head_dim=32),
+    "llada": llada.TinySpec(**SIZES, kv_heads=4),
+}
+MAKERS: dict[str, Any] = {"sdar": sdar, "llada": llada}
+CLASSES: dict[str, Any] = {
+    "sdar": (Qwen3ForCausalLM, SDARConfig),
+    "llada": (LlamaForCausalLM, LLaDAConfig),
+}
+ROPE_THETA = 10000.0
+"""Of texts that are hundreds of tokens long, not thousands."""
 
 
 def build_text() -> Text:
@@ -58,133 +54,52 @@ def build_text() -> Text:
     return Text(tokenizer, tokenizer.token_to_id(MASK), tokenizer.token_to_id(END))
 
 
-def build_model(family: str, seed: int = 0) -> Any:
+def build_model(family: str, text: Text, seed: int = 0) -> Any:
     """Fresh model of Transformers, fp32, that computes what the family's own code does."""
     torch.manual_seed(seed)
-    if family == "sdar":
-        return Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, head_dim=32, num_key_value_heads=2, rms_norm_eps=1e-6)
-        )
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4, rms_norm_eps=1e-5))
-
-
-def llada_name(name: str) -> str:
-    """What LLaDA calls a Llama's weight."""
-    for pattern, replacement in LLADA_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    kind, config = CLASSES[family]
+    return kind(config.from_dict(config_of(family, text))).float()
 
 
 def load_model(family: str, folder: Path) -> Any:
     """Model of a checkpoint that `save_checkpoint` wrote, in fp32."""
-    model = build_model(family)
-    saved = load_file(folder / "model.safetensors")
-    named = {name: llada_name(name) if family == "llada" else name for name in model.state_dict()}
-    model.load_state_dict({name: saved[own].float() for name, own in named.items()})
-    return model.eval()
+    kind, config = CLASSES[family]
+    released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model, saved = kind(config.from_dict(released)), load_file(folder / "model.safetensors")
+    model.load_state_dict({n: saved[name_of(family, n)] for n in model.state_dict()})
+    return model.float().eval()
 
 
 def save_checkpoint(family: str, model: Any, text: Text, folder: Path) -> None:
     """Write weights in bf16, configurations and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = copy.deepcopy(model.state_dict())
-    rename = llada_name if family == "llada" else str
-    save_file(
-        {rename(name): weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
+    save_decoder(folder, model, config_of(family, text), renamed=lambda name: name_of(family, name))
+    write_json(
+        folder / "generation_config.json",
+        # Greedy where a request does not say otherwise.
+        {"eos_token_id": [1, text.end], "pad_token_id": 0, "temperature": 0.0},
     )
-    write_json(folder / "config.json", CONFIGS[family](model.config, text))
-    write_json(folder / "generation_config.json", generation(text))
     text.tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copy(TOKENIZER / "chat_template.jinja", folder)
     write_json(folder / "tokenizer_config.json", tokenizer_config())
 
 
-def sdar_config(own: Any, text: Text) -> dict[str, Any]:
-    """The fields of a released SDAR."""
-    return {
-        "architectures": ["SDARForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "block_size": BLOCK,
+def name_of(family: str, name: str) -> str:
+    """What a family's files call a weight of Transformers' decoder."""
+    return llada.own_name(name) if family == "llada" else name
+
+
+def config_of(family: str, text: Text) -> dict[str, Any]:
+    """`config.json` of a released checkpoint, with the sizes and ids of this one."""
+    config: dict[str, Any] = MAKERS[family].released_config(SPECS[family])
+    config.pop("auto_map", None)  # names code that is not in the folder
+    return config | {
         "bos_token_id": 2,
-        "dtype": "bfloat16",
-        "eos_token_id": 1,
-        "head_dim": own.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": own.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": own.intermediate_size,
-        "mask_token_id": text.mask,
-        "max_position_embeddings": own.max_position_embeddings,
-        "max_window_layers": own.num_hidden_layers,
-        "model_type": "sdar",
-        "num_attention_heads": own.num_attention_heads,
-        "num_hidden_layers": own.num_hidden_layers,
-        "num_key_value_heads": own.num_key_value_heads,
-        "pad_token_id": 0,
-        "rms_norm_eps": own.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": own.rope_parameters["rope_theta"],
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": own.vocab_size,
-    }
-
-
-def llada_config(own: Any, text: Text) -> dict[str, Any]:
-    """The fields of a released LLaDA."""
-    return {
-        "activation_type": "silu",
-        "alibi": False,
-        "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": own.hidden_size,
-        "dtype": "bfloat16",
-        "embedding_dropout": 0.0,
-        "embedding_size": own.vocab_size,
         "eos_token_id": text.end,
-        "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_std": 0.02,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
         "mask_token_id": text.mask,
-        "max_sequence_length": own.max_position_embeddings,
-        "mlp_hidden_size": own.intermediate_size,
-        "mlp_ratio": 4,
-        "model_type": "llada",
-        "n_heads": own.num_attention_heads,
-        "n_kv_heads": own.num_key_value_heads,
-        "n_layers": own.num_hidden_layers,
-        "pad_token_id": text.end,
-        "residual_dropout": 0.0,
-        "rms_norm_eps": own.rms_norm_eps,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": own.rope_parameters["rope_theta"],
-        "scale_logits": False,
-        "use_cache": False,
-        "vocab_size": own.vocab_size,
-        "weight_tying": False,
+        "pad_token_id": 0,
+        "rope_theta": ROPE_THETA,
     }
-
-
-CONFIGS = {"sdar": sdar_config, "llada": llada_config}
-
-
-def generation(text: Text) -> dict[str, Any]:
-    """Where a turn ends; nothing of sampling, so that the default is greedy."""
-    return {"bos_token_id": 2, "eos_token_id": [1, text.end], "pad_token_id": 0}
 
 
 def tokenizer_config() -> dict[str, Any]:

@@ -23,7 +23,7 @@ FAMILIES = ("sdar", "llada")
 @pytest.fixture(scope="module")
 def parts():
     """The folder's modules, which import each other by their plain names."""
-    names = ("noising", "decoding", "released", "judge", "train")
+    names = ("noising", "released", "train")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         for name in names:
@@ -60,7 +60,7 @@ def copies(rows):
 
 @torch.no_grad()
 def test_a_masked_block_of_sdar_is_computed_as_behind_its_clean_beginning(parts, text):
-    model = parts.released.build_model("sdar", seed=3).eval()
+    model = parts.released.build_model("sdar", text, seed=3).eval()
     rows = parts.train.batch("sdar", text, "5", 2)
     packed = logits_of(model, rows)
     seen = list(copies(rows))
@@ -79,7 +79,7 @@ def test_a_masked_block_of_sdar_is_computed_as_behind_its_clean_beginning(parts,
 
 @torch.no_grad()
 def test_an_item_of_llada_is_computed_as_alone_and_sees_all_of_itself(parts, text):
-    model = parts.released.build_model("llada", seed=3).eval()
+    model = parts.released.build_model("llada", text, seed=3).eval()
     rows = parts.train.batch("llada", text, "5", 2)
     packed = logits_of(model, rows)
     for row, item in ((0, rows.item[0, 0]), (1, rows.item[1].max())):
@@ -97,7 +97,7 @@ def test_an_item_of_llada_is_computed_as_alone_and_sees_all_of_itself(parts, tex
 @for_each(seed=["1", "2"])
 @torch.no_grad()
 def test_a_token_changes_no_earlier_block_of_sdar(parts, text, seed):
-    model = parts.released.build_model("sdar", seed=3).eval()
+    model = parts.released.build_model("sdar", text, seed=3).eval()
     rows = parts.train.batch("sdar", text, seed, 1)
     before = logits_of(model, rows)[0]
     clean = (rows.view[0] == 0) & (rows.item[0] == rows.item[0, 0])
@@ -161,7 +161,7 @@ def test_held_out_items_are_never_trained_on(parts):
 
 @for_each(family=FAMILIES)
 def test_a_few_steps_lower_the_loss(parts, text, family):
-    model = parts.released.build_model(family)
+    model = parts.released.build_model(family, text)
     optimisers = parts.train.build_optimisers(model, 3e-3)
     options = argparse.Namespace(family=family, seed=1, rows=2)
     losses = []
@@ -177,6 +177,7 @@ def test_a_run_that_was_cut_ends_with_the_weights_of_one_that_was_not(
     parts, text, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(parts.train, "SAVED_EVERY", 2)
+    monkeypatch.setattr(parts.train, "JUDGED_EVERY", 2)
     monkeypatch.setattr(parts.train, "LOGGED_EVERY", 1)
     monkeypatch.setattr(parts.train, "exact_match", lambda *_: {"json": 50.0})
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)  # takes longer than the steps
@@ -193,7 +194,7 @@ def test_a_run_that_was_cut_ends_with_the_weights_of_one_that_was_not(
                 raise KeyboardInterrupt
             return inner(*args)
 
-        model = parts.released.build_model("sdar")
+        model = parts.released.build_model("sdar", text)
         with monkeypatch.context() as patch:
             patch.setattr(parts.train, "train_step", step)
             parts.train.train(model, text, options)
@@ -213,7 +214,7 @@ def test_a_run_that_was_cut_ends_with_the_weights_of_one_that_was_not(
 
 @for_each(family=FAMILIES)
 def test_a_checkpoint_has_the_released_names_and_is_read_back(parts, text, tmp_path, family):
-    model = parts.released.build_model(family, seed=5)
+    model = parts.released.build_model(family, text, seed=5)
     parts.released.save_checkpoint(family, model, text, tmp_path / family)
     read = parts.released.load_model(family, tmp_path / family).state_dict()
     for name, weight in model.state_dict().items():
@@ -234,47 +235,3 @@ def test_a_checkpoint_has_the_released_names_and_is_read_back(parts, text, tmp_p
     config = json.loads((tmp_path / family / "config.json").read_text())
     assert config["model_type"] == family
     assert config["mask_token_id"] == text.mask
-
-
-class Fixed(torch.nn.Module):
-    """Logits that depend on the position alone: a token, and how sure it is."""
-
-    def __init__(self, tokens, sureness):
-        super().__init__()
-        self.table = torch.zeros(len(tokens), 700)
-        self.table[range(len(tokens)), tokens] = torch.tensor(sureness)
-
-    def forward(self, position_ids, **_):
-        return SimpleNamespace(logits=self.table[position_ids])
-
-
-@for_each(steps=[1, 3, 8])
-def test_an_even_split_takes_its_steps_and_stops_behind_the_end(parts, text, steps):
-    tokens = [100 + n for n in range(32)]
-    tokens[13] = text.end
-    model = Fixed(tokens, [5.0] * 32)
-    reveal = parts.decoding.evenly(8, steps)
-    (made,) = parts.decoding.decode("llada", model, text, [[1, 2, 3]], [24], block=8, reveal=reveal)
-    assert made.tokens == tokens[3:13]
-    assert made.finished
-    assert made.forwards == 2 * steps
-
-
-def test_sdar_reveals_what_is_sure_on_the_grid_of_the_prompt(parts, text):
-    tokens = [100 + n for n in range(16)]
-    sureness = [20.0] * 5 + [9.0, 8.0, 7.0] + [20.0] * 8
-    made, short = parts.decoding.decode(
-        "sdar",
-        Fixed(tokens, sureness),
-        text,
-        [[1, 2, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9]],
-        [12, 7],
-        block=8,
-        reveal=parts.decoding.above(0.999),
-    )
-    assert made.tokens == tokens[3:]  # the last block is whole
-    assert not made.finished
-    # Two sure ones at once, three one by one, and eight in the second block.
-    assert made.forwards == 1 + 3 + 1
-    assert short.tokens == tokens[9:]
-    assert short.forwards == 1

@@ -107,7 +107,7 @@ def make_tiny_checkpoint(path: str | Path, spec: TinySpec | None = None) -> Path
         roles={"bos_token": BOS, "eos_token": EOS, "pad_token": EOS},
         chat_template=CHAT_TEMPLATE,
     )
-    renamed = _own_name if spec.kind == "llada" else str
+    renamed = own_name if spec.kind == "llada" else str
     save_decoder(directory, build_model(spec), released_config(spec), renamed=renamed)
     return directory
 
@@ -138,7 +138,7 @@ def build_model(spec: TinySpec) -> Any:
     return model.eval()
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """LLaDA's name of one of Llama's weights."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
