@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.inside import Inside
-from helpers.regimes import Asked, ask, assert_log_probs, prompt_of, tokens_of
+from helpers.regimes import Asked, ask, assert_log_probs, by_draw, prompt_of, tokens_of
 
 from vllm_diffusion.models.llada.testing import checkpoint as maker
 from vllm_diffusion.models.llada.testing.reference import answer
+from vllm_diffusion.testing.dense_reveal import leftmost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.vllm
 KINDS = ["llada", "illada", "moe"]
 BLOCK = 8
 LIMIT = 256
+SEED = 2**40 + 7
+ORDERS = {"leftmost": leftmost, "random": by_draw(SEED)}
 
 
 def spec_of(kind: str) -> maker.TinySpec:
@@ -104,6 +107,19 @@ def test_tokens_and_log_probabilities_are_those_of_the_dense_loop(
     Inside(llm).assert_idle()
     alone = [tokens_of(ask(llm, [each]))[0] for each in requests()[:3]]
     assert alone == [each.tokens for each in expected(kind)[:3]]
+
+
+def test_any_order_is_that_of_the_dense_loop(start: Callable[..., LLM]) -> None:
+    llm = start()
+    for order, surer in ORDERS.items():
+        for steps in (BLOCK, 3):
+            extra = {"diffusion_reveal_by": order, "diffusion_max_steps": steps}
+            outputs = ask(llm, requests(), seed=SEED, logprobs=1, extra_args=extra)
+            wanted = expected("llada", surer=surer, max_steps=steps)
+            assert tokens_of(outputs) == [each.tokens for each in wanted], extra
+            assert_log_probs(outputs, wanted)
+    other = ask(llm, requests(), seed=SEED + 1, extra_args=extra)
+    assert tokens_of(other) != [each.tokens for each in wanted]
 
 
 def test_the_published_block(start: Callable[..., LLM]) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.inside import Inside
-from helpers.regimes import Asked, ask, assert_log_probs, prompt_of, tokens_of
+from helpers.regimes import Asked, ask, assert_log_probs, by_draw, prompt_of, tokens_of
 
 from vllm_diffusion.models.sdar.testing import checkpoint as maker
 from vllm_diffusion.models.sdar.testing.reference import answer
+from vllm_diffusion.testing.dense_reveal import leftmost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,8 @@ PAGE = 32
 SPEC = maker.TinySpec()
 EXPERTS = maker.TinySpec(experts=4)
 BLOCKS = [4, 8, 32]
+SEED = 2**40 + 7
+ORDERS = {"leftmost": leftmost, "random": by_draw(SEED)}
 
 
 def requests(block: int) -> list[Asked]:
@@ -103,6 +106,23 @@ def test_the_comparison_notices(wrong: dict[str, Any]) -> None:
     assert different > 10
 
 
+def test_any_order_is_that_of_the_dense_loop(start: Any) -> None:
+    llm = start(8)
+    for order, surer in ORDERS.items():
+        for steps in (8, 3):
+            extra = {
+                "diffusion_reveal_by": order,
+                "diffusion_reveal_threshold": 0.0,
+                "diffusion_max_steps": steps,
+            }
+            outputs = ask(llm, requests(8), seed=SEED, logprobs=1, extra_args=extra)
+            wanted = expected(8, surer=surer, threshold=0.0, max_steps=steps)
+            assert tokens_of(outputs) == [each.tokens for each in wanted], extra
+            assert_log_probs(outputs, wanted)
+    other = ask(llm, requests(8), seed=SEED + 1, extra_args=extra)
+    assert tokens_of(other) != [each.tokens for each in wanted]
+
+
 @pytest.mark.parametrize(("block", "rows"), [(8, 24), (8, 40), (4, 11)])
 def test_small_steps_make_canvases_wait_and_change_nothing(
     start: Any, block: int, rows: int
@@ -151,3 +171,15 @@ def test_cached_pages_are_reused_and_hold_the_same_keys(start: Any) -> None:
         output.outputs[0].token_ids
         == answer(model_of(SPEC), turn.prompt, more, mask_id=maker.MASK_ID, block=8).tokens
     )
+
+
+def test_experts_say_what_the_dense_loop_says(
+    engine_pool: EnginePool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    checkpoint = maker.make_tiny_checkpoint(tmp_path_factory.mktemp("sdar_moe"), EXPERTS)
+    llm = engine_pool.get(checkpoint, hf_overrides={"block_size": 8}, block_size=PAGE)
+    wanted = expected(8, EXPERTS)
+    for fused in (True, False):
+        outputs = ask(llm, requests(8), logprobs=1, extra_args={"diffusion_fused_commit": fused})
+        assert tokens_of(outputs) == [each.tokens for each in wanted]
+        assert_log_probs(outputs, wanted)

@@ -1,20 +1,26 @@
 """The requests of the tensor-parallel tests, and a program that answers them on some ranks.
 
-    python -m helpers.ranks CHECKPOINT RANKS [ADAPTER]
+    python -m helpers.ranks CHECKPOINT RANKS [ASKED]
 
 prints the tokens of every answer on a line of its own, a list of lists in JSON. Ranks live in
-processes that start with what this one was started with, so they cannot be a test's own.
+processes that start with what this one was started with, so they cannot be a test's own:
+`together` starts the program.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
+
+from helpers.regimes import Asked, ask, tokens_of
 
 OPTIONS: dict[str, Any] = {"max_model_len": 256}
 
@@ -40,8 +46,42 @@ def answers(llm: LLM, adapter: str = "") -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def main(checkpoint: str, ranks: str, adapter: str = "") -> None:
-    """Start an engine and print its answers."""
+def together(checkpoint: Path, **asked: Any) -> list[list[int]]:
+    """The answers of two ranks.
+
+    Args:
+        checkpoint: its folder.
+        asked: `adapter` for the requests of `answers`; `greedy` for other ones, prompts with the
+            length of their answers; `options` of the engine.
+    """
+    # Without its own core a rank would wait for the other one's.
+    cores = "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-m", "helpers.ranks", str(checkpoint), "2", json.dumps(asked)],
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the ranks are processes of their own anyway
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    # vLLM logs to the same stream, also after this line.
+    line = next(line for line in result.stdout.splitlines() if line.startswith("[["))
+    said: list[list[int]] = json.loads(line)
+    return said
+
+
+def main(checkpoint: str, ranks: str, asked: str = "{}") -> None:
+    """Start an engine and print its answers to what `together` was asked."""
+    told = json.loads(asked)
+    adapter = told.get("adapter", "")
     llm = LLM(
         checkpoint,
         tensor_parallel_size=int(ranks),
@@ -49,9 +89,10 @@ def main(checkpoint: str, ranks: str, adapter: str = "") -> None:
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
         enable_lora=bool(adapter),
-        **OPTIONS,
+        **(OPTIONS | told.get("options", {})),
     )
-    print(json.dumps(answers(llm, adapter)))
+    greedy = [Asked(tuple(prompt), length) for prompt, length in told.get("greedy", [])]
+    print(json.dumps(tokens_of(ask(llm, greedy)) if greedy else answers(llm, adapter)))
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -6,19 +6,22 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pytest
+import torch
 from vllm import SamplingParams
 
+from vllm_diffusion.denoise.rng import Purpose, philox, split_seed, uniform
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vllm import LLM
     from vllm.outputs import RequestOutput
 
     from vllm_diffusion.testing.dense_reveal import Answer
 
-MARGIN = 1e-4
-"""Largest difference of log-probabilities in fp32."""
+MARGIN = 3e-4
+"""Largest difference of log-probabilities in fp32. Measured: up to 1.3e-4 between engine and dense
+loop, and as much between the dense loop in fp32 and in fp64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,17 @@ def ask(llm: LLM, requests: Sequence[Asked], **sampling: Any) -> list[RequestOut
     return llm.generate(prompts, parameters, use_tqdm=False)
 
 
+def by_draw(seed: int) -> Callable[[int, int, float], float]:
+    """Who is revealed first where a request of this seed asks for `random`, for the reference."""
+    key = torch.tensor(split_seed(seed))
+
+    def surer(step: int, place: int, _score: float) -> float:
+        words = philox(key, torch.tensor(place), torch.tensor(step), Purpose.REVEAL)
+        return float(uniform(words[0]))
+
+    return surer
+
+
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     """What was said."""
     return [list(each.outputs[0].token_ids) for each in outputs]
@@ -61,4 +75,5 @@ def assert_log_probs(outputs: Sequence[RequestOutput], wanted: Sequence[Answer])
         said = output.outputs[0]
         pairs = zip(said.logprobs, said.token_ids, strict=True)
         found = [position[token].logprob for position, token in pairs]
-        assert found == pytest.approx(each.log_probs, abs=MARGIN)
+        worst = max(abs(a - b) for a, b in zip(found, each.log_probs, strict=True))
+        assert worst < MARGIN, f"log-probabilities differ by up to {worst}"
