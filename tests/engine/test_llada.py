@@ -6,6 +6,7 @@ every row; here the same tokens leave block by block, in batches and under preem
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import pytest
 from helpers.inside import Inside
 from helpers.regimes import Asked, ask, assert_log_probs, by_draw, prompt_of, tokens_of
 
+from vllm_diffusion.engine import carriers
 from vllm_diffusion.models.llada.testing import checkpoint as maker
 from vllm_diffusion.models.llada.testing.reference import answer
 from vllm_diffusion.testing.dense_reveal import leftmost
@@ -120,6 +122,23 @@ def test_any_order_is_that_of_the_dense_loop(start: Callable[..., LLM]) -> None:
             assert_log_probs(outputs, wanted)
     other = ask(llm, requests(), seed=SEED + 1, extra_args=extra)
     assert tokens_of(other) != [each.tokens for each in wanted]
+
+
+def test_an_end_that_only_the_family_names_ends_an_answer(start: Callable[..., LLM]) -> None:
+    llm, asked = start(), requests()[1]
+    said = expected("llada")[1].tokens
+    place = next(at for at in range(12, len(said)) if said[at] not in said[:at])
+    config = llm.llm_engine.model_config.hf_config
+    served = carriers.served(config)
+    family = replace(served.family, ends=(*served.family.ends, said[place]))
+    carriers.put_served(config, replace(served, family=family))
+    try:
+        (ended,) = ask(llm, [asked], ignore_eos=False)
+        (ignored,) = ask(llm, [asked])
+    finally:
+        carriers.put_served(config, served)
+    assert tokens_of([ended, ignored]) == [said[: place + 1], said]
+    assert ended.outputs[0].finish_reason == "stop"
 
 
 def test_the_published_block(start: Callable[..., LLM]) -> None:

@@ -93,7 +93,7 @@ def test_a_step_holds_all_text_where_every_row_sees_every_row(config: Any, optio
 def test_a_page_that_cuts_a_block_is_refused_only_where_it_is_shared(
     config: Any, page: int
 ) -> None:
-    with pytest.raises(ValueError, match=f"block_size is {page}, .* multiple of 32, or --no-enable"):
+    with pytest.raises(ValueError, match=f"block_size is {page}, .* multiple of 32, or --no-"):
         config("sdar", block_size=page)
     built = config("sdar", block_size=page, enable_prefix_caching=False)
     assert built.cache_config.block_size == page

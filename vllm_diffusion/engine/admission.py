@@ -239,6 +239,11 @@ def admit(inputs: InputProcessor, request: EngineCoreRequest) -> None:
     model, sampling = inputs.model_config, request.sampling_params
     if sampling is None or not model.is_diffusion:
         return
+    served = carriers.served(model.hf_config)
+    if not sampling.all_stop_token_ids.issuperset(ends := served.family.ends):
+        # A family knows ends that no file of the checkpoint names.
+        end = inputs.renderer.get_eos_token_id()
+        sampling.update_from_generation_config({"eos_token_id": [*ends]}, end)
     prompt = request.prompt_token_ids or ()
     params, _ = read_options(sampling.extra_args or {})
     rows = None if params.text is None else _rows(inputs, sampling, params, prompt)
@@ -248,8 +253,7 @@ def admit(inputs: InputProcessor, request: EngineCoreRequest) -> None:
         carriers.put_constraint(
             sampling, sent_constraint(sampling, model, config, inputs.tokenizer)
         )
-    rules = carriers.served(model.hf_config).rules
-    carriers.put_admitted(sampling, admitted(params, rules, rows))
+    carriers.put_admitted(sampling, admitted(params, served.rules, rows))
 
 
 def _rows(
