@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import TinySpec
+from vllm_diffusion.models.diffusion_gemma.testing import checkpoint as diffusion_gemma
+from vllm_diffusion.models.llada.testing import checkpoint as llada
+from vllm_diffusion.models.sdar.testing import checkpoint as sdar
 
-SPEC: Final = TinySpec(
+SPEC: Final = diffusion_gemma.TinySpec(
     seed=5,
     canvas=8,
     hidden=32,
@@ -30,6 +32,15 @@ SPEC: Final = TinySpec(
     max_positions=512,
     max_steps=4,
 )
+MADE: Final[dict[str, tuple[Any, Any]]] = {
+    "diffusion_gemma": (diffusion_gemma, SPEC),
+    "sdar": (
+        sdar,
+        sdar.TinySpec(seed=5, block=4, hidden=64, layers=2, vocab=320, heads=2, kv_heads=1),
+    ),
+    "llada": (llada, llada.TinySpec(seed=5, hidden=64, layers=2, vocab=320, heads=2, kv_heads=2)),
+}
+"""Of each family what makes the small checkpoint, and its sizes."""
 SCHEMA: Final = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 
 
@@ -104,9 +115,31 @@ OPTIONS: Final[dict[str, Any]] = {
 }
 """Each asked alone, so that what waits for the device is told by its name."""
 
+SDAR_FIRST: Final[dict[str, Any]] = {
+    "plain": case(words(1, 60), tokens=18, seed=1),
+    "short": case(words(2, 3), seed=2),
+    "tail": case(words(3, 41), tokens=11, temperature=0.5, seed=3),
+    "chunked prefill": case(words(5, 150), seed=5),
+    "top_p": case(words(6, 50), top_p=0.7, seed=6),
+    "logprobs": case(words(8, 38), tokens=9, logprobs=2, seed=8),
+    "commits apart": case(words(9, 21), extra_args={"diffusion_fused_commit": False}, seed=9),
+}
+"""Blocks of 4: prompts that end on the grid and off it."""
+
+IN_TWO_STEPS: Final = {"diffusion_max_steps": 2}
+LLADA: Final[dict[str, Any]] = {
+    "plain": case(words(1, 40), seed=1, extra_args=IN_TWO_STEPS),
+    "short": case(words(2, 3), tokens=21, seed=2, extra_args=IN_TWO_STEPS),
+    "temperature": case(words(3, 29), temperature=0.5, seed=3, extra_args=IN_TWO_STEPS),
+    "logprobs": case(words(8, 36), tokens=9, logprobs=2, seed=8, extra_args=IN_TWO_STEPS),
+}
+"""Canvases of 8, one or several, with a horizon behind all but the last."""
+
 PLAIN: Final = {name: FIRST[name] for name in ("plain", "short", "top_p")}
 ROUNDS: Final = {
     "all": [FIRST, SECOND, THIRD],
     "plain": [PLAIN],
     "options": [{name: one} for name, one in OPTIONS.items()],
+    "sdar": [SDAR_FIRST, SECOND, THIRD],
+    "llada": [LLADA],
 }

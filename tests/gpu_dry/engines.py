@@ -15,9 +15,9 @@ from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import (
 from vllm_diffusion.models.diffusion_gemma.testing.quantisable import plain_linears
 from vllm_diffusion.models.diffusion_gemma.testing.tokenizer import (
     build_tokenizer,
-    write_json,
     write_processor_files,
 )
+from vllm_diffusion.testing.json_file import write_json
 from vllm_diffusion.testing.quantise import Form, quantisation_config
 
 if TYPE_CHECKING:
@@ -41,11 +41,68 @@ COMMON: Final[dict[str, Any]] = {
 }
 
 
-def released(folder: Path, form: Form | None) -> Path:
-    """A folder that vLLM takes for the released model in this form; there are no weights in it."""
+ALIKE: Final = 6
+"""Layers of a model whose layers are all alike."""
+
+LONGEST: Final = {"diffusion_gemma": 8192, "sdar": 8192, "llada": 4096}
+"""Positions of a request, by family."""
+
+
+def released(folder: Path, family: str, form: Form | None = None) -> Path:
+    """A folder that vLLM takes for a family's released model in this form, without weights."""
+    made: dict[str, Any] = {
+        "diffusion_gemma": _diffusion_gemma,
+        "sdar": _sdar_8b,
+        "llada": _llada_8b,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    made[family](folder, form)
+    return folder
+
+
+def _sdar_8b(folder: Path, form: Form | None) -> None:
+    """SDAR-8B-Chat, with the sizes of Qwen3-8B but for the layers, which are all alike."""
+    from vllm_diffusion.models.sdar.testing import checkpoint
+
+    assert form is None
+    checkpoint.make_tiny_checkpoint(folder, checkpoint.TinySpec(layers=1))
+    spec = checkpoint.TinySpec(
+        block=4,
+        hidden=4096,
+        layers=ALIKE,
+        vocab=151936,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        intermediate=12288,
+        max_positions=32768,
+        dtype="bfloat16",
+    )
+    write_json(folder / "config.json", checkpoint.released_config(spec))
+
+
+def _llada_8b(folder: Path, form: Form | None) -> None:
+    """LLaDA-8B-Instruct, but for the layers, which are all alike."""
+    from vllm_diffusion.models.llada.testing import checkpoint
+
+    assert form is None
+    checkpoint.make_tiny_checkpoint(folder, checkpoint.TinySpec(layers=1))
+    spec = checkpoint.TinySpec(
+        hidden=4096,
+        layers=ALIKE,
+        vocab=126464,
+        heads=32,
+        kv_heads=32,
+        intermediate=12288,
+        max_positions=LONGEST["llada"],
+        dtype="bfloat16",
+    )
+    write_json(folder / "config.json", checkpoint.released_config(spec))
+
+
+def _diffusion_gemma(folder: Path, form: Form | None) -> None:
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     config = _config(RELEASED)
     config.dtype = torch.bfloat16
     config.architectures = ["DiffusionGemmaForBlockDiffusion"]
@@ -67,7 +124,6 @@ def released(folder: Path, form: Form | None) -> Path:
     write_processor_files(
         folder, tokenizer=build_tokenizer(512), soft_tokens=RELEASED.soft_tokens, patch=16
     )
-    return folder
 
 
 def _vision_linears() -> list[str]:
@@ -80,13 +136,13 @@ def _vision_linears() -> list[str]:
     ]
 
 
-def start(machine: Machine, checkpoint: Path, *, images: bool, **options: Any) -> Any:
-    """An `LLM` in this process."""
+def start(machine: Machine, checkpoint: Path, *, images: bool | None, **options: Any) -> Any:
+    """An `LLM` in this process; without a say on `images` where the family takes none."""
     del machine
     from vllm import LLM
 
-    allowed = {"video": 0} if images else {"image": 0, "video": 0}
-    return LLM(str(checkpoint), **(COMMON | {"limit_mm_per_prompt": allowed} | options))
+    allowed = {"limit_mm_per_prompt": {"video": 0} if images else {"image": 0, "video": 0}}
+    return LLM(str(checkpoint), **(COMMON | ({} if images is None else allowed) | options))
 
 
 def stop(llm: Any) -> None:

@@ -1,7 +1,7 @@
-"""FlashAttention 4, dense and in torch: exactly what the arguments of vLLM's call ask for.
+"""FlashAttention, dense and in torch: exactly what the arguments of vLLM's call ask for.
 
-Its mask functions are CuTe, which is Python: they run on tensors of rows and keys instead of
-registers, by what a handful of CuTe's names mean there.
+Mask functions, of version 4 alone, are CuTe, which is Python: they run on tensors of rows and keys
+instead of registers, by what a handful of CuTe's names mean there.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def stand_in(machine: Machine) -> None:
     from vllm.v1.attention.backends import flash_attn
 
     def kernel(**call: Any) -> None:
-        assert call["fa_version"] == 4
+        version = call["fa_version"]
+        # The others know neither flags of sequences nor mask functions.
+        assert version == 4 or (call["dynamic_causal"] is None and call["mask_mod"] is None)
         call = pytree.tree_map_only(DeviceTensor, unwrapped, call)
-        machine.launch("flash attention 4", 1, lambda: attend(**call))
+        machine.launch(f"flash attention {version}", 1, lambda: attend(**call))
         if machine.values:
             with _disable_current_modes():
                 attend(**call)

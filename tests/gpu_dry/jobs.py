@@ -22,7 +22,10 @@ CANVASES: Final = 16
 """Of the engines whose steps are counted; the others stop at `FEW`."""
 FEW: Final = 3
 COUNTED: Final = (1, 4, 16)
-BLOCKS: Final = 26
+FAMILIES: Final = {"sdar": 4096, "llada": 128}
+"""Families whose layers are vLLM's, and how much is asked for: all of a request's rows run in every
+step of LLaDA, and so those of 16 fit in one."""
+BLOCKS: Final = {"all": 26, "sdar": 17}
 """Of the cache where numbers are compared: too few for all requests at once."""
 
 
@@ -32,22 +35,32 @@ def shapes(gpu: str) -> dict[str, Any]:
         for images in (False, True):
             counted = form == "bf16" and not images
             runs[f"{form}-{'images' if images else 'text'}"] = {
+                "family": "diffusion_gemma",
                 "form": name,
                 "images": images,
                 "canvases": CANVASES if counted else FEW,
                 "fused": counted,
             }
+    for family, tokens in FAMILIES.items():
+        runs[family] = {
+            "family": family,
+            "images": None,
+            "canvases": CANVASES,
+            "at": COUNTED,
+            "tokens": tokens,
+        }
     return {"program": "run_shapes", "gpu": gpu, "runs": runs}
 
 
 def native(gpu: str) -> dict[str, Any]:
-    run = {"form": None, "images": False, "canvases": CANVASES, "at": COUNTED}
+    run = {"images": False, "canvases": CANVASES, "at": COUNTED, "family": "diffusion_gemma"}
     return {"program": "run_shapes", "gpu": gpu, "native": True, "runs": {"bf16-text": run}}
 
 
 def values(
     gpu: str | None,
     *,
+    family: str = "diffusion_gemma",
     cases: str = "all",
     graphs: str = "NONE",
     wait: bool = False,
@@ -55,11 +68,14 @@ def values(
 ) -> dict[str, Any]:
     """An engine with numbers; `wait` has it scheduled synchronously, no GPU means the reference."""
     options: dict[str, Any] = {"async_scheduling": not wait}
-    if cases == "all":
-        options["num_gpu_blocks_override"] = BLOCKS
+    if cases in BLOCKS:
+        options["num_gpu_blocks_override"] = BLOCKS[cases]
+    if family != "diffusion_gemma":  # whose own settings choose
+        options["attention_backend"] = "TRITON_ATTN"
     return {
         "program": "run_values",
         "gpu": gpu,
+        "family": family,
         "cases": cases,
         "graphs": graphs,
         "plant": plant,
@@ -79,6 +95,14 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
         "sm_120", cases="plain", graphs="FULL_DECODE_ONLY", plant="buffer made anew"
     ),
     "values-range": values("sm_120", cases="plain", plant="missing range"),
+    "values-sdar-reference": values(None, family="sdar", cases="sdar", wait=True),
+    "values-sdar-full": values(
+        "sm_120", family="sdar", cases="sdar", graphs="FULL_DECODE_ONLY", wait=True
+    ),
+    "values-llada-reference": values(None, family="llada", cases="llada", wait=True),
+    "values-llada-piecewise": values(
+        "sm_120", family="llada", cases="llada", graphs="PIECEWISE", wait=True
+    ),
 }
 
 JOBS: Final[dict[str, dict[str, Any]]] = {
@@ -88,11 +112,17 @@ JOBS: Final[dict[str, dict[str, Any]]] = {
         "program": "run_shapes",
         "gpu": "sm_120",
         "plant": "wait on the hot path",
-        "runs": {"bf16-text": {"form": None, "images": False, "canvases": 1}},
+        "runs": {"bf16-text": {"family": "diffusion_gemma", "images": False, "canvases": 1}},
     },
     **{f"trace-{gpu}": {"program": "run_trace", "gpu": gpu} for gpu in ("sm_90", "sm_120")},
     **VALUES,
 }
+
+
+def reference_of(job: str) -> str:
+    """The job whose tokens a job's must be."""
+    family = JOBS[job]["family"]
+    return "values-reference" if family == "diffusion_gemma" else f"values-{family}-reference"
 
 
 class Pool:
@@ -124,15 +154,15 @@ class Pool:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _checkpoint(self) -> str:
+    def _checkpoint(self, family: str) -> str:
         """The small random checkpoint, made once."""
-        from gpu_dry.cases import SPEC
-        from vllm_diffusion.models.diffusion_gemma.testing.checkpoint import make_tiny_checkpoint
+        from gpu_dry.cases import MADE
 
         with self._making:
-            folder = self.folder / "checkpoint"
+            folder = self.folder / "checkpoints" / family
             if not folder.exists():
-                make_tiny_checkpoint(folder, SPEC)
+                maker, spec = MADE[family]
+                maker.make_tiny_checkpoint(folder, spec)
         return str(folder)
 
     def _run(self, name: str) -> dict[str, Any]:
@@ -143,7 +173,7 @@ class Pool:
         environment = os.environ | job.get("environment", {})
         python = sys.executable
         if job["program"] == "run_values":
-            job = job | {"checkpoint": self._checkpoint()}
+            job = job | {"checkpoint": self._checkpoint(job["family"])}
             if job["gpu"] is None:
                 python = os.environ["GPU_DRY_REFERENCE"]
                 environment.pop("LD_LIBRARY_PATH", None)

@@ -35,17 +35,21 @@ def watch(machine: Machine, *, native: bool) -> None:
 
         state = native_model.DiffusionGemmaModelState
         sampler = native_model.DiffusionSampler
-        model = native_model.DiffusionGemmaForConditionalGeneration
+        models = [native_model.DiffusionGemmaForConditionalGeneration]
     else:
         from vllm_diffusion.engine import model_state
         from vllm_diffusion.engine import sampler as ours
+        from vllm_diffusion.head.reference import ReferenceHead
         from vllm_diffusion.head.stream import StreamingHead
+        from vllm_diffusion.models.decoder.model import CanvasDecoder
         from vllm_diffusion.models.diffusion_gemma import model as our_model
 
         state, sampler = model_state.CanvasModelState, ours.CanvasSampler
-        model = our_model.DiffusionGemmaForBlockDiffusion
-        measured(machine.meter, StreamingHead, "__call__", "head")
-    measured(machine.meter, model, "forward", "forward")
+        models = [our_model.DiffusionGemmaForBlockDiffusion, CanvasDecoder]
+        for head in (StreamingHead, ReferenceHead):
+            measured(machine.meter, head, "__call__", "head")
+    for model in models:
+        measured(machine.meter, model, "forward", "forward")
     measured(machine.meter, state, "prepare_attn", "prepare_attn")
     measured(machine.meter, state, "prepare_inputs", "prepare_inputs")
     measured(machine.meter, sampler, "__call__", "sampler")
@@ -54,9 +58,9 @@ def watch(machine: Machine, *, native: bool) -> None:
 class Steps:
     """Counts the steps that a number of running canvases takes."""
 
-    def __init__(self, machine: Machine, llm: Any, *, native: bool) -> None:
+    def __init__(self, machine: Machine, llm: Any, *, native: bool, tokens: int) -> None:
         self.machine, self.engine, self.native = machine, llm.llm_engine, native
-        self.added = 0
+        self.added, self.tokens = 0, tokens
 
     def add(self, prompt: Any = None, *, most_steps: int = 1024) -> None:
         """One more request; with as many steps no canvas comes to its last one here."""
@@ -67,7 +71,7 @@ class Steps:
             sampling = {"seed": self.added, "extra_args": {"diffusion_max_steps": most_steps}}
         name, self.added = str(self.added), self.added + 1
         prompt = prompt or {"prompt_token_ids": list(range(30, 330))}
-        self.engine.add_request(name, prompt, SamplingParams(max_tokens=4096, **sampling))
+        self.engine.add_request(name, prompt, SamplingParams(max_tokens=self.tokens, **sampling))
 
     def run(self, steps: int) -> dict[str, Any]:
         """What some steps cost, all together; the first ones may bring prompts in."""
@@ -98,13 +102,12 @@ def image() -> Any:
 def one_run(machine: Machine, asked: dict[str, Any], folder: Path) -> Any:
     """Everything about one engine."""
     started = time.perf_counter()
-    native = asked.get("native", False)
-    most = asked["canvases"]
+    native, form, most = asked.get("native", False), asked.get("form"), asked["canvases"]
     llm = engines.start(
         machine,
-        engines.released(folder / (asked.get("form") or "bf16"), asked.get("form")),
+        engines.released(folder / asked["family"] / str(form), asked["family"], form),
         images=asked["images"],
-        max_model_len=8192,
+        max_model_len=engines.LONGEST[asked["family"]],
         max_num_batched_tokens=8192,
         max_num_seqs=most,
         kv_cache_memory_bytes=8 << 30,
@@ -112,17 +115,19 @@ def one_run(machine: Machine, asked: dict[str, Any], folder: Path) -> Any:
     )
     report: dict[str, Any] = engines.chosen(llm)
     report["start seconds"] = round(time.perf_counter() - started, 1)
-    steps = Steps(machine, llm, native=native)
+    steps = Steps(machine, llm, native=native, tokens=asked.get("tokens", 4096))
     if asked["images"]:
         steps.add({"prompt": "<|image|> What is it?", "multi_modal_data": {"image": image()}})
+    else:
+        steps.add()
+        report["prompt"] = steps.run(1)
     report["canvases"] = {}
-    for count in range(1, most + 1):
+    for count in asked.get("at", range(1, most + 1)):
         while steps.added < count:
             steps.add()
         # Asynchronous scheduling runs a step behind; prompts take one.
         steps.run(3)
-        if count in asked.get("at", range(1, most + 1)):
-            report["canvases"][count] = steps.run(2)
+        report["canvases"][count] = steps.run(2)
     if asked.get("fused"):
         # The last one again, now with a canvas that is committed beside the next one.
         steps.engine.abort_request([str(steps.added - 1)])

@@ -76,7 +76,7 @@ def main() -> None:
 
     rows, hidden = 8192, engines.RELEASED.hidden
     config = EngineArgs(
-        model=str(engines.released(out.parent / "released", None)),
+        model=str(engines.released(out.parent / "released", "diffusion_gemma")),
         load_format="dummy",
         max_model_len=rows,
         max_num_batched_tokens=rows,

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -35,6 +35,16 @@ def pretended(asked: dict[str, Any]) -> Any:
     return machine
 
 
+OF_FAMILY: Final[dict[str, dict[str, Any]]] = {
+    "diffusion_gemma": {"limit_mm_per_prompt": {"video": 0}},
+    "sdar": {},
+    # A step holds a whole request.
+    "llada": {"max_model_len": 96, "diffusion_config": {"canvas_length": 8}},
+}
+SIZES: Final = {"diffusion_gemma": [8, 16, 24, 32], "sdar": [4, 8, 12, 16], "llada": [32, 64]}
+"""Rows that graphs are captured for: a capture runs the model."""
+
+
 def options_of(asked: dict[str, Any]) -> dict[str, Any]:
     """Of the engine: roomy on the host; on a GPU prompts are cut and requests pushed out."""
     common = {
@@ -42,7 +52,7 @@ def options_of(asked: dict[str, Any]) -> dict[str, Any]:
         "max_model_len": 192,
         "max_num_seqs": 4,
         "disable_log_stats": True,
-        "limit_mm_per_prompt": {"video": 0},
+        **OF_FAMILY[asked["family"]],
     }
     if asked.get("gpu") is None:
         return common | {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
@@ -62,7 +72,7 @@ def options_of(asked: dict[str, Any]) -> dict[str, Any]:
                 "mode": 0,
                 "custom_ops": ["none"],
                 "cudagraph_mode": graphs,
-                "cudagraph_capture_sizes": [8, 16, 24, 32],  # a capture runs the model
+                "cudagraph_capture_sizes": SIZES[asked["family"]],
             },
         }
         | asked.get("options", {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gpu_dry.jobs import COUNTED
+from gpu_dry.jobs import COUNTED, FAMILIES, reference_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,9 +45,12 @@ def _budgets(reports: Reports) -> Iterator[str]:
     )
     for kind, name in (("shapes-", "ours"), ("native-", "native")):
         for gpu, run, found in _runs(reports, kind):
+            if run not in {"bf16-text", *FAMILIES}:
+                continue
+            of = f"{name}, {run}" if run in FAMILIES else name
             for count in map(str, COUNTED):
-                if run == "bf16-text" and count in found.get("canvases", ()):
-                    yield _row(gpu, count, name, *_costs(found["canvases"][count]))
+                if count in found.get("canvases", ()):
+                    yield _row(gpu, count, of, *_costs(found["canvases"][count]))
             fused = [step for step in found.get("fused", ()) if step["steps"] == 1]
             if fused:  # the dearest, behind the step of the prompt
                 dearest = max(fused[1:], key=lambda step: step["launches"]["all"])
@@ -94,9 +97,9 @@ def _kernels(reports: Reports) -> Iterator[str]:
 
 def _values(reports: Reports) -> Iterator[str]:
     yield from _head("run", "attention", "equal tokens", "replays", "pushed out", "seconds")
-    expected = reports.get("values-reference", {}).get("answers", {})
     for job, report in reports.items():
         if job.startswith("values-") and "replays" in report and job != "values-options":
+            expected = reports.get(reference_of(job), {}).get("answers", {})
             pairs = [
                 pair
                 for name, answer in report["answers"].items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_dry.jobs import COUNTED, GPUS
+from gpu_dry.jobs import COUNTED, FAMILIES, GPUS
 
 STEPS = [
-    pytest.param(f"shapes-{gpu}", str(count), id=f"{gpu}-{count}")
+    pytest.param(f"shapes-{gpu}", run, str(count), id=f"{gpu}-{run}-{count}")
     for gpu in GPUS
+    for run in ("bf16-text", *FAMILIES)
     for count in COUNTED
 ]
 LAUNCHES, HEAD, ATTENTION = 60, 50, 15
@@ -16,8 +17,8 @@ FUSED = 72
 KERNELS = {"1": 150, "4": 200, "16": 200}
 
 
-def step_of(report, job, count):
-    found = report(job)["runs"]["bf16-text"]
+def step_of(report, job, run, count):
+    found = report(job)["runs"][run]
     assert "error" not in found, found["error"]
     return found["canvases"][count]
 
@@ -30,29 +31,29 @@ def outside(steps, what):
     return a_step(steps, what, "all") - a_step(steps, what, "forward")
 
 
-@pytest.mark.parametrize(("job", "count"), STEPS)
-def test_a_plain_step_never_waits(report, job, count):
-    assert step_of(report, job, count)["waits"] == {}
+@pytest.mark.parametrize(("job", "run", "count"), STEPS)
+def test_a_plain_step_never_waits(report, job, run, count):
+    assert step_of(report, job, run, count)["waits"] == {}
 
 
-@pytest.mark.parametrize(("job", "count"), STEPS)
-def test_launches_beside_the_forward(report, job, count):
-    assert outside(step_of(report, job, count), "launches") <= LAUNCHES
+@pytest.mark.parametrize(("job", "run", "count"), STEPS)
+def test_launches_beside_the_forward(report, job, run, count):
+    assert outside(step_of(report, job, run, count), "launches") <= LAUNCHES
 
 
-@pytest.mark.parametrize(("job", "count"), STEPS)
-def test_kernels_beside_the_forward(report, job, count):
-    assert outside(step_of(report, job, count), "kernels") <= KERNELS[count]
+@pytest.mark.parametrize(("job", "run", "count"), STEPS)
+def test_kernels_beside_the_forward(report, job, run, count):
+    assert outside(step_of(report, job, run, count), "kernels") <= KERNELS[count]
 
 
-@pytest.mark.parametrize(("job", "count"), STEPS)
-def test_kernels_of_the_head(report, job, count):
-    assert a_step(step_of(report, job, count), "kernels", "head") <= HEAD
+@pytest.mark.parametrize(("job", "run", "count"), STEPS)
+def test_kernels_of_the_head(report, job, run, count):
+    assert a_step(step_of(report, job, run, count), "kernels", "head") <= HEAD
 
 
-@pytest.mark.parametrize(("job", "count"), STEPS)
-def test_kernels_of_the_attention_metadata(report, job, count):
-    assert a_step(step_of(report, job, count), "kernels", "prepare_attn") <= ATTENTION
+@pytest.mark.parametrize(("job", "run", "count"), STEPS)
+def test_kernels_of_the_attention_metadata(report, job, run, count):
+    assert a_step(step_of(report, job, run, count), "kernels", "prepare_attn") <= ATTENTION
 
 
 @pytest.mark.parametrize("job", [f"shapes-{gpu}" for gpu in GPUS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_dry.device import GPUS
-from gpu_dry.jobs import FORMS, JOBS
+from gpu_dry.jobs import FAMILIES, FORMS, JOBS
 
 RUNS = [
     pytest.param(f"shapes-{gpu}", f"{form}-{what}", id=f"{gpu}-{form}-{what}")
@@ -16,6 +16,8 @@ RUNS = [
 
 # Of a GPU, with images and without. FlashAttention 4 takes heads of 256 and 512 on Hopper only.
 ATTENTION = {"sm_90": ["FLASH_ATTN 4"], "sm_100": ["TRITON_ATTN"], "sm_120": ["TRITON_ATTN"]}
+# Of families whose text is not causal: no ranges, so vLLM's own choice.
+OF_FAMILIES = {"sm_90": ["FLASH_ATTN 4"], "sm_100": ["FLASH_ATTN 4"], "sm_120": ["FLASH_ATTN 2"]}
 
 EXPERTS = {
     ("sm_90", "bf16"): ["TRITON"],
@@ -54,6 +56,24 @@ def test_backends_by_name(report, job, run):
     found, gpu = run_of(report, job, run), job.removeprefix("shapes-")
     assert found["attention"] == ATTENTION[gpu]
     assert found["experts"] == EXPERTS[gpu, run.split("-")[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_families_on_vllms_layers(report, gpu, family):
+    """On a grid whole steps replay a graph; where all text runs in every step, none does."""
+    found = run_of(report, f"shapes-{gpu}", family)
+    assert found["attention"] == OF_FAMILIES[gpu]
+    for steps in found["canvases"].values():
+        assert steps["forwards_replayed"] == (steps["steps"] if family == "sdar" else 0)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_prompt_on_a_grid_is_cut_by_one_copy(report, gpu):
+    """And one kernel, which brings the pages of its blocks."""
+    found = run_of(report, f"shapes-{gpu}", "sdar")
+    assert found["prompt"]["waits"] == {}
+    assert found["prompt"]["operators"]["prepare_attn"] == {"_to_copy": 1, "triton:_gather": 1}
 
 
 @pytest.mark.parametrize("job", [f"shapes-{gpu}" for gpu in GPUS])

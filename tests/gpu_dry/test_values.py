@@ -6,19 +6,29 @@ import math
 
 import pytest
 
-from gpu_dry.cases import FIRST, OPTIONS, PLAIN, SECOND, THIRD
+from gpu_dry.cases import FIRST, LLADA, OPTIONS, PLAIN, SDAR_FIRST, SECOND, THIRD
+from gpu_dry.jobs import reference_of
 
 RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
 # Options that wait for nothing at all.
 FREE = ["nothing", "temperature", "greedy", "soft embedding of few"]
 EVERY = [*FIRST, *SECOND, *THIRD]
-EACH = [pytest.param(f"values-{run}", name, id=f"{run}-{name}") for run in RUNS for name in EVERY]
+OF_FAMILIES = {"sdar-full": [*SDAR_FIRST, *SECOND, *THIRD], "llada-piecewise": [*LLADA]}
+EACH = [
+    pytest.param(
+        f"values-{run}",
+        name,
+        id=f"{run}-{name}",
+        marks=pytest.mark.jobs(reference_of(f"values-{run}")),
+    )
+    for run, names in {**dict.fromkeys(RUNS, EVERY), **OF_FAMILIES}.items()
+    for name in names
+]
 
 
-@pytest.mark.jobs("values-reference")
 @pytest.mark.parametrize(("job", "name"), EACH)
 def test_tokens_are_those_of_the_cpu_engine(report, job, name):
-    expected = report("values-reference")["answers"][name]
+    expected = report(reference_of(job))["answers"][name]
     found = report(job)["answers"][name]
     assert found["tokens"] == expected["tokens"]
     assert len(found["logprobs"]) == len(expected["logprobs"])
@@ -35,6 +45,18 @@ def test_the_runs_are_what_they_are_called(report, job):
     assert found["answers"]["prefix hit"]["cached"] >= 32
     assert found["answers"]["prefix hit, whole"]["cached"] >= 64
     assert found["preemptions"] > 0
+
+
+@pytest.mark.parametrize("run", OF_FAMILIES)
+def test_runs_of_families_are_what_they_are_called(report, run):
+    found = report(f"values-{run}")
+    assert found["attention"] == ["TRITON_ATTN"]
+    assert found["replays"] > 0
+    assert not found["asynchronous"]
+    if run == "sdar-full":
+        assert found["answers"]["prefix hit"]["cached"] >= 32
+        assert found["answers"]["prefix hit, whole"]["cached"] >= 64
+        assert found["preemptions"] > 0
 
 
 @pytest.mark.jobs("values-options")
