@@ -68,6 +68,8 @@ class Family:
     """Ids that no text may hold."""
     ends: tuple[int, ...] = ()
     """Ids that end an answer."""
+    unlisted_ends: tuple[int, ...] = ()
+    """Those among them that no file of a checkpoint names as such, so that vLLM knows of none."""
     published: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Constants of the published rule that no file of a checkpoint gives, by their names in
     ``RuleConstants``; the family's module says where each was published."""
@@ -85,7 +87,7 @@ class Family:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Family:
         """Read what ``to_dict`` wrote, also after it went through JSON."""
-        lists = {name: tuple(values[name]) for name in ("banned", "ends")}
+        lists = {name: tuple(values[name]) for name in ("banned", "ends", "unlisted_ends")}
         kinds = {
             "text": Text(values["text"]),
             "conditioning": Conditioning(values["conditioning"]),

@@ -130,7 +130,7 @@ def test_an_end_that_only_the_family_names_ends_an_answer(start: Callable[..., L
     place = next(at for at in range(12, len(said)) if said[at] not in said[:at])
     config = llm.llm_engine.model_config.hf_config
     served = carriers.served(config)
-    family = replace(served.family, ends=(*served.family.ends, said[place]))
+    family = replace(served.family, unlisted_ends=(said[place],))
     carriers.put_served(config, replace(served, family=family))
     try:
         (ended,) = ask(llm, [asked], ignore_eos=False)

@@ -240,8 +240,7 @@ def admit(inputs: InputProcessor, request: EngineCoreRequest) -> None:
     if sampling is None or not model.is_diffusion:
         return
     served = carriers.served(model.hf_config)
-    if not sampling.all_stop_token_ids.issuperset(ends := served.family.ends):
-        # A family knows ends that no file of the checkpoint names.
+    if ends := served.family.unlisted_ends:
         end = inputs.renderer.get_eos_token_id()
         sampling.update_from_generation_config({"eos_token_id": [*ends]}, end)
     prompt = request.prompt_token_ids or ()

@@ -77,8 +77,8 @@ def declare(config: Any, generation: Mapping[str, Any]) -> Family:
     refuse_other_kinds(config, architecture)
     mask = mask_of(config, published=MASKS.get(architecture))
     ends = ends_of(config, generation)
-    if architecture == LLADA and config.vocab_size > END_OF_TURN:
-        ends = tuple(dict.fromkeys((*ends, END_OF_TURN)))
+    has_turns = architecture == LLADA and config.vocab_size > END_OF_TURN
+    unlisted = tuple({END_OF_TURN} - {*ends}) if has_turns else ()
     return Family(
         name="llada",
         rule="reveal",
@@ -87,7 +87,8 @@ def declare(config: Any, generation: Mapping[str, Any]) -> Family:
         block=config.block_size,
         horizon=True,
         banned=(mask,),
-        ends=ends,
+        ends=(*ends, *unlisted),
+        unlisted_ends=unlisted,
         # As many steps as tokens; the confidence that orders them is the model's own.
         published={"max_steps": config.block_size, "reveal_threshold": 0.0, "reveal_by": "model"},
     )
