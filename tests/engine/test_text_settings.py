@@ -11,7 +11,7 @@ from helpers.engines import engine_config
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_diffusion.engine import carriers, text_settings
+from vllm_diffusion.engine import carriers, serving, text_settings
 from vllm_diffusion.engine.fusion import SCHEDULER
 from vllm_diffusion.errors import ConfigError
 from vllm_diffusion.family import Family, Text
@@ -67,6 +67,17 @@ def rule(config: VllmConfig) -> RevealConstants:
     return served(config).rules.default
 
 
+def settled(config: VllmConfig) -> tuple[Any, ...]:
+    """All that depends on a family's text."""
+    cache, scheduler = config.cache_config, config.scheduler_config
+    return (
+        served(config),
+        config.diffusion_config.canvas_length,
+        (cache.block_size, cache.enable_prefix_caching),
+        (scheduler.max_num_seqs, scheduler.async_scheduling, scheduler.scheduler_cls),
+    )
+
+
 # ---- rows of a step ----
 
 
@@ -100,9 +111,10 @@ def test_a_page_that_cuts_a_block_is_refused_only_where_it_is_shared(
     assert not built.cache_config.enable_prefix_caching
 
 
-@for_each(page=[32, 64, 96])
-def test_a_page_of_whole_blocks_is_kept(config: Any, page: int) -> None:
-    built = config("sdar", block_size=page)
+@for_each(pages=[(BLOCK, 32), (BLOCK, 64), (BLOCK, 96), (96, 192)])
+def test_a_page_of_whole_blocks_is_kept(config: Any, pages: tuple[int, int]) -> None:
+    block, page = pages
+    built = config("sdar", block_size=page, **of_block(block))
     assert built.cache_config.block_size == page
     assert built.cache_config.enable_prefix_caching
 
@@ -127,6 +139,12 @@ def test_on_a_gpu_a_block_wider_than_vllms_page_gets_one(
     text_settings._settle_pages(SimpleNamespace(cache_config=cache), block)
     assert cache.DEFAULT_BLOCK_SIZE == 16
     assert (cache.block_size, cache.user_specified_block_size) == (page, page is not None)
+    cache.block_size, cache.user_specified_block_size = 5 * block, True
+    text_settings._settle_pages(SimpleNamespace(cache_config=cache), block)
+    assert cache.block_size == 5 * block
+    cache.block_size += 1
+    with pytest.raises(ConfigError, match=f"use a multiple of {block}, or"):
+        text_settings._settle_pages(SimpleNamespace(cache_config=cache), block)
 
 
 def test_a_unit_of_prefixes_that_cuts_a_block_is_refused(config: Any) -> None:
@@ -198,9 +216,13 @@ def test_all_that_is_refused_is_named_at_once(config: Any) -> None:
 def test_our_scheduler_waits_for_every_step(
     config: Any, family: str, scheduler: str | None
 ) -> None:
-    found = config(family, scheduler_cls=scheduler).scheduler_config
-    assert found.scheduler_cls == SCHEDULER
-    assert found.async_scheduling is False
+    built = config(family, scheduler_cls=scheduler)
+    assert built.scheduler_config.scheduler_cls == SCHEDULER
+    assert built.scheduler_config.async_scheduling is False
+    # On a CPU host vLLM says so itself; on others None would become True.
+    built.scheduler_config.async_scheduling = None
+    text_settings.settle_text(built, served(built).family)
+    assert built.scheduler_config.async_scheduling is False
 
 
 def test_causal_text_is_asked_for_nothing() -> None:
@@ -262,15 +284,17 @@ def test_one_set_of_arguments_can_be_built_from_twice(
     family, options = asked
     wanted = options_of(family, **options)
     arguments = EngineArgs(str(checkpoints[family]), dtype="float32", enforce_eager=True, **wanted)
-    first, second = (arguments.create_engine_config() for _ in range(2))
-    assert served(first) == served(second)
-    for part, names in (
-        ("diffusion_config", ["canvas_length"]),
-        ("cache_config", ["block_size", "enable_prefix_caching"]),
-        ("scheduler_config", ["max_num_seqs", "async_scheduling", "scheduler_cls"]),
-    ):
-        for name in names:
-            assert getattr(getattr(first, part), name) == getattr(getattr(second, part), name)
+    first, second = (settled(arguments.create_engine_config()) for _ in range(2))
+    assert first == second
+
+
+@for_each(asked=[("sdar", {}), ("sdar", of_block(96)), ("llada", {}), ("llada", of_block(64))])
+def test_what_is_settled_stays(config: Any, asked: tuple[str, dict[str, Any]]) -> None:
+    family, options = asked
+    built = config(family, **options)
+    before = settled(built)
+    serving.CanvasServing.verify_and_update_config(built)
+    assert settled(built) == before
 
 
 def test_refusals_are_our_own_error(config: Any) -> None:
