@@ -70,6 +70,8 @@ class Shape:
     vocab: int
     max_steps: int | None = None
     """Most denoising steps a request may take; None for the served number."""
+    reveals: bool = False
+    """Of a model whose tokens are revealed for good, and whose text is not causal."""
 
 
 def _one(*values: Any) -> Callable[[Random, Shape], Any]:
@@ -124,6 +126,17 @@ _OPTIONS: Final[Mapping[str, Callable[[Random, Shape], Any]]] = {
     "telemetry": _one(True),
 }
 
+_REVEAL_OPTIONS: Final[Mapping[str, Callable[[Random, Shape], Any]]] = {
+    "max_steps": lambda dice, shape: dice.choice((1, 2, shape.max_steps or 7)),
+    "reveal_threshold": _one(0.01, 0.3, 0.9),
+    "reveal_by": _one("drawn", "model", "margin"),
+    "pinned": lambda dice, shape: dice.sample(range(shape.canvas // 2 - 1), dice.randint(1, 3)),
+    "preset": _one("reference", "balanced", "fast", "gentle"),
+    "noise_level": _one(0.3, 1.0),
+    "fused_commit": _one(True, False),
+    "telemetry": _one(True),
+}
+
 CONSTRAINTS: Final[tuple[Mapping[str, Any], ...]] = (
     {"choice": ["red", "green", "blue"]},
     {"regex": "[a-c]{2,40}( x)*"},
@@ -144,7 +157,9 @@ def draw_sampling(dice: Random, shape: Shape, *, seed: int) -> SamplingParams:
     from vllm.sampling_params import StructuredOutputsParams
 
     drawn = _drawn(dice, shape, _SAMPLING)
-    options = _drawn(dice, shape, _OPTIONS)
+    options = _drawn(dice, shape, _REVEAL_OPTIONS if shape.reveals else _OPTIONS)
+    if shape.reveals:
+        drawn.pop("prompt_logprobs", None)
     if dice.randrange(4) == 0:
         drawn["structured_outputs"] = StructuredOutputsParams(**dice.choice(CONSTRAINTS))
         for excluded in ("bad_words", "allowed_token_ids", "max_tokens"):

@@ -45,6 +45,7 @@ class Sampling:
     bad_words_token_ids: list[list[int]] | None = None
     allowed_token_ids: list[int] | None = None
     logprob_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
     structured_outputs: Any = None
     thinking_token_budget: int | None = None
     trace_decode_token_ids: list[int] | None = None

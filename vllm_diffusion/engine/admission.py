@@ -30,6 +30,7 @@ from vllm_diffusion.engine.constraints.check import (
 )
 from vllm_diffusion.engine.constraints.compiler import as_text
 from vllm_diffusion.engine.constraints.thinking import thinking_takes
+from vllm_diffusion.engine.first_canvas import check_seed, first_width
 from vllm_diffusion.errors import ParamsError
 from vllm_diffusion.request.admitted import admitted
 from vllm_diffusion.request.options import read_options
@@ -195,8 +196,11 @@ def _check_text(
 ) -> None:
     """Refuse text that does not fit the canvas behind a prompt, or cannot be written."""
     params, _ = read_options(sampling.extra_args or {})
-    too_long = prompt is not None and len(prompt) >= inputs.model_config.max_model_len
-    if params.text is None or too_long:  # vLLM says better what is too long
+    if prompt is not None and len(prompt) >= inputs.model_config.max_model_len:
+        return  # vLLM says better what is too long
+    if prompt is not None:
+        check_seed(inputs.model_config, params, len(prompt))
+    if params.text is None:
         return
     completed = sampling.clone()
     completed.update_from_generation_config(
@@ -233,8 +237,8 @@ def admit(inputs: InputProcessor, request: EngineCoreRequest) -> None:
         request: checked and completed by vLLM.
 
     Raises:
-        VLLMValidationError: text on the canvas does not fit or cannot be written, or a constraint
-            has no text that fits behind the prompt.
+        VLLMValidationError: text or a seed on the canvas does not fit or cannot be written, or a
+            constraint has no text that fits behind the prompt.
     """
     model, sampling = inputs.model_config, request.sampling_params
     if sampling is None or not model.is_diffusion:
@@ -245,6 +249,11 @@ def admit(inputs: InputProcessor, request: EngineCoreRequest) -> None:
         sampling.update_from_generation_config({"eos_token_id": [*ends]}, end)
     prompt = request.prompt_token_ids or ()
     params, _ = read_options(sampling.extra_args or {})
+    check_seed(model, params, len(prompt))
+    if params.read_only and sampling.max_tokens is not None:
+        # vLLM's own limit is a width that the canvas need not have.
+        width = first_width(model, params, len(prompt))
+        sampling.max_tokens = min(sampling.max_tokens, width)
     rows = None if params.text is None else _rows(inputs, sampling, params, prompt)
     if sampling.structured_outputs is not None:
         _check_room(inputs, sampling, len(prompt))
@@ -280,7 +289,8 @@ def _rows(
     assert params.text is not None
     left = model.max_model_len - len(prompt)
     frame = Frame(
-        width=params.canvas_length or carriers.served(model.hf_config).canvas_length,
+        width=first_width(model, params, len(prompt)),
+        next_width=params.canvas_length or carriers.served(model.hf_config).canvas_length,
         left=left,
         max_tokens=left if sampling.max_tokens is None else sampling.max_tokens,
         end=_end_of_turn(inputs, prompt),

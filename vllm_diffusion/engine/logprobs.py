@@ -147,7 +147,7 @@ class CanvasLogprobs:
             if stays or leaving:
                 kept = rows[: count if asked.most is None else min(count, asked.most)]
                 finished[slot] = kept, leaving
-                before = {at for part, _ in scored for at in part}
+                before = {at for part, _ in scored for at in part} - now.keys()
                 # What is committed may stand elsewhere than its row.
                 now = {at: place for place, at in enumerate(kept) if at not in before}
             if now:

@@ -208,7 +208,9 @@ class CanvasModelState(ModelState):
         )
         asked, prompt_length = constraints(sampling, admitted), len(new_req_data.prompt_token_ids)
         self._account.admit(
-            req_index, admitted.canvas_length, answer_end=prompt_length + sampling.max_tokens
+            req_index,
+            admitted.canvas_length,
+            answer_end=prompt_length + admitted.answer_rows(sampling.max_tokens),
         )
         if admitted.noise_level is not None:
             seed_canvas, first_step = seed_canvas_from_draft(

@@ -353,7 +353,8 @@ class WholeCanvasMixin:
             known=start,
             asked=diffusion_canvas_width(request, self._canvas_length),
             end=self.max_model_len,
-            answer_end=request.num_prompt_tokens + request.max_tokens,
+            answer_end=request.num_prompt_tokens
+            + self._admitted[request].answer_rows(request.max_tokens),
         )
         return rows
 

@@ -13,6 +13,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from vllm_diffusion.engine.admission import admit, check_before_answer
+from vllm_diffusion.engine.first_canvas import leave_widths_to_us
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -22,6 +23,7 @@ def admit_requests(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     """Make `InputProcessor.process_inputs` admit the request that it has made."""
 
     def admitting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        leave_widths_to_us(self)
         request = process_inputs(self, *args, **kwargs)
         admit(self, request)
         return request

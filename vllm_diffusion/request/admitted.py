@@ -50,6 +50,14 @@ class Admitted:
     telemetry: bool = False
     """The answer says what its canvases took."""
 
+    def answer_rows(self, max_tokens: int) -> int:
+        """Rows behind the prompt that the answer takes, together with what follows it.
+
+        Args:
+            max_tokens: of the answer.
+        """
+        return max(max_tokens, 0 if self.holes is None else len(self.seed_canvas))
+
     def to_wire(self) -> dict[str, Any]:
         """Plain values, for vLLM's serializer."""
         values = _fields(self)

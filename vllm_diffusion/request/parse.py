@@ -66,7 +66,7 @@ def parse_params(
         )
     params, wrong = read_options(sampling.extra_args or {}, rules)
     problems += wrong
-    problems += _against_served(params, canvas_length, vocab_size, rules)
+    problems += _against_served(params, canvas_length, vocab_size, rules, text)
     problems += _contradictions(sampling, params)
     problems += _about_ids(sampling, params, set(banned))
     problems += _against_text(sampling, params, text)
@@ -80,6 +80,7 @@ def _against_served(
     canvas_length: int | None,
     vocab_size: int | None,
     rules: ServedRules | None,
+    text: Text,
 ) -> list[str]:
     """What the engine, as it is served, cannot give."""
     problems = []
@@ -89,9 +90,12 @@ def _against_served(
             f"diffusion_canvas_length must not exceed the served canvas of {canvas_length}, "
             f"got {params.canvas_length}"
         )
-    if params.seed_canvas and width and len(params.seed_canvas) != width:
+    # On a grid the first canvas ends where its block does, which only the prompt tells.
+    given, exactly = len(params.seed_canvas), text is not Text.BLOCK
+    if given and width and (given != width if exactly else given > width):
         problems.append(
-            f"diffusion_seed_canvas must hold exactly {width} ids, got {len(params.seed_canvas)}"
+            f"diffusion_seed_canvas must hold {'exactly' if exactly else 'at most'} {width} ids, "
+            f"got {given}"
         )
     if vocab_size and max(params.seed_canvas, default=0) >= vocab_size:
         problems.append(

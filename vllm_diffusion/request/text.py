@@ -49,13 +49,20 @@ class CanvasText:
 class Frame:
     """What the text of a request has to fit into."""
 
-    width: int  # rows of the request's canvas
+    width: int  # rows of the request's first canvas
+    next_width: int  # rows of the canvases behind it
     left: int  # tokens of max_model_len behind the prompt
     max_tokens: int
     end: int | None  # id that ends an answer
     stops: Collection[int]  # all ids that do
     pad: int | None  # id that stands behind the end of an answer
     skips_special: bool  # whether special tokens are left out of the answer's text
+
+    def named(self) -> str:
+        """How wide the canvas is, for a message."""
+        if self.width == self.next_width:
+            return f"the canvas has {self.width}"
+        return f"the first canvas, which ends with its block of {self.next_width}, has {self.width}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +141,7 @@ def rows_of(text: CanvasText, tokenizer: Tokenizer, frame: Frame) -> Rows:
     if text.suffix is not None:
         return _suffix(_ids(tokenizer, text.suffix), frame, frame.end)
     draft = _ids(tokenizer, text.draft or "")
-    return Rows(seed_canvas=_ended(draft, frame.end, frame.pad, multiple_of=frame.width))
+    return Rows(seed_canvas=_ended(draft, frame.end, frame.pad, frame.width, frame.next_width))
 
 
 def _template(template: Sequence[str | int], tokenizer: Tokenizer, frame: Frame, end: int) -> Rows:
@@ -147,7 +154,7 @@ def _template(template: Sequence[str | int], tokenizer: Tokenizer, frame: Frame,
     if need > room or need > frame.max_tokens:
         problems.append(
             f"diffusion_template needs {need} tokens ({need - 1 - holes} of text, {holes} of "
-            f"holes, 1 for the end), but the canvas has {frame.width}, max_model_len leaves "
+            f"holes, 1 for the end), but {frame.named()}, max_model_len leaves "
             f"{frame.left} behind the prompt, and max_tokens is {frame.max_tokens}; long text "
             "before the first hole belongs into the prompt"
         )
@@ -157,7 +164,7 @@ def _template(template: Sequence[str | int], tokenizer: Tokenizer, frame: Frame,
     pieces = iter(parts)
     for part in template:
         rows += [-1] * part if isinstance(part, int) else next(pieces)[1]
-    return _held(_ended(rows, end, frame.pad, multiple_of=room)[:room], need, frame.pad, -1)
+    return _held(_ended(rows, end, frame.pad, room)[:room], need, frame.pad, -1)
 
 
 def _unwritable(
@@ -182,10 +189,10 @@ def _suffix(suffix: list[int], frame: Frame, end: int) -> Rows:
     if hole >= room:
         raise ParamsError(
             f"a suffix needs max_tokens below the canvas, whose rows hold the answer and what "
-            f"follows it: max_tokens is {hole}, the canvas has {frame.width}, max_model_len "
-            f"leaves {frame.left} behind the prompt"
+            f"follows it: max_tokens is {hole}, {frame.named()}, max_model_len leaves "
+            f"{frame.left} behind the prompt"
         )
-    rows = _ended([-1] * hole + suffix, end, frame.pad, multiple_of=room)[:room]
+    rows = _ended([-1] * hole + suffix, end, frame.pad, room)[:room]
     return _held(rows, hole, frame.pad, end)
 
 
@@ -197,9 +204,14 @@ def _held(rows: tuple[int, ...], shown: int, pad: int | None, end: int) -> Rows:
     )
 
 
-def _ended(rows: list[int], end: int, pad: int | None, *, multiple_of: int) -> tuple[int, ...]:
-    """The rows, their end, and what models are trained to write behind it."""
-    behind = -(len(rows) + 1) % multiple_of
+def _ended(
+    rows: list[int], end: int, pad: int | None, width: int, next_width: int | None = None
+) -> tuple[int, ...]:
+    """The rows, their end, and what models are trained to write behind it.
+
+    They fill canvases: one of ``width`` rows, then others of ``next_width``, or the same.
+    """
+    behind = (width - len(rows) - 1) % (next_width or width)
     return (*rows, end, *[end if pad is None else pad] * behind)
 
 

@@ -12,6 +12,7 @@ from helpers.sampling import CONSTRAINT, FAST, RULE, RULES, Sampling
 from vllm_diffusion.denoise.constants import MAX_STEPS, RevealConstants, ServedRules
 from vllm_diffusion.denoise.presets import preset_names
 from vllm_diffusion.errors import ParamsError
+from vllm_diffusion.family import Text
 from vllm_diffusion.request.options import DiffusionParams, read_options, requested_rule
 from vllm_diffusion.request.parse import parse_params
 
@@ -340,3 +341,14 @@ def test_ids_that_no_text_may_hold_are_not_all_that_may_be_said() -> None:
     pins = {"diffusion_seed_canvas": [3, 9], "diffusion_pinned": [0, 1]}
     assert "not allowed at [0]" in message(extra_args=pins)
     assert parse_params(Sampling(allowed_token_ids=[3, 9]), banned=(3,)) == DiffusionParams()
+
+
+def test_a_seed_canvas_on_a_grid_may_be_narrower_than_a_block():
+    def parsed(width: int) -> DiffusionParams:
+        asked = Sampling(extra_args={"diffusion_seed_canvas": [4] * width})
+        return parse_params(asked, canvas_length=8, vocab_size=100, text=Text.BLOCK)
+
+    assert parsed(3).seed_canvas == (4, 4, 4)
+    assert len(parsed(8).seed_canvas) == 8
+    with pytest.raises(ParamsError, match="must hold at most 8 ids, got 9"):
+        parsed(9)

@@ -23,7 +23,14 @@ from vllm_diffusion.request.text import (
 PAD, END, TURN = 0, 1, 2
 SPECIAL = {PAD: "<pad>", END: "<end>", TURN: "<turn>"}
 FRAME = Frame(
-    width=16, left=100, max_tokens=50, end=TURN, stops=(END, TURN), pad=PAD, skips_special=True
+    width=16,
+    next_width=16,
+    left=100,
+    max_tokens=50,
+    end=TURN,
+    stops=(END, TURN),
+    pad=PAD,
+    skips_special=True,
 )
 
 
@@ -120,6 +127,15 @@ def test_a_draft_fills_whole_canvases() -> None:
     assert made.holes is None
     assert shown(rows(draft="a" * 15)) == "a" * 15 + "$"
     assert shown(rows(draft="a" * 16)) == "a" * 16 + "$" + "." * 15
+
+
+def test_the_first_canvas_of_a_grid_is_what_is_left_of_a_block() -> None:
+    first = frame(width=5, next_width=8)
+    assert shown(rows(first, draft="abcd")) == "abcd$"
+    assert shown(rows(first, draft="abcde")) == "abcde$" + "." * 7
+    assert shown(rows(first, template=("ab", 2))) == "ab__$"
+    for text in ({"template": ("ab", 3)}, {"suffix": "u"}):
+        assert "the first canvas, which ends with its block of 8, has 5" in refusal(first, **text)
 
 
 def test_without_a_pad_the_end_is_repeated_and_no_slack_is_known() -> None:

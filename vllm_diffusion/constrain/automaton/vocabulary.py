@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +41,14 @@ class Vocabulary:
             reverse.append(self.byte[node])
             node = int(self.parent[node])
         return bytes(reversed(reverse))
+
+    def without(self, tokens: Collection[int]) -> Vocabulary:
+        """The same, where some tokens write nothing, so that no text needs them."""
+        if not tokens:
+            return self
+        node = self.node.copy()
+        node[list(tokens)] = 0
+        return replace(self, node=node, fingerprint=f"{self.fingerprint}-{sorted(tokens)}")
 
     @classmethod
     def of(cls, tokens: Sequence[bytes], special: Collection[int] = ()) -> Vocabulary:

@@ -46,8 +46,9 @@ def constraint_source(
     """A request's constraint, with the tokens that end a text of it."""
     # Others are refused by vLLM's own check, which comes later.
     ends = {token for token in sampling.all_stop_token_ids if 0 <= token < model.get_vocab_size()}
-    tool_form = carriers.served(model.hf_config).family.tools
-    return source_of(sampling.structured_outputs, ends, config, tool_form=tool_form)
+    family = carriers.served(model.hf_config).family
+    ends -= set(family.banned)
+    return source_of(sampling.structured_outputs, ends, config, tool_form=family.tools)
 
 
 def asked_for(
@@ -66,6 +67,7 @@ def asked_for(
         tokenizer=tokenizer,
         vocab_size=model.get_vocab_size(),
         limit=_limit(sampling, model),
+        banned=_banned(model),
     )
 
 
@@ -78,7 +80,7 @@ async def compile_first(
         sampling, model, config, tokenizer: as above.
     """
     # Seconds, the first time.
-    await asyncio.to_thread(vocabulary_for, tokenizer, model.get_vocab_size())
+    await asyncio.to_thread(vocabulary_for, tokenizer, model.get_vocab_size(), _banned(model))
     outcome = await asyncio.wrap_future(asked_for(sampling, model, config, tokenizer))
     _compiled.set((constraint_source(sampling, model, config), outcome))
 
@@ -234,4 +236,8 @@ def _limit(sampling: Any, model: ModelConfig) -> int:
 
 
 def _longest(model: ModelConfig, tokenizer: Any) -> int:
-    return vocabulary_for(tokenizer, model.get_vocab_size()).longest
+    return vocabulary_for(tokenizer, model.get_vocab_size(), _banned(model)).longest
+
+
+def _banned(model: ModelConfig) -> tuple[int, ...]:
+    return carriers.served(model.hf_config).family.banned

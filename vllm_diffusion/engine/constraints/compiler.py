@@ -118,7 +118,12 @@ def source_of(
 
 
 def compiling(
-    source: ConstraintSource, *, tokenizer: Any, vocab_size: int, limit: int
+    source: ConstraintSource,
+    *,
+    tokenizer: Any,
+    vocab_size: int,
+    limit: int,
+    banned: tuple[int, ...] = (),
 ) -> Future[Outcome]:
     """What becomes of a constraint, in time. From any thread.
 
@@ -127,8 +132,9 @@ def compiling(
         tokenizer: of the engine.
         vocab_size: ids that its model has.
         limit: tokens that the request may write.
+        banned: ids that no text of the model may hold.
     """
-    vocabulary = vocabulary_for(tokenizer, vocab_size)
+    vocabulary = vocabulary_for(tokenizer, vocab_size, banned)
     # In steps of two: requests with about as much room share what was compiled.
     room = 1 << max(limit * vocabulary.longest - 1, 0).bit_length()
     return _pool(os.getpid()).submit(source, vocabulary, room=room)
@@ -205,9 +211,9 @@ def parsers_of(tokenizer: Any, vocab_size: int) -> GrammarCompiler:
 
 
 @lru_cache(maxsize=2)
-def vocabulary_for(tokenizer: Any, vocab_size: int) -> Vocabulary:
-    """What the tokens of a tokenizer write, taken apart once."""
-    return vocabulary_of(tokenizer, vocab_size)
+def vocabulary_for(tokenizer: Any, vocab_size: int, banned: tuple[int, ...] = ()) -> Vocabulary:
+    """What the tokens of a tokenizer write, taken apart once; banned ones write nothing."""
+    return vocabulary_of(tokenizer, vocab_size).without(banned)
 
 
 @lru_cache(maxsize=1)
