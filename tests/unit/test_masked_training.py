@@ -235,3 +235,17 @@ def test_a_checkpoint_has_the_released_names_and_is_read_back(parts, text, tmp_p
     config = json.loads((tmp_path / family / "config.json").read_text())
     assert config["model_type"] == family
     assert config["mask_token_id"] == text.mask
+
+
+CHECKPOINTS = {"sdar": FOLDER}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_the_committed_checkpoint_answers_what_it_never_saw(parts, text, family, monkeypatch):
+    folder = CHECKPOINTS[family]
+    assert json.loads((folder / "config.json").read_text()) == parts.released.config_of(
+        family, text
+    )
+    monkeypatch.setattr(parts.train, "JUDGED", 3)
+    exact = parts.train.exact_match(family, parts.released.load_model(family, folder), text)
+    assert all(share > 60 for share in exact.values()), exact
