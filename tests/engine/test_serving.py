@@ -144,16 +144,25 @@ def test_a_gpu_whose_own_choice_takes_no_ranges_gets_triton(
     monkeypatch.setattr(platform, "is_device_capability_family", lambda *of: of[-1] == family)
     on_gpu = SimpleNamespace(
         model_config=SimpleNamespace(
-            max_model_len=longest, hf_text_config=config.model_config.hf_text_config
+            max_model_len=longest, get_sliding_window=config.model_config.get_sliding_window
         ),
         attention_config=SimpleNamespace(backend=None, flash_attn_version=version),
     )
     serving.choose_attention_of_ranges(on_gpu)
     assert on_gpu.attention_config.backend is chosen
-    on_gpu.attention_config.backend = None
-    on_gpu.model_config.hf_text_config = SimpleNamespace()  # which says nothing of a window
-    serving.choose_attention_of_ranges(on_gpu)
-    assert on_gpu.attention_config.backend is None
+
+
+def test_a_config_that_says_nothing_of_a_window_has_none(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """As LLaDA's."""
+    monkeypatch.setattr(serving.current_platform, "is_cpu", lambda: False)
+    model, attention = copy.copy(config.model_config), SimpleNamespace(backend=None)
+    model.hf_text_config = SimpleNamespace()
+    serving.choose_attention_of_ranges(
+        SimpleNamespace(model_config=model, attention_config=attention)
+    )
+    assert attention.backend is None
 
 
 # ---- scheduling ----
