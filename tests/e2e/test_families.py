@@ -10,6 +10,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -99,7 +100,10 @@ def test_a_stream_brings_block_after_block(family: Family) -> None:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     pieces = [json.loads(line)["choices"][0]["token_ids"] for line in lines]
-    assert [len(piece) for piece in pieces if piece] == family.canvases()
+    # A server that lags behind its engine sends several at once, but none in part.
+    ends = set(accumulate(len(piece) for piece in pieces))
+    assert len(ends) > 1
+    assert ends <= set(accumulate(family.canvases()))
     assert [token for piece in pieces for token in piece] == family.complete()[0]["token_ids"]
 
 
