@@ -41,7 +41,7 @@ OF_FAMILY: Final[dict[str, dict[str, Any]]] = {
     # A step holds a whole request.
     "llada": {"max_model_len": 96, "diffusion_config": {"canvas_length": 8}},
 }
-SIZES: Final = {"diffusion_gemma": [8, 16, 24, 32], "sdar": [4, 8, 12, 16], "llada": [32, 64]}
+SIZES: Final = {"diffusion_gemma": [8, 16, 24, 32], "sdar": [4, 8, 12, 16], "llada": [64]}
 """Rows that graphs are captured for: a capture runs the model."""
 
 

@@ -13,7 +13,7 @@ RUNS = ["triton-eager", "triton-full", "flash-full", "flash-piecewise"]
 # Options that wait for nothing at all.
 FREE = ["nothing", "temperature", "greedy", "soft embedding of few"]
 EVERY = [*FIRST, *SECOND, *THIRD]
-OF_FAMILIES = {"sdar-full": [*SDAR_FIRST, *SECOND, *THIRD], "llada-piecewise": [*LLADA]}
+OF_FAMILIES = {"sdar-full": [*SDAR_FIRST, *SECOND, *THIRD], "llada-eager": [*LLADA]}
 EACH = [
     pytest.param(
         f"values-{run}",
@@ -51,12 +51,11 @@ def test_the_runs_are_what_they_are_called(report, job):
 def test_runs_of_families_are_what_they_are_called(report, run):
     found = report(f"values-{run}")
     assert found["attention"] == ["TRITON_ATTN"]
-    assert found["replays"] > 0
+    assert (found["replays"] > 0) == ("eager" not in run)
     assert not found["asynchronous"]
     if run == "sdar-full":
         assert found["answers"]["prefix hit"]["cached"] >= 32
         assert found["answers"]["prefix hit, whole"]["cached"] >= 64
-        assert found["preemptions"] > 0
 
 
 @pytest.mark.jobs("values-options")
