@@ -62,10 +62,10 @@ class Forwards:
         self.begin = True
 
 
-def budget(item: Item, tokenizer: Any, canvas: int) -> int:
-    """New tokens granted to an item: its answer in whole canvases, and one canvas to spare."""
+def budget(item: Item, tokenizer: Any, canvas: int, spare: int = SPARE) -> int:
+    """New tokens granted to an item: its answer in whole canvases, and `spare` canvases more."""
     needed = len(tokenizer.encode(item.answer, add_special_tokens=False)) + 1
-    return (-(-needed // canvas) + SPARE) * canvas
+    return (-(-needed // canvas) + spare) * canvas
 
 
 def ask_ours(
@@ -240,10 +240,14 @@ def generate(
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
-    canvas = llm.llm_engine.model_config.hf_config.canvas_length
+    config = llm.llm_engine.model_config.hf_config
+    canvas, spare = config.canvas_length, spare_of(config.model_type)
     sampling = [
         SamplingParams(
-            max_tokens=budget(item, tokenizer, canvas), seed=seed, extra_args=dict(options)
+            temperature=llm.get_default_sampling_params().temperature,
+            max_tokens=budget(item, tokenizer, canvas, spare),
+            seed=seed,
+            extra_args=dict(options),
         )
         for item, seed in zip(items, seeds, strict=True)
     ]
@@ -252,6 +256,14 @@ def generate(
         pairs = zip(chats, sampling, strict=True)
         return [llm.chat(each, wish, use_tqdm=False)[0] for each, wish in pairs]
     return list(llm.chat(chats, sampling, use_tqdm=False))
+
+
+def spare_of(family: str) -> int:
+    """Canvases that an answer of a family may be too long by.
+
+    LLaDA sees the whole answer that it is granted, and fills what it does not need with ends.
+    """
+    return 0 if family == "llada" else SPARE
 
 
 def chat(item: Item) -> list[dict[str, str]]:

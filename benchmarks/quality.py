@@ -12,7 +12,10 @@ item by item: `diff` is the difference in points of exact match with its standar
                    or `fused_commit=false`; cut-2, cut-4, freeze-0.6 and no-renoise are known to be
                    bad and must be seen to be
     native         vLLM's own DiffusionGemma on our CPU stand-ins for its Triton kernels
-    transformers   DiffusionGemmaForBlockDiffusion.generate, one item after the other
+    transformers   DiffusionGemmaForBlockDiffusion.generate, one item after the other; of SDAR and
+                   LLaDA the dense loop of their definition, on Transformers' decoder
+
+The checkpoint says which family it is of. Only DiffusionGemma has a native arm and the bad rules.
 
 TPF_all counts emitted tokens before the end of the turn, without padding, over every forward after
 the prompt's: denoising and committing, one that does both being one. TPF_denoise leaves out those
@@ -34,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import _report
 from _answers import Answer, ask_native, ask_ours, ask_transformers
 from _bad_rules import BAD_RULES
+from _dense import ask_dense
 from _native_host import use_stand_ins
 
 from vllm_diffusion.denoise.presets import preset_names
@@ -72,7 +76,12 @@ def main() -> None:
         answer_here(options.worker, options.folder, options.checkpoint, options.seed)
         return
     presets = options.preset or ["reference"]
-    engines = options.engine or (["ours"] if options.preset else list(ENGINES))
+    gemma = family_of(options.checkpoint) == "diffusion_gemma"
+    lacking = set() if gemma else {"native", *BAD_RULES}
+    every = [name for name in ENGINES if name not in lacking]
+    engines = options.engine or (["ours"] if options.preset else every)
+    if asked := sorted(lacking & {*presets, *engines}):
+        parser.error(f"only DiffusionGemma has {', '.join(asked)}")
     arms = [f"ours:{preset}" for preset in presets if "ours" in engines]
     arms += [engine for engine in engines if engine != "ours"]
     items = [
@@ -90,6 +99,12 @@ def main() -> None:
     parts = [ours] * bool(ours) + [[arm] for arm in arms if arm not in ours]
     results = {arm: made for part in parts for arm, made in measure(part, items, options).items()}
     report(results, items, options)
+
+
+def family_of(checkpoint: Path) -> str:
+    """Model type of a checkpoint."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return str(config["model_type"])
 
 
 def known_preset(text: str) -> str:
@@ -146,8 +161,10 @@ def answer_here(arms: Sequence[str], folder: Path, checkpoint: Path, seed: int) 
     if arms == ["native"]:
         use_stand_ins()
         made = [ask_native(str(checkpoint), items, seed)]
-    elif arms == ["transformers"]:
+    elif arms == ["transformers"] and family_of(checkpoint) == "diffusion_gemma":
         made = [ask_transformers(str(checkpoint), items, seed)]
+    elif arms == ["transformers"]:
+        made = [ask_dense(checkpoint, family_of(checkpoint), items)]
     else:
         presets = [arm.removeprefix("ours:") for arm in arms]
         ways = [(BAD_RULES.get(preset), options_of(preset)) for preset in presets]
