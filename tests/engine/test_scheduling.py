@@ -15,6 +15,7 @@ from helpers.cases import for_each
 from helpers.engines import engine_config
 from helpers.scheduling import (
     BLOCK,
+    NO_RULE,
     STOP,
     TEXT,
     CountingWorker,
@@ -34,6 +35,7 @@ from vllm_diffusion.engine.scheduler import (
     CanvasScheduler,
     WholeCanvasMixin,
 )
+from vllm_diffusion.request.admitted import Admitted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,6 +294,7 @@ def test_a_canvas_behind_the_rest_of_a_prompt_gets_what_that_leaves(
     prompt.num_computed_tokens, canvas.num_computed_tokens = 10, 40
     scheduler = Bare()
     scheduler.running = [prompt, canvas]  # type: ignore[attr-defined]
+    scheduler._admitted.update(dict.fromkeys((prompt, canvas), Admitted(rule=NO_RULE)))
     scheduler._defer_clipped_canvases()
     assert prompt.next_decode_eligible_step <= scheduler.current_step
     assert (canvas.next_decode_eligible_step == scheduler.current_step + 2) is held
