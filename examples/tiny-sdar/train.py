@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from inherit import inherit
 from noising import BLOCK, IGNORED, LAYOUTS, ROW, Rows, Text, pack, training_items
-from released import build_model, build_text, save_checkpoint
+from released import build_model, build_text, load_model, save_checkpoint
 from torch import nn
 
 from vllm_diffusion.testing import tasks
@@ -51,6 +52,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     text = build_text()
     model = build_model(options.family, text, options.seed)
+    if options.begin:
+        sdar = load_model("sdar", options.begin)
+        inherit(model, sdar, batch("sdar", text, str(options.seed), options.rows))
     train(model, text, options)
     save_checkpoint(options.family, model, text, options.out)
 
@@ -63,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--family", choices=LAYOUTS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint, log.csv and state.pt")
+    parser.add_argument("--begin", type=Path, help="of llada: a trained sdar whose weights it gets")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rows", type=int, default=8, help=f"batch, in rows of {ROW} tokens")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of both optimisers")

@@ -23,7 +23,7 @@ FAMILIES = ("sdar", "llada")
 @pytest.fixture(scope="module")
 def parts():
     """The folder's modules, which import each other by their plain names."""
-    names = ("noising", "released", "train")
+    names = ("noising", "inherit", "released", "train")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         for name in names:
@@ -235,6 +235,18 @@ def test_a_checkpoint_has_the_released_names_and_is_read_back(parts, text, tmp_p
     config = json.loads((tmp_path / family / "config.json").read_text())
     assert config["model_type"] == family
     assert config["mask_token_id"] == text.mask
+
+
+def test_a_model_that_begins_with_the_weights_of_sdar_knows_more_than_a_fresh_one(parts, text):
+    sdar = parts.released.load_model("sdar", FOLDER)
+    model = parts.released.build_model("llada", text)
+    rows = parts.train.batch("llada", text, "3", 2)
+    with torch.no_grad():
+        fresh = parts.train.judge(model, rows)
+        parts.inherit.inherit(model, sdar, parts.train.batch("sdar", text, "3", 2))
+        assert parts.train.judge(model, rows) < 0.8 * fresh
+    heads = model.model.layers[0].self_attn.v_proj.weight.unflatten(0, (4, 32))
+    assert torch.equal(heads[0], heads[1])
 
 
 CHECKPOINTS = {"sdar": FOLDER}
