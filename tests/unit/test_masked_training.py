@@ -249,7 +249,7 @@ def test_a_model_that_begins_with_the_weights_of_sdar_knows_more_than_a_fresh_on
     assert torch.equal(heads[0], heads[1])
 
 
-CHECKPOINTS = {"sdar": FOLDER}
+CHECKPOINTS = {"sdar": FOLDER, "llada": FOLDER.parent / "tiny-llada"}
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)

@@ -24,8 +24,8 @@ PRESETS: Final[dict[str, dict[str, Mapping[str, Any]]]] = {
         "fast": {"entropy_bound": 0.03, "hold_threshold": 0.8, "doubt_threshold": 0.3},
         "gentle": {"entropy_bound": 0.03},
     },
-    # Judged on examples/tiny-sdar alone, see its README; no released model has been tried. They
-    # name the confidence that does not change with a request's temperature and cuts.
+    # Judged on examples/tiny-sdar and examples/tiny-llada, see their READMEs; no released model has
+    # been tried. They name the confidence that a request's temperature and cuts do not change.
     "reveal": {
         REFERENCE: {},
         "balanced": {"reveal_threshold": 0.9, "reveal_by": "model"},
