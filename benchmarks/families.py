@@ -12,7 +12,8 @@ full length, first by the loop that defines it, then by `LLM()` with this plugin
 
 `tokens/s` is tokens per CPU second of the process, prompts included. `forwards` are those of a
 request that denoise or commit; ours shares them among the requests of a batch. `different` counts
-tokens of ours that are not the reference's.
+tokens of ours that are not the reference's. Where two positions are nearly as sure, the rounding of
+fp32 may decide which is revealed first, and everything behind them differs.
 """
 
 from __future__ import annotations

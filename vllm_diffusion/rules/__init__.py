@@ -1,7 +1,7 @@
 """The decoding rules, one object each: ``rule.Rule`` is the interface.
 
-    entropy_bound   DiffusionGemma's, on uniform noise
-    reveal          of families with a mask token: SDAR, LLaDA
+    entropy_bound   on uniform noise: what is certain enough stays for a step
+    reveal          on masks: what is revealed stays for good
 
 A rule composes the pure functions of ``denoise`` for the canvases of a pool. A model family names
 the rule that it was published with (``family.Family``).
